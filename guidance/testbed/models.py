@@ -1,0 +1,148 @@
+"""The networks of the testbed pipeline, untrained: every size in one place.
+
+All are stock diffusers and transformers classes, so the trained folder loads with
+``StableDiffusionPipeline.from_pretrained``; only the judge classifier is our own module.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from .scenes import ATTRIBUTES
+
+IMAGE_SIZE = 64
+MAX_TOKENS = 24
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
+    """Train CLIP's byte-pair tokenizer on the world's captions; unknown words fall back to letters."""
+    blank = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[], model_max_length=MAX_TOKENS)
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,'-!?")
+    tokenizer = blank.train_new_from_iterator(texts + letters, vocab_size=1024)
+    tokenizer.model_max_length = MAX_TOKENS
+    return tokenizer
+
+
+def build_clip(vocab_size: int, eos_token_id: int, *, judge: bool = False) -> CLIPModel:
+    """The guiding CLIP, or the judge CLIP: other patches, widths and depths (and, in training, another seed)."""
+    width, layers, patch = (96, 2, 4) if judge else (128, 3, 8)
+    text = _transformer(width, layers) | {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": 0,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": eos_token_id,
+    }
+    vision_width = 64 if judge else 128
+    vision = _transformer(vision_width, layers + 1) | {"image_size": IMAGE_SIZE, "patch_size": patch}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=width))
+
+
+def _transformer(width: int, layers: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+    }
+
+
+def build_vae() -> AutoencoderKL:
+    """8x autoencoder with 4 latent channels: 64x64 images become 8x8 latents."""
+    channels = (16, 32, 48, 96)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
+
+
+def build_unet(channels: tuple[int, int] = (96, 160)) -> UNet2DConditionModel:
+    """Two levels, 8x8 and 4x4; cross-attention in down, mid and up blocks as in Stable Diffusion."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 8,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule with v-prediction (Salimans and Ho 2022)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=0,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(8, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class JudgeClassifier(nn.Module):
+    """A small residual network that reads a scene's captioned attributes; never used for guidance.
+
+    Its pooled 128-d features (:meth:`features`) are the testbed's features for Frechet distances.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        w = width
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, w, 4, stride=2, padding=1),
+            _Residual(w),
+            nn.Conv2d(w, 2 * w, 4, stride=2, padding=1),
+            _Residual(2 * w),
+            nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1),
+            _Residual(4 * w),
+            nn.GroupNorm(8, 4 * w),
+            nn.SiLU(),
+        )
+        self.attention = nn.Conv2d(4 * w, 4, 1)
+        self.project = nn.Linear(16 * w, 128)
+        self.heads = nn.ModuleDict({name: nn.Linear(128, len(c)) for name, c in ATTRIBUTES.items()})
+
+    def features(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b 128"]:
+        """Pooled features of RGB images in -1..1."""
+        h = self.trunk(images)
+        weights = rearrange(self.attention(h), "b k y x -> b k (y x)").softmax(-1)
+        pooled = torch.einsum("bkn,bcn->bkc", weights, rearrange(h, "b c y x -> b c (y x)"))
+        return nn.functional.silu(self.project(rearrange(pooled, "b k c -> b (k c)")))
+
+    def forward(self, images: Float[Tensor, "b 3 64 64"]) -> dict[str, Tensor]:
+        """Logits per attribute, ``{name: (b, classes)}``, of RGB images in -1..1."""
+        f = self.features(images)
+        return {name: head(f) for name, head in self.heads.items()}

@@ -1,0 +1,269 @@
+"""The whole training of the testbed, network by network, in one working folder.
+
+Order: ``data`` -> ``vae``, ``clip`` -> ``unet``; ``judge_classifier`` and ``judge_clip`` need only the data.
+Each step leaves ``done-NAME.json`` and is skipped when that is there; a killed one resumes from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from jaxtyping import Float, Int
+from numpy.lib.format import open_memmap
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPTokenizer
+
+from guidance.errors import UserError
+from guidance.io import atomic_path, read_json, write_json
+
+from . import models
+from .render import render
+from .scenes import ATTRIBUTES, sample_scene, scenes
+from .training import Stage, batch_indices, clip_loss, denoising_loss, fit, to_float, vae_loss
+
+STEPS = ("data", "vae", "clip", "judge_classifier", "judge_clip", "unet")
+_CHUNK = 500
+
+
+def _render_chunk(args: tuple[str, int, int]) -> np.ndarray:
+    split, start, seed = args
+    return np.stack([render(s) for s in scenes(split, _CHUNK, start=start, seed=seed)])
+
+
+@dataclasses.dataclass
+class Recipe:
+    """State shared by the steps: where the work lies, how many scenes, which device, which stages.
+
+    Args:
+        work: Working folder; everything resumes from what lies there.
+        num_scenes: Training scenes (a multiple of 500).
+        stages: One :class:`Stage` per trained network.
+        seed: Seed of the world and of all training.
+        device: "cpu" or "cuda".
+        compile: Use ``torch.compile`` in the long trainings (about 1.4 times faster on a CPU).
+        workers: Processes that render scenes.
+    """
+
+    work: Path
+    num_scenes: int
+    stages: dict[str, Stage]
+    seed: int = 0
+    device: str = "cpu"
+    compile: bool = False
+    workers: int = 2
+    unet_channels: tuple[int, int] = (96, 160)
+    caption_dropout: float = 0.1
+    kl_weight: float = 2e-4
+
+    def run(self, step: str) -> dict[str, Any]:
+        """Run one step, or return its record when it is done already."""
+        if step not in STEPS:
+            raise UserError(f"Expected a training step out of {', '.join(STEPS)}, got '{step}'.")
+        done = self.work / f"done-{step}.json"
+        if done.exists():
+            return read_json(done)
+        method: Callable[[], dict[str, Any]] = getattr(self, step)
+        record = method()
+        write_json(done, record)
+        return record
+
+    # ---- data -------------------------------------------------------------------------------------------------
+    def data(self) -> dict[str, Any]:
+        """Render the training scenes once into ``images.npy`` (uint8, n x 64 x 64 x 3)."""
+        size = models.IMAGE_SIZE
+        with atomic_path(self.work / "images.npy") as temporary:
+            out = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(self.num_scenes, size, size, 3))
+            jobs = [("train", i, self.seed) for i in range(0, self.num_scenes, _CHUNK)]
+            with ProcessPoolExecutor(self.workers) as pool, tqdm(total=self.num_scenes, desc="render scenes") as bar:
+                for (_, start, _), chunk in zip(jobs, pool.map(_render_chunk, jobs), strict=True):
+                    out[start : start + _CHUNK] = chunk
+                    bar.update(_CHUNK)
+            out.flush()
+        tokenizer = models.build_tokenizer(sorted(set(self.captions)))
+        tokenizer.save_pretrained(self.work / "tokenizer")
+        return {"scenes": self.num_scenes, "captions": len(set(self.captions)), "vocabulary": len(tokenizer)}
+
+    @cached_property
+    def scenes(self) -> list:
+        """The training scenes (attributes only)."""
+        return [sample_scene("train", i, self.seed) for i in range(self.num_scenes)]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Captions of the training scenes."""
+        return [s.caption for s in self.scenes]
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """Training images, memory-mapped."""
+        return np.load(self.work / "images.npy", mmap_mode="r")
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """The tokenizer trained by the data step."""
+        return CLIPTokenizer.from_pretrained(self.work / "tokenizer")
+
+    @cached_property
+    def unique(self) -> tuple[Int[Tensor, "u n"], np.ndarray]:
+        """(token ids of the different captions, index of each scene's caption); the last row is the empty one."""
+        texts = sorted(set(self.captions))
+        where = {t: i for i, t in enumerate(texts)}
+        tokens = self.tokenizer(
+            [*texts, ""], padding="max_length", truncation=True, max_length=models.MAX_TOKENS, return_tensors="pt"
+        )
+        return tokens.input_ids, np.array([where[c] for c in self.captions])
+
+    def batch(self, step: int, stage: Stage, salt: int) -> np.ndarray:
+        """Indices of a batch."""
+        return batch_indices(self.num_scenes, stage.batch_size, step, self.seed + salt)
+
+    def pixels(self, index: np.ndarray) -> Float[Tensor, "b 3 h w"]:
+        """Images of these indices, floats in -1..1."""
+        return to_float(self.images[np.sort(index)][np.argsort(np.argsort(index))], self.device)
+
+    def _fit(self, name: str, model: nn.Module, loss: Any, salt: int) -> dict[str, Any]:
+        result = fit(name, model, loss, self.stages[name], self.work, seed=self.seed + salt, device=self.device)
+        with atomic_path(self.work / f"{name}-final.safetensors") as temporary:
+            save_model(model, str(temporary))
+        hardware = torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        return dataclasses.asdict(result) | {"hardware": hardware, "stage": dataclasses.asdict(self.stages[name])}
+
+    def _compiled(self, model: nn.Module) -> Any:
+        return torch.compile(model, dynamic=False) if self.compile else model
+
+    def load(self, name: str, model: nn.Module) -> nn.Module:
+        """Load a finished network into ``model`` and freeze it."""
+        load_model(model, str(self.work / f"{name}-final.safetensors"))
+        return model.to(self.device).eval().requires_grad_(False)
+
+    # ---- networks ---------------------------------------------------------------------------------------------
+    def vae(self) -> dict[str, Any]:
+        """Train the autoencoder."""
+        torch.manual_seed(self.seed + 1)
+        vae = models.build_vae().to(self.device)
+        stage = self.stages["vae"]
+        run = self._compiled(_VaeLoss(vae, self.kl_weight))
+
+        def loss(step: int, g: torch.Generator) -> Tensor:
+            noise = torch.randn(stage.batch_size, 4, 8, 8, generator=g, device=self.device)
+            return run(self.pixels(self.batch(step, stage, 1)), noise)
+
+        return self._fit("vae", vae, loss, 1)
+
+    def clip(self) -> dict[str, Any]:
+        """Train the guiding CLIP; its text tower is the pipeline's text encoder."""
+        return self._train_clip("clip", 2)
+
+    def judge_clip(self) -> dict[str, Any]:
+        """Train the judge CLIP: other architecture, other seed."""
+        return self._train_clip("judge_clip", 3)
+
+    def build_clip(self, name: str) -> CLIPModel:
+        """An untrained CLIP of this name for this tokenizer."""
+        return models.build_clip(len(self.tokenizer), self.tokenizer.eos_token_id, judge=name == "judge_clip")
+
+    def _train_clip(self, name: str, salt: int) -> dict[str, Any]:
+        torch.manual_seed(self.seed + salt)
+        model, stage = self.build_clip(name).to(self.device), self.stages[name]
+        ids, which = self.unique
+
+        def loss(step: int, g: torch.Generator) -> Tensor:
+            index = self.batch(step, stage, salt)
+            return clip_loss(model, jitter(self.pixels(index), g), ids[which[index]].to(self.device))
+
+        return self._fit(name, model, loss, salt)
+
+    def judge_classifier(self) -> dict[str, Any]:
+        """Train the judge classifier of the captioned attributes."""
+        torch.manual_seed(self.seed + 4)
+        model, stage = models.JudgeClassifier().to(self.device), self.stages["judge_classifier"]
+        labels = {
+            name: torch.tensor([classes.index(getattr(s, name)) for s in self.scenes], device=self.device)
+            for name, classes in ATTRIBUTES.items()
+        }
+
+        def loss(step: int, g: torch.Generator) -> Tensor:
+            index = self.batch(step, stage, 4)
+            logits = model(jitter(self.pixels(index), g))
+            return torch.stack([F.cross_entropy(logits[n], labels[n][index]) for n in labels]).mean()
+
+        return self._fit("judge_classifier", model, loss, 4)
+
+    def unet(self) -> dict[str, Any]:
+        """Cache latents and text states, then train the denoiser."""
+        torch.manual_seed(self.seed + 5)
+        vae = self.load("vae", models.build_vae())
+        latents, scaling = self.latents(vae)  # type: ignore[arg-type]
+        text, which = self.text_states()
+        unet, stage = models.build_unet(self.unet_channels).to(self.device), self.stages["unet"]
+        scheduler, run = models.build_scheduler(), self._compiled(unet)
+
+        def loss(step: int, g: torch.Generator) -> Tensor:
+            index = self.batch(step, stage, 5)
+            captions = which[index]
+            drop = torch.rand(len(index), generator=g, device=self.device) < self.caption_dropout
+            captions = torch.where(drop.cpu(), len(text) - 1, torch.from_numpy(captions))
+            states = text[captions].to(self.device).float()
+            return denoising_loss(run, scheduler, latents[index].to(self.device).float(), states, g)
+
+        return self._fit("unet", unet, loss, 5) | {"scaling_factor": scaling}
+
+    @torch.no_grad()
+    def latents(self, vae: AutoencoderKL) -> tuple[Float[Tensor, "n 4 8 8"], float]:
+        """Scaled latents of all training images (cached in ``latents.npy``), and the scaling factor 1 / std."""
+        path = self.work / "latents.npy"
+        if not path.exists():
+            parts = []
+            for i in tqdm(range(0, self.num_scenes, 250), desc="encode latents"):
+                parts.append(vae.encode(self.pixels(np.arange(i, min(i + 250, self.num_scenes)))).latent_dist.mean.cpu())
+            with atomic_path(path) as temporary:
+                np.save(temporary, torch.cat(parts).half().numpy())
+        z = torch.from_numpy(np.load(path))
+        scaling = 1.0 / float(z[:5000].float().std())
+        return z * scaling, scaling
+
+    @torch.no_grad()
+    def text_states(self) -> tuple[Float[Tensor, "u n d"], np.ndarray]:
+        """Text-encoder states of the different captions (the last row: empty prompt), index of each scene's."""
+        clip: CLIPModel = self.load("clip", self.build_clip("clip"))  # type: ignore[assignment]
+        ids, which = self.unique
+        states = [clip.text_model(input_ids=part.to(self.device))[0].cpu() for part in ids.split(256)]
+        return torch.cat(states), which
+
+
+class _VaeLoss(nn.Module):
+    """The VAE's loss as one module, so that encoder and decoder compile together."""
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float) -> None:
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return vae_loss(self.vae, x, noise, self.kl_weight)
+
+
+def jitter(x: Float[Tensor, "b 3 h w"], g: torch.Generator) -> Float[Tensor, "b 3 h w"]:
+    """Mild augmentation for classifiers and CLIPs: shifts up to 3 pixels, noise, and blur of half of the images."""
+    dx, dy = (int(torch.randint(-3, 4, (), generator=g, device=g.device)) for _ in range(2))
+    x = F.pad(x, (3, 3, 3, 3), mode="replicate")[..., 3 + dy : 67 + dy, 3 + dx : 67 + dx]
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    mix = torch.rand(len(x), 1, 1, 1, generator=g, device=x.device).mul(2).sub(1).clamp(min=0)
+    noise = 0.06 * torch.rand(len(x), 1, 1, 1, generator=g, device=x.device)
+    return x + mix * (soft - x) + noise * torch.randn(x.shape, generator=g, device=x.device)
+
+
+def describe(work: Path) -> dict[str, Any]:
+    """Collect the records of all finished steps."""
+    return {p.stem.removeprefix("done-"): json.loads(p.read_text()) for p in sorted(work.glob("done-*.json"))}

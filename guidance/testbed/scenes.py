@@ -1,0 +1,184 @@
+"""The testbed world: what a scene is, how it is described, and how its split is decided.
+
+A scene is drawn from a seed.  Its *caption* names object, colour, terrain, time of day and sometimes place and
+a second object; its *hidden* factors (haze, defocus, exposure, saturation, tilt) are in no caption, as in real
+photographs, so that images of one caption differ widely in quality.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+TIMES = ("dawn", "noon", "dusk", "night")
+TERRAINS = ("hills", "sea", "desert", "snow", "mountains")
+OBJECTS = ("house", "tree", "boat", "balloon", "tent", "tower", "kite", "car")
+COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
+PLACES = ("", "left", "right")
+FLYING = ("balloon", "kite")
+SPLITS = ("train", "validation", "test")
+
+#: The attributes a caption tells, with their classes: the judge classifier's heads and the class-head targets.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "object": OBJECTS,
+    "colour": COLOURS,
+    "time": TIMES,
+    "terrain": TERRAINS,
+}
+
+#: Hidden factors as (low, high): haze 0..1 opacity at the horizon, defocus in pixels (Gaussian sigma),
+#: exposure in stops (EV), saturation as a factor on chroma, tilt in degrees.
+HIDDEN: dict[str, tuple[float, float]] = {
+    "haze": (0.0, 0.65),
+    "defocus": (0.0, 1.3),
+    "exposure": (-0.7, 0.55),
+    "saturation": (0.4, 1.25),
+    "tilt": (-7.0, 7.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One scene of the world.
+
+    Attributes:
+        seed: Seed of everything the caption does not say: layout, sizes and, unless overridden, hidden factors.
+        time, terrain, object, colour: The captioned attributes, see :data:`ATTRIBUTES`.
+        place: "" (anywhere), "left" or "right".
+        second_object, second_colour: A smaller second object, or "" for none.
+        haze, defocus, exposure, saturation, tilt: The hidden factors, see :data:`HIDDEN` for units and ranges.
+    """
+
+    seed: int
+    time: str
+    terrain: str
+    object: str
+    colour: str
+    place: str = ""
+    second_object: str = ""
+    second_colour: str = ""
+    haze: float = 0.0
+    defocus: float = 0.0
+    exposure: float = 0.0
+    saturation: float = 1.0
+    tilt: float = 0.0
+
+    @property
+    def caption(self) -> str:
+        """The caption, for example ``a red balloon over the sea at dusk``."""
+        words = f"a {self.colour} {self.object}"
+        if self.second_object:
+            words += f" and a {self.second_colour} {self.second_object}"
+        if self.place:
+            words += f" on the {self.place}"
+        return f"{words} {_preposition(self.object, self.terrain)} the {self.terrain} at {self.time}"
+
+    @property
+    def split(self) -> str:
+        """The split of the scene: decided by its combination of the four attributes, never by its seed."""
+        return combination_split(self.time, self.terrain, self.object, self.colour)
+
+
+def _preposition(obj: str, terrain: str) -> str:
+    if obj in FLYING:
+        return "over"
+    if terrain == "sea":
+        return "on" if obj == "boat" else "by"
+    return "in"
+
+
+def combination_split(time: str, terrain: str, obj: str, colour: str) -> str:
+    """Return the split of a combination: 80% train, 8% validation, 12% test, by a fixed hash.
+
+    Whole combinations are held out, so a test caption was never seen in training with any seed.
+    """
+    digest = hashlib.sha256(f"{time}/{terrain}/{obj}/{colour}".encode()).digest()
+    u = int.from_bytes(digest[:4], "big") / 2**32
+    return "train" if u < 0.80 else "validation" if u < 0.88 else "test"
+
+
+def combinations(split: str) -> list[tuple[str, str, str, str]]:
+    """List the (time, terrain, object, colour) combinations of a split."""
+    if split not in SPLITS:
+        raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {split!r}")
+    return [
+        (t, g, o, c)
+        for t in TIMES
+        for g in TERRAINS
+        for o in OBJECTS
+        for c in COLOURS
+        if combination_split(t, g, o, c) == split
+    ]
+
+
+def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """Draw scene ``index`` of a split; the same arguments always give the same scene.
+
+    Hidden factors are independent of the caption and drawn from the ranges of :data:`HIDDEN`; haze and defocus
+    lean to small values (a square law), the others are uniform.
+    """
+    salt = SPLITS.index(split) if split in SPLITS else -1
+    choices = combinations_cached(split)
+    rng = np.random.default_rng([seed, salt, index])
+    time, terrain, obj, colour = choices[rng.integers(len(choices))]
+    place = PLACES[rng.integers(3)] if rng.random() < 0.5 else ""
+    second = second_colour = ""
+    if rng.random() < 0.15:
+        second = str(rng.choice([o for o in OBJECTS if o != obj]))
+        second_colour = str(rng.choice(COLOURS))
+    # scene seeds of different splits never collide: the split is part of the seed itself
+    scene_seed = (seed * 10_000_019 + index) * 3 + salt
+    return Scene(scene_seed, time, terrain, obj, colour, place, second, second_colour, **_hidden(rng))
+
+
+def _hidden(rng: np.random.Generator) -> dict[str, float]:
+    u = {name: rng.random() for name in HIDDEN}
+    u["haze"], u["defocus"] = u["haze"] ** 2, u["defocus"] ** 2
+    return {name: round(low + (high - low) * float(u[name]), 4) for name, (low, high) in HIDDEN.items()}
+
+
+_COMBINATIONS: dict[str, list[tuple[str, str, str, str]]] = {}
+
+
+def combinations_cached(split: str) -> list[tuple[str, str, str, str]]:
+    """:func:`combinations`, computed once per split."""
+    if split not in _COMBINATIONS:
+        _COMBINATIONS[split] = combinations(split)
+    return _COMBINATIONS[split]
+
+
+def scenes(split: str, n: int, *, start: int = 0, seed: int = 0) -> Iterator[Scene]:
+    """Yield scenes ``start .. start + n - 1`` of a split."""
+    for index in range(start, start + n):
+        yield sample_scene(split, index, seed)
+
+
+def prompts(split: str, n: int, *, seed: int = 0) -> list[str]:
+    """Return the first ``n`` *different* captions of a split, in a seeded order.
+
+    Raises:
+        ValueError: If the split has fewer than ``n`` captions within 200 ``n`` scenes.
+    """
+    found: dict[str, None] = {}
+    for index in range(200 * n):
+        found[sample_scene(split, index, seed + 1).caption] = None
+        if len(found) == n:
+            return list(found)
+    raise ValueError(f"the {split} split has only {len(found)} different captions, {n} were asked for; ask for fewer")
+
+
+def edit_scene(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
+    """Change one captioned attribute of a scene: (instruction, edited scene), the seed and hidden factors kept."""
+    kind = str(rng.choice(["time", "colour", "object", "terrain"]))
+    options = [v for v in ATTRIBUTES[kind] if v != getattr(scene, kind) and v != scene.second_object]
+    value = str(rng.choice(options))
+    instruction = {
+        "time": f"make it {value}",
+        "colour": f"make the {scene.object} {value}",
+        "object": f"turn the {scene.object} into a {value}",
+        "terrain": f"move it to the {value}",
+    }[kind]
+    return instruction, dataclasses.replace(scene, **{kind: value})

@@ -1,0 +1,226 @@
+"""Training of the testbed networks: one resumable loop (:func:`fit`) and one loss per network.
+
+Every batch, noise draw and dropout mask is a function of (seed, step) alone, so a run that is killed and started
+again goes on to the same weights as one that is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPModel
+
+from guidance.io import atomic_path
+
+Loss = Callable[[int, torch.Generator], Tensor]
+
+
+@dataclasses.dataclass
+class Stage:
+    """How one network is trained.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Samples per step.
+        lr: Peak learning rate of AdamW; linear warm-up over ``warmup`` steps, then cosine to 2%.
+        ema: Decay of the exponential moving average of the weights, reached gradually; 0 for none.
+        minutes: Stop after this much training time even if steps are left (0: no limit).  The schedule then runs
+            on time instead of steps, so it always ends at its lowest learning rate.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 100
+    ema: float = 0.0
+    minutes: float = 0.0
+
+
+@dataclasses.dataclass
+class FitResult:
+    """What a training took: optimiser steps, samples seen, seconds, final smoothed loss."""
+
+    steps: int
+    samples: int
+    seconds: float
+    loss: float
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_fn: Loss,
+    stage: Stage,
+    folder: Path,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    checkpoint_every: float = 120.0,
+) -> FitResult:
+    """Train ``model`` in place by AdamW; resume from ``folder/name.safetensors`` if it is there.
+
+    Args:
+        name: Name of the checkpoint and of the progress bar.
+        model: Parameters that require gradients are trained; with ``stage.ema`` the averaged weights are left
+            in the model at the end.
+        loss_fn: ``loss_fn(step, generator) -> scalar loss``; the generator is seeded by (seed, step).
+        stage: Steps, batch and learning rate.
+        folder: Where the checkpoint lives.
+        seed: Seed of data order and noise.
+        device: Where the generator (and the model) lives.
+        checkpoint_every: Seconds between checkpoints.
+    """
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, 0.98))
+    ema = {n: p.detach().clone() for n, p in params.items()} if stage.ema else {}
+    path = folder / f"{name}.safetensors"
+    step, spent, smooth = _resume(path, model, params, optimizer, ema)
+    generator = torch.Generator(device)
+    bar = tqdm(total=stage.steps, initial=step, desc=f"train {name}", unit="step", mininterval=2.0, dynamic_ncols=True)
+    started = saved = time.monotonic()
+    limit = stage.minutes * 60
+
+    def progress() -> float:
+        by_time = (spent + time.monotonic() - started) / limit if limit else 0.0
+        return max(by_time, step / stage.steps)
+
+    while progress() < 1:
+        lr = stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress())))
+        for group in optimizer.param_groups:
+            group["lr"] = float(lr)
+        loss = loss_fn(step, generator.manual_seed(seed * 1_000_003 + step))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        step += 1
+        if ema:
+            decay = min(stage.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+        if step % 10 == 0:
+            smooth = loss.item() if step == 10 else 0.95 * smooth + 0.05 * loss.item()
+            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        bar.update()
+        if time.monotonic() - saved > checkpoint_every or progress() >= 1:
+            saved = time.monotonic()
+            _checkpoint(path, model, params, optimizer, ema, step, spent + saved - started, smooth)
+    bar.close()
+    with torch.no_grad():
+        for n, value in ema.items():
+            params[n].copy_(value)
+    return FitResult(step, step * stage.batch_size, spent + time.monotonic() - started, smooth)
+
+
+def _checkpoint(path, model, params, optimizer, ema, step, seconds, smooth) -> None:
+    tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
+    tensors |= {f"ema.{n}": t for n, t in ema.items()}
+    for n, p in params.items():
+        tensors |= {f"{k}.{n}": optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+    meta = {"step": str(step), "seconds": str(seconds), "loss": str(smooth)}
+    with atomic_path(path) as temporary:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, meta)
+
+
+def _resume(path: Path, model, params, optimizer, ema) -> tuple[int, float, float]:
+    if not path.exists():
+        return 0, 0.0, 0.0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        meta = f.metadata()
+    tensors = load_file(path)
+    step = int(meta["step"])
+    model.load_state_dict({k[6:]: t for k, t in tensors.items() if k.startswith("model.")})
+    for n, p in params.items():
+        state = {k: tensors[f"{k}.{n}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(float(step)), **state}
+        if ema:
+            ema[n].copy_(tensors[f"ema.{n}"])
+    return step, float(meta["seconds"]), float(meta["loss"])
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
+    """The ``step``-th batch of an endless sequence of epochs, each a seeded permutation of ``n`` items."""
+    wanted = np.arange(step * batch_size, (step + 1) * batch_size)
+    out = np.empty(batch_size, np.int64)
+    for epoch in np.unique(wanted // n):
+        here = wanted // n == epoch
+        out[here] = _permutation(n, seed, int(epoch))[wanted[here] % n]
+    return out
+
+
+_PERMUTATIONS: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+
+
+def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    key = (n, seed, epoch)
+    if key not in _PERMUTATIONS:
+        if len(_PERMUTATIONS) > 3:
+            _PERMUTATIONS.clear()
+        _PERMUTATIONS[key] = np.random.default_rng([seed, epoch]).permutation(n)
+    return _PERMUTATIONS[key]
+
+
+def to_float(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
+    """uint8 RGB images (b, h, w, 3) to floats in -1..1, channels first."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def vae_loss(
+    vae: AutoencoderKL, x: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c h2 w2"], kl_weight: float
+) -> Tensor:
+    """L1 + L1 of image gradients (keeps edges) + a small KL to the unit Gaussian."""
+    posterior = vae.encode(x).latent_dist
+    mean, std = posterior.mean, posterior.std
+    y = vae.decode(mean + std * noise).sample
+    error = y - x
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+    return error.abs().mean() + error.square().mean() + 0.5 * edges + kl_weight * kl
+
+
+def clip_loss(clip: CLIPModel, x: Float[Tensor, "b 3 h w"], ids: Int[Tensor, "b n"]) -> Tensor:
+    """Symmetric contrastive loss (Radford et al. 2021); equal captions in a batch are all positives."""
+    out = clip(input_ids=ids, pixel_values=x)
+    same = (ids[:, None] == ids[None]).all(-1).float()
+    target = same / same.sum(-1, keepdim=True)
+    logits = out.logits_per_image
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def denoising_loss(
+    unet: nn.Module | UNet2DConditionModel,
+    scheduler: DDIMScheduler,
+    x0: Float[Tensor, "b c h w"],
+    text: Float[Tensor, "b n d"],
+    g: torch.Generator,
+    snr_cap: float = 5.0,
+) -> Tensor:
+    """v-prediction loss weighted by 1 / (1 + SNR / cap), stratified timesteps.
+
+    The weight is that of P2 (Choi et al. 2022) carried over to v: it takes weight from the nearly clean
+    timesteps, where v is mostly noise nobody can predict, and leaves the noisy ones, where content is decided.
+    """
+    b, device = len(x0), x0.device
+    u = (torch.arange(b, device=device) + torch.rand(b, generator=g, device=device)) / b
+    t = (u * len(scheduler.alphas_cumprod)).long()
+    noise = torch.randn(x0.shape, generator=g, device=device)
+    x_t = scheduler.add_noise(x0, noise, t)
+    v = scheduler.get_velocity(x0, noise, t)
+    abar = scheduler.alphas_cumprod.to(device)[t]
+    weight = 1 / (1 + abar / (1 - abar) / snr_cap)
+    prediction = unet(x_t, t, text, return_dict=False)[0]
+    return (weight * (prediction.float() - v).square().mean((1, 2, 3))).sum() / weight.sum()
