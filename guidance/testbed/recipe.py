@@ -65,7 +65,7 @@ class Recipe:
     workers: int = 2
     unet_channels: tuple[int, int] = (96, 160)
     caption_dropout: float = 0.1
-    kl_weight: float = 2e-4
+    kl_weight: float = 1e-5
 
     def run(self, step: str) -> dict[str, Any]:
         """Run one step, or return its record when it is done already."""

@@ -1,17 +1,21 @@
 """The testbed world: what a scene is, how it is described, and how its split is decided.
 
-A scene is drawn from a seed.  Its *caption* names object, colour, terrain, time of day and sometimes place and
-a second object; its *hidden* factors (haze, defocus, exposure, saturation, tilt) are in no caption, as in real
-photographs, so that images of one caption differ widely in quality.
+A scene is drawn from a seed.  Its *caption* names object, colour, terrain, time of day and sometimes place
+and a second object; its *hidden* factors (haze, defocus, exposure, saturation, tilt) are in no caption, as in
+real photographs, so that images of one caption differ widely in quality.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
+
+from guidance.errors import UserError, nearest
 
 TIMES = ("dawn", "noon", "dusk", "night")
 TERRAINS = ("hills", "sea", "desert", "snow", "mountains")
@@ -21,7 +25,8 @@ PLACES = ("", "left", "right")
 FLYING = ("balloon", "kite")
 SPLITS = ("train", "validation", "test")
 
-#: The attributes a caption tells, with their classes: the judge classifier's heads and the class-head targets.
+#: The attributes a caption tells, with their classes: the judge classifier's heads and the class-head
+#: targets.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "object": OBJECTS,
     "colour": COLOURS,
@@ -45,11 +50,13 @@ class Scene:
     """One scene of the world.
 
     Attributes:
-        seed: Seed of everything the caption does not say: layout, sizes and, unless overridden, hidden factors.
+        seed: Seed of everything the caption does not say: layout, sizes and, unless overridden, hidden
+            factors.
         time, terrain, object, colour: The captioned attributes, see :data:`ATTRIBUTES`.
         place: "" (anywhere), "left" or "right".
         second_object, second_colour: A smaller second object, or "" for none.
-        haze, defocus, exposure, saturation, tilt: The hidden factors, see :data:`HIDDEN` for units and ranges.
+        haze, defocus, exposure, saturation, tilt: The hidden factors, see :data:`HIDDEN` for units and
+            ranges.
     """
 
     seed: int
@@ -90,6 +97,42 @@ def _preposition(obj: str, terrain: str) -> str:
     return "in"
 
 
+_CAPTION = re.compile(
+    rf"a (?P<colour>{'|'.join(COLOURS)}) (?P<object>{'|'.join(OBJECTS)})"
+    rf"(?: and a (?P<second_colour>{'|'.join(COLOURS)}) (?P<second_object>{'|'.join(OBJECTS)}))?"
+    r"(?: on the (?P<place>left|right))? (?P<preposition>in|on|by|over)"
+    rf" the (?P<terrain>{'|'.join(TERRAINS)}) at (?P<time>{'|'.join(TIMES)})"
+)
+
+
+def parse_caption(caption: str) -> dict[str, str]:
+    """Read the attributes out of a caption: the inverse of :attr:`Scene.caption`.
+
+    Args:
+        caption: A caption of the world's grammar; letter case and spare spaces do not matter.
+
+    Returns:
+        ``object`` (the one named first), ``colour``, ``time``, ``terrain``, and ``place``, ``second_object``,
+        ``second_colour``, which are "" where the caption does not tell.
+
+    Raises:
+        UserError: If the caption is not of the grammar.
+
+    >>> parse_caption("a red balloon over the sea at dusk")["terrain"]
+    'sea'
+    """
+    found = _CAPTION.fullmatch(" ".join(str(caption).lower().split()))
+    if found:
+        attributes = {name: value or "" for name, value in found.groupdict().items()}
+        if attributes.pop("preposition") == _preposition(attributes["object"], attributes["terrain"]):
+            return attributes
+    raise UserError(
+        "Expected a caption of the testbed's world such as 'a red balloon over the sea at dusk', got "
+        f"{caption!r}; write 'a COLOUR OBJECT in the TERRAIN at TIME' with its words: "
+        f"{', '.join((*COLOURS, *OBJECTS, *TERRAINS, *TIMES))}."
+    )
+
+
 def combination_split(time: str, terrain: str, obj: str, colour: str) -> str:
     """Return the split of a combination: 80% train, 8% validation, 12% test, by a fixed hash.
 
@@ -100,28 +143,33 @@ def combination_split(time: str, terrain: str, obj: str, colour: str) -> str:
     return "train" if u < 0.80 else "validation" if u < 0.88 else "test"
 
 
-def combinations(split: str) -> list[tuple[str, str, str, str]]:
-    """List the (time, terrain, object, colour) combinations of a split."""
+@functools.cache
+def combinations(split: str) -> tuple[tuple[str, str, str, str], ...]:
+    """List the (time, terrain, object, colour) combinations of a split.
+
+    Raises:
+        UserError: If there is no such split.
+    """
     if split not in SPLITS:
-        raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {split!r}")
-    return [
+        raise UserError(f"Expected the name of a split, got {split!r}.{nearest(str(split), SPLITS)}")
+    return tuple(
         (t, g, o, c)
         for t in TIMES
         for g in TERRAINS
         for o in OBJECTS
         for c in COLOURS
         if combination_split(t, g, o, c) == split
-    ]
+    )
 
 
 def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
     """Draw scene ``index`` of a split; the same arguments always give the same scene.
 
-    Hidden factors are independent of the caption and drawn from the ranges of :data:`HIDDEN`; haze and defocus
-    lean to small values (a square law), the others are uniform.
+    Hidden factors are independent of the caption and drawn from the ranges of :data:`HIDDEN`; haze and
+    defocus lean to small values (a square law), the others are uniform.
     """
-    salt = SPLITS.index(split) if split in SPLITS else -1
-    choices = combinations_cached(split)
+    choices = combinations(split)
+    salt = SPLITS.index(split)
     rng = np.random.default_rng([seed, salt, index])
     time, terrain, obj, colour = choices[rng.integers(len(choices))]
     place = PLACES[rng.integers(3)] if rng.random() < 0.5 else ""
@@ -140,16 +188,6 @@ def _hidden(rng: np.random.Generator) -> dict[str, float]:
     return {name: round(low + (high - low) * float(u[name]), 4) for name, (low, high) in HIDDEN.items()}
 
 
-_COMBINATIONS: dict[str, list[tuple[str, str, str, str]]] = {}
-
-
-def combinations_cached(split: str) -> list[tuple[str, str, str, str]]:
-    """:func:`combinations`, computed once per split."""
-    if split not in _COMBINATIONS:
-        _COMBINATIONS[split] = combinations(split)
-    return _COMBINATIONS[split]
-
-
 def scenes(split: str, n: int, *, start: int = 0, seed: int = 0) -> Iterator[Scene]:
     """Yield scenes ``start .. start + n - 1`` of a split."""
     for index in range(start, start + n):
@@ -160,18 +198,18 @@ def prompts(split: str, n: int, *, seed: int = 0) -> list[str]:
     """Return the first ``n`` *different* captions of a split, in a seeded order.
 
     Raises:
-        ValueError: If the split has fewer than ``n`` captions within 200 ``n`` scenes.
+        UserError: If the split has fewer than ``n`` captions within 200 ``n`` scenes.
     """
     found: dict[str, None] = {}
     for index in range(200 * n):
         found[sample_scene(split, index, seed + 1).caption] = None
         if len(found) == n:
             return list(found)
-    raise ValueError(f"the {split} split has only {len(found)} different captions, {n} were asked for; ask for fewer")
+    raise UserError(f"Expected at most {len(found)} prompts of the {split} split, got {n}; ask for fewer.")
 
 
 def edit_scene(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
-    """Change one captioned attribute of a scene: (instruction, edited scene), the seed and hidden factors kept."""
+    """Change one captioned attribute, seed and hidden factors kept; return (instruction, edited scene)."""
     kind = str(rng.choice(["time", "colour", "object", "terrain"]))
     options = [v for v in ATTRIBUTES[kind] if v != getattr(scene, kind) and v != scene.second_object]
     value = str(rng.choice(options))

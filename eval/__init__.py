@@ -1,0 +1,1 @@
+"""Metrics and statistics of a comparison: what is measured on images, and what may be concluded from it."""

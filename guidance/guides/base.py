@@ -1,0 +1,86 @@
+"""What a guide is: a score of what the denoiser sees, and how strongly, when and in which space it pushes.
+
+One method a file beside this one.  :mod:`guidance.apply` turns guides into a shift of the denoiser's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guidance.errors import UserError
+
+SPACES = ("eps", "x")
+NORMALIZE = ("cfg", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """How strongly and when a guide pushes.
+
+    Attributes:
+        guidance_scale: Factor of the gradient; negative pushes away, 0 does nothing.
+        normalize: "cfg" makes the scale portable: per sample, the shift's RMS is ``guidance_scale`` times the RMS of
+            ``eps_cond - eps_uncond`` (of eps itself without classifier-free guidance).  None: the raw gradient,
+            ``eps - guidance_scale * sigma_t * grad log p`` (Dhariwal and Nichol 2021, algorithm 2).
+        start, stop: Fractions of the sampling steps, 0 is the first (pure noise), 1 the end.
+        every: Take a gradient each ``every``-th step and reuse the last shift's direction between.
+        space: "eps" shifts the prediction; "x" moves the latents between steps, ``x <- x + s grad`` (the mid-u
+            report's form; its total strength grows with the number of steps, and ``normalize`` must be None).
+    """
+
+    guidance_scale: float = 1.0
+    normalize: str | None = "cfg"
+    start: float = 0.0
+    stop: float = 1.0
+    every: int = 1
+    space: str = "eps"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.guidance_scale):
+            raise UserError(f"Expected a finite guidance_scale, got {self.guidance_scale}; 0 turns the guide off.")
+        if self.normalize not in NORMALIZE:
+            raise UserError(f"Expected normalize 'cfg' or None, got {self.normalize!r}.")
+        if self.space not in SPACES:
+            raise UserError(f"Expected space 'eps' or 'x', got {self.space!r}.")
+        if self.space == "x" and self.normalize is not None:
+            raise UserError("Expected normalize=None with space='x', which has no portable scale; or use space='eps'.")
+        if not 0 <= self.start < self.stop <= 1:
+            raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")
+        if self.every < 1:
+            raise UserError(f"Expected every >= 1, got {self.every}; 1 takes a gradient at each step.")
+
+    def active(self, fraction: float) -> bool:
+        """Tell whether the guide pushes at this fraction of the steps (0 first, below 1 last)."""
+        return self.guidance_scale != 0 and self.start <= fraction < self.stop
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """Scores features at a tap; everything :func:`guidance.apply_guidance` needs."""
+
+    name: str
+    tap: str
+    strength: Strength
+
+    def prepare(self, pipe: Any) -> None:
+        """Check that the guide fits the pipeline (UserError if not) and move to its device."""
+
+    def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Differentiable score of features at timesteps ``t``, float32 or float64; larger is better."""
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square per sample, kept broadcastable: (b, ...) -> (b, 1, ...)."""
+    return x.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Scale each sample to RMS 1; zeros stay zeros."""
+    size = rms(x)
+    return x / torch.where(size > 0, size, 1.0)

@@ -1,0 +1,217 @@
+"""The networks of heads: convolutional (the report's), linear, attention; optionally told the timestep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from guidance.errors import UserError, nearest
+from guidance.head_config import HeadConfig, timestep_bins
+
+
+class TimeFilm(nn.Module):
+    """Sinusoidal embedding of the timestep, turned into one (scale, shift) per modulated layer (FiLM).
+
+    The last layers start at zero, so a new head ignores the timestep.
+
+    Reference:
+        Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018.
+    """
+
+    def __init__(self, channels: Sequence[int], num_train_timesteps: int, width: int = 128) -> None:
+        super().__init__()
+        self.steps_to_1000 = 1000 / num_train_timesteps
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.embed = nn.Sequential(nn.Linear(width, width), nn.SiLU())
+        self.layers = nn.ModuleList(nn.Linear(width, 2 * c) for c in channels)
+        for layer in self.layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t: Float[Tensor, " b"]) -> list[tuple[Tensor, Tensor]]:
+        """Return (scale, shift) of shape (b, c) for each modulated layer."""
+        angles = t[:, None] * self.steps_to_1000 * self.frequencies
+        embedding = self.embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        return [tuple(layer(embedding).chunk(2, dim=1)) for layer in self.layers]
+
+
+def _modulate(x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Scale and shift the channels of x, (b, c, ...); None leaves it alone."""
+    if film is None:
+        return x
+    shape = "b c -> b c" + " 1" * (x.ndim - 2)
+    return x * (1 + rearrange(film[0], shape)) + rearrange(film[1], shape)
+
+
+class Head(nn.Module):
+    """Base of all heads: standardises the features, calls :meth:`outputs`, divides by the temperature.
+
+    Computes in float32 (float64 after ``.double()``) whatever the dtype of the features; only while training
+    may an enclosing autocast lower the precision.
+
+    Args:
+        config: Description; ``in_channels``, ``outputs``, ``hidden``, ``time_conditioned`` shape the network.
+    """
+
+    modulated: tuple[int, ...] = ()  # channels of the layers that see the timestep
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("feature_mean", torch.zeros(config.in_channels))
+        self.register_buffer("feature_std", torch.ones(config.in_channels))
+        if config.task == "regression":  # the network itself predicts standardised targets
+            self.register_buffer("output_mean", torch.zeros(config.outputs))
+            self.register_buffer("output_std", torch.ones(config.outputs))
+
+    def _build_film(self, channels: Sequence[int]) -> None:
+        config = self.config
+        self.film = TimeFilm(channels, config.num_train_timesteps) if config.time_conditioned else None
+        self._num_films = len(channels)
+
+    def films(self, t: Float[Tensor, " b"]) -> list[tuple[Tensor, Tensor] | None]:
+        """Return the modulation of each modulated layer, all None for a head that ignores the timestep."""
+        return [None] * self._num_films if self.film is None else list(self.film(t))
+
+    def outputs(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, "b outputs"]:
+        """The network proper, on standardised features."""
+        raise NotImplementedError
+
+    def forward(
+        self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"] | float
+    ) -> Float[Tensor, "b outputs"]:
+        """Predict from features.
+
+        Args:
+            h: Features of the tap, any spatial size, any dtype and memory layout.
+            t: Timesteps 0..num_train_timesteps - 1, a number or shape (b,).
+
+        Returns:
+            Logits, already divided by the temperature of their timestep; target units for regression.
+
+        Raises:
+            UserError: If the features have another number of channels.
+        """
+        if h.ndim != 4 or h.shape[1] != self.config.in_channels:
+            raise UserError(
+                f"Expected features of shape (b, {self.config.in_channels}, y, x), got {tuple(h.shape)}; this "
+                f"head was trained on '{self.config.tap}' of {self.config.base_model or 'another model'}."
+            )
+        dtype = self.feature_mean.dtype
+        t = torch.as_tensor(t, device=h.device).to(dtype).expand(len(h))
+        mean, std = (rearrange(x, "c -> 1 c 1 1") for x in (self.feature_mean, self.feature_std))
+        lower = self.training and torch.is_autocast_enabled(h.device.type)
+        with torch.autocast(h.device.type, enabled=lower):
+            # channels-last features can crash the backward of torch's CPU kernels: contiguous at the door
+            out = self.outputs((h.to(dtype).contiguous() - mean) / std, t).to(dtype)
+        if self.config.task == "regression":
+            return out * self.output_std + self.output_mean
+        return out / self.temperature(t)[:, None] if self.config.temperature else out
+
+    def temperature(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The temperature of each timestep's bin; 1 for an uncalibrated head."""
+        if not self.config.temperature:
+            return torch.ones_like(t)
+        return t.new_tensor(self.config.temperature)[timestep_bins(t, self.config.num_train_timesteps)]
+
+
+class ConvHead(Head):
+    """The report's head; with ``time_conditioned=False`` and ``hidden=256`` it is the report's bit for bit.
+
+    Conv C->256 3x3, ReLU, max pool 2, conv 256->128 3x3, ReLU, average pool to 2x2, linear 512->64, ReLU,
+    linear 64->10.
+    Time conditioning modulates the output of each convolution (:class:`TimeFilm`).
+
+    Reference:
+        J. Whitaker, "Mid-U Guidance: Fast Classifier Guidance for Latent Diffusion Models", 2023.
+    """
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        width = config.hidden
+        self.layers = nn.Sequential(
+            nn.Conv2d(config.in_channels, width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d((2, 2)),
+            nn.Flatten(),
+            nn.Linear(4 * (width // 2), 64),
+            nn.ReLU(),
+            nn.Linear(64, config.outputs),
+        )
+        self._build_film((width, width // 2))
+
+    def outputs(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, "b outputs"]:
+        """Predict from standardised features; a map one pixel wide is not pooled any further."""
+        films = iter(self.films(t))
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d) and min(h.shape[-2:]) < 2:
+                continue
+            h = layer(h)
+            if isinstance(layer, nn.Conv2d):
+                h = _modulate(h, next(films))
+        return h
+
+
+class LinearHead(Head):
+    """Global average pool and one linear layer: the cheapest probe of what a tap knows."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        self.linear = nn.Linear(config.in_channels, config.outputs)
+        self._build_film((config.in_channels,))
+
+    def outputs(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, "b outputs"]:
+        """Predict from standardised features."""
+        return self.linear(_modulate(h.mean((2, 3)), self.films(t)[0]))
+
+
+class AttentionHead(Head):
+    """Attention pooling with one learned query per attention head, then a two-layer network."""
+
+    num_heads = 4
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        width = config.hidden
+        if width % self.num_heads:
+            raise UserError(f"Expected 'hidden' to be a multiple of {self.num_heads}, got {width}.")
+        self.embed = nn.Conv2d(config.in_channels, width, 1)
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Parameter(0.02 * torch.randn(self.num_heads, 1, width // self.num_heads))
+        self.key_value = nn.Linear(width, 2 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.outputs))
+        self._build_film((width,))
+
+    def outputs(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, "b outputs"]:
+        """Predict from standardised features."""
+        tokens = _modulate(self.embed(h), self.films(t)[0])
+        tokens = self.norm(rearrange(tokens, "b c y x -> b (y x) c").contiguous())
+        split = "b n (two k d) -> two b k n d"
+        key, value = rearrange(self.key_value(tokens), split, two=2, k=self.num_heads)
+        query = self.query.to(key.dtype).expand(len(h), -1, -1, -1)
+        pooled = F.scaled_dot_product_attention(query, key, value)
+        return self.mlp(rearrange(pooled, "b k 1 d -> b (k d)"))
+
+
+HEADS: dict[str, type[Head]] = {"conv": ConvHead, "linear": LinearHead, "attention": AttentionHead}
+
+
+def build_head(config: HeadConfig) -> Head:
+    """Build an untrained head.
+
+    Raises:
+        UserError: If ``config.kind`` is unknown; the message lists the choices.
+    """
+    if config.kind not in HEADS:
+        raise UserError(f"Expected a known kind of head, got '{config.kind}'.{nearest(config.kind, HEADS)}")
+    return HEADS[config.kind](config)

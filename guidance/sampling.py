@@ -1,0 +1,163 @@
+"""Our sampling loop: short, one generator per sample, any diffusers scheduler, guided by wrapping the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from guidance.apply import StepRecord, apply_guidance, cfg_parts
+from guidance.errors import UserError, nearest
+from guidance.guides.base import Guide
+
+SCHEDULERS: dict[str, type] = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "ddpm": DDPMScheduler,
+}
+
+#: ``callback(step, latents, record)``; the record holds per-sample scores and gradient norms, None if unguided.
+Callback = Callable[[int, Tensor, StepRecord | None], None]
+
+
+def build_scheduler(name: str, like: Any) -> Any:
+    """Make a scheduler of another kind with the same noise schedule.
+
+    Args:
+        name: Key of :data:`SCHEDULERS`.
+        like: The pipeline's own scheduler.
+    """
+    if name not in SCHEDULERS:
+        raise UserError(f"Expected a scheduler's name, got '{name}'.{nearest(name, SCHEDULERS)}")
+    return SCHEDULERS[name].from_config(like.config)
+
+
+@contextmanager
+def using_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
+    """Give a pipeline another scheduler inside the ``with`` block (None: a fresh copy of its own)."""
+    own = pipe.scheduler
+    pipe.scheduler = type(own).from_config(own.config) if name is None else build_scheduler(name, own)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+@torch.no_grad()
+def sample_latents(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int = 25,
+    cfg_scale: float = 4.0,
+    negative_prompt: str = "",
+    scheduler: str | None = None,
+    guides: Sequence[Guide] = (),
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "b c y x"]:
+    """Sample latents for prompts, one seed each.
+
+    The same (prompt, seed) gives the same latents whatever else is in the batch, up to float rounding.
+
+    Args:
+        pipe: A Stable-Diffusion-like pipeline: ``unet``, ``scheduler``, ``encode_prompt``.
+        prompts: One prompt per sample.
+        seeds: One seed per sample, for its initial noise and all later noise.
+        num_steps: Sampling steps.
+        cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.
+        negative_prompt: What the unconditional part sees.
+        scheduler: Key of :data:`SCHEDULERS`; None keeps the pipeline's.
+        guides: Guides to apply.
+        callback: Called after every step.
+        progress: Show a progress bar over the steps.
+
+    Returns:
+        Final latents as the VAE's decoder expects them times ``scaling_factor``.
+    """
+    if len(prompts) != len(seeds):
+        raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
+    with using_scheduler(pipe, scheduler), apply_guidance(pipe, guides) as handle:
+        text = encode_prompts(pipe, prompts, negative_prompt, cfg_scale)
+        pipe.scheduler.set_timesteps(num_steps, device=pipe.unet.device)
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        x = initial_noise(pipe, generators) * pipe.scheduler.init_noise_sigma
+        parts = len(text) // len(prompts)
+        token = cfg_parts.set(parts)
+        try:
+            for i, t in enumerate(tqdm(pipe.scheduler.timesteps, disable=not progress, desc="sample", leave=False)):
+                x_in = pipe.scheduler.scale_model_input(torch.cat([x] * parts), t)
+                output = pipe.unet(x_in, t, encoder_hidden_states=text, return_dict=False)[0]
+                if parts == 2:  # classifier-free guidance (Ho and Salimans 2022)
+                    uncond, cond = output.chunk(2)
+                    output = uncond + cfg_scale * (cond - uncond)
+                extra = {"generator": generators} if _draws_noise(pipe.scheduler) else {}
+                x = pipe.scheduler.step(output, t, x, return_dict=False, **extra)[0]
+                if callback is not None:
+                    callback(i, x, handle.records[-1] if handle.records else None)
+        finally:
+            cfg_parts.reset(token)
+    return x
+
+
+def encode_prompts(pipe: Any, prompts: Sequence[str], negative: str, cfg_scale: float) -> Float[Tensor, "pb n d"]:
+    """Text states, unconditional part first (only the conditional one if ``cfg_scale`` is 1)."""
+    cond, uncond = pipe.encode_prompt(
+        list(prompts), pipe.unet.device, 1, cfg_scale != 1, negative_prompt=[negative] * len(prompts)
+    )[:2]
+    return cond if cfg_scale == 1 else torch.cat([uncond, cond])
+
+
+def initial_noise(pipe: Any, generators: Sequence[torch.Generator]) -> Float[Tensor, "b c y x"]:
+    """Unit Gaussian latents, one CPU generator per sample; the numbers diffusers draws from the same generators."""
+    size = pipe.unet.config.sample_size
+    shape = (1, pipe.vae.config.latent_channels, size, size)
+    noise = [torch.randn(shape, generator=g, dtype=pipe.unet.dtype) for g in generators]
+    return torch.cat(noise).to(pipe.unet.device)
+
+
+def _draws_noise(scheduler: Any) -> bool:
+    import inspect
+
+    return "generator" in inspect.signature(type(scheduler).step).parameters
+
+
+@torch.no_grad()
+def decode_latents(pipe: Any, latents: Float[Tensor, "b c y x"]) -> NDArray[np.uint8]:
+    """Decode to RGB images, uint8 (b, h, w, 3); rounded, not floored."""
+    z = latents / pipe.vae.config.scaling_factor + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+    images = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0].float()
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sample_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 32,
+    progress: bool = False,
+    **options: Any,
+) -> NDArray[np.uint8]:
+    """Sample and decode in batches; arguments as in :func:`sample_latents`.
+
+    Returns:
+        Images, uint8, shape (n, h, w, 3); at most one grey level apart between batch sizes.
+    """
+    images = []
+    with tqdm(total=len(prompts), disable=not progress, unit="image", desc="sample") as bar:
+        for i in range(0, len(prompts), batch_size):
+            part = slice(i, i + batch_size)
+            images.append(decode_latents(pipe, sample_latents(pipe, prompts[part], seeds[part], **options)))
+            bar.update(len(images[-1]))
+    return np.concatenate(images)

@@ -1,0 +1,49 @@
+"""Shared fixtures: a random-weight pipeline of the testbed's shape, and offline, single-threaded defaults."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+
+def build_tiny_pipe():
+    """A StableDiffusionPipeline with the testbed's classes, small and random."""
+    from diffusers import StableDiffusionPipeline
+
+    from guidance.pipelines import freeze
+    from guidance.testbed import models
+    from guidance.testbed.scenes import scenes
+
+    torch.manual_seed(0)
+    tokenizer = models.build_tokenizer([s.caption for s in scenes("train", 200)])
+    pipe = StableDiffusionPipeline(
+        vae=models.build_vae(),
+        text_encoder=models.build_text_encoder(models.build_clip(len(tokenizer), tokenizer.eos_token_id)),
+        tokenizer=tokenizer,
+        unet=models.build_unet((32, 64)),
+        scheduler=models.build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    freeze(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe():
+    return build_tiny_pipe()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny pipe")
+    tiny_pipe.save_pretrained(folder)
+    return folder

@@ -1,0 +1,314 @@
+"""apply_guidance: the guided score in every parameterisation, every pipeline, every layout of the batch."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+
+from guidance.apply import apply_guidance, cfg_parts
+from guidance.errors import UserError
+from guidance.guides import MidBlockGuide, Strength
+from guidance.guides.base import rms
+from guidance.heads import HeadConfig, build_head
+from guidance.sampling import decode_latents, sample_images, sample_latents, using_scheduler
+from guidance.schedule import NoiseSchedule
+from guidance.taps import encode_features
+
+PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at noon"]
+
+
+class MeanGuide:
+    """Scores the squared mean activation: smooth, without a head."""
+
+    tap = "mid_block"
+
+    def __init__(self, name="mean", sign=1.0, **strength):
+        self.name, self.sign, self.strength = name, sign, Strength(**strength)
+
+    def prepare(self, pipe):
+        pass
+
+    def score(self, h, t):
+        return self.sign * (h * torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None]).mean((1, 2, 3))
+
+
+@pytest.fixture
+def head(tiny_pipe):
+    torch.manual_seed(0)
+    config = HeadConfig(
+        kind="conv",
+        in_channels=tiny_pipe.unet.config.block_out_channels[-1],
+        prediction_type="v_prediction",
+        labels=[str(k) for k in range(1, 11)],
+    )
+    return build_head(config)
+
+
+def call(pipe, x, t, text, parts=2):
+    token = cfg_parts.set(parts)
+    try:
+        with torch.no_grad():
+            return pipe.unet(x, t, encoder_hidden_states=text, return_dict=False)[0]
+    finally:
+        cfg_parts.reset(token)
+
+
+def batch(pipe, b=2, parts=2, dtype=torch.float32):
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(b, 4, 8, 8, generator=g, dtype=dtype)
+    text = torch.randn(parts * b, 24, 128, generator=g, dtype=dtype)
+    pipe.scheduler.set_timesteps(10)
+    return torch.cat([x] * parts), pipe.scheduler.timesteps[3], text
+
+
+def test_raw_shift_is_sigma_times_the_gradient_of_the_score(tiny_pipe):
+    """Central differences of the score, through a double-precision UNet, in the model's own v-prediction."""
+    pipe = copy.copy(tiny_pipe)
+    pipe.unet = copy.deepcopy(tiny_pipe.unet).double()
+    x, t, text = batch(pipe, b=1, dtype=torch.float64)
+    guide = MeanGuide(guidance_scale=7.0, normalize=None)
+    plain = call(pipe, x, t, text)
+    with apply_guidance(pipe, [guide]):
+        guided = call(pipe, x, t, text)
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    alpha, sigma = schedule.alpha_sigma(t)
+    direction = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    f = lambda z: guide.score(encode_features(pipe.unet, z, t, text[1:]), t)  # noqa: E731
+    slope = (f(x[1:] + 1e-5 * direction) - f(x[1:] - 1e-5 * direction)) / 2e-5
+    want = -7.0 * sigma * slope / alpha  # v = (eps - sigma x) / alpha
+    for part in (0, 1):
+        got = ((guided - plain)[part] * direction[0]).sum()
+        torch.testing.assert_close(got, want[0], rtol=1e-4, atol=1e-9)
+
+
+def test_every_cfg_part_gets_the_same_shift(tiny_pipe):
+    x, t, text = batch(tiny_pipe)
+    plain = call(tiny_pipe, x, t, text)
+    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=1.0)]):
+        guided = call(tiny_pipe, x, t, text)
+    uncond, cond = (guided - plain).chunk(2)
+    torch.testing.assert_close(uncond, cond, rtol=1e-4, atol=1e-5)
+    for w in (0.0, 1.0, 7.5):
+        mix = lambda e: e.chunk(2)[0] + w * (e.chunk(2)[1] - e.chunk(2)[0])  # noqa: E731
+        torch.testing.assert_close(mix(guided), mix(plain) + cond, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kappa", [0.5, -2.0])
+def test_portable_scale_has_the_stated_size(tiny_pipe, kappa):
+    x, t, text = batch(tiny_pipe)
+    plain = call(tiny_pipe, x, t, text)
+    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=kappa)]) as handle:
+        guided = call(tiny_pipe, x, t, text)
+    uncond, cond = plain.chunk(2)
+    ratio = rms((guided - plain)[2:]) / rms(cond - uncond)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, abs(kappa)), rtol=1e-3, atol=0)
+    assert handle.records[0].shift_rms.shape == (2,)
+
+
+def test_portable_scale_without_cfg_refers_to_eps(tiny_pipe):
+    x, t, text = batch(tiny_pipe, parts=1)
+    plain = call(tiny_pipe, x, t, text, parts=1)
+    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=0.3)]):
+        guided = call(tiny_pipe, x, t, text, parts=1)
+    schedule = NoiseSchedule.from_scheduler(tiny_pipe.scheduler)
+    eps, shifted = (schedule.to_eps(v, x, t) for v in (plain, guided))
+    torch.testing.assert_close(rms(shifted - eps) / rms(eps), torch.full((2, 1, 1, 1), 0.3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_guided_score_is_the_same_in_every_parameterisation(tiny_pipe, prediction):
+    """The same network, read as eps, v or x0 prediction: the shift in eps is the same one."""
+    pipe = copy.copy(tiny_pipe)
+    pipe.scheduler = DDIMScheduler.from_config(tiny_pipe.scheduler.config, prediction_type=prediction)
+    x, t, text = batch(pipe)
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    plain = call(pipe, x, t, text)
+    with apply_guidance(pipe, [MeanGuide(guidance_scale=9.0, normalize=None)]) as handle:
+        guided = call(pipe, x, t, text)
+    _, sigma = schedule.alpha_sigma(t)
+    moved = schedule.to_eps(guided, x, t) - schedule.to_eps(plain, x, t)
+    want = sigma * handle.records[0].grad_norm.double()
+    torch.testing.assert_close(moved[:2].flatten(1).norm(dim=1).double(), want, rtol=1e-3, atol=1e-6)
+
+
+def test_scales_add_and_opposites_cancel(tiny_pipe):
+    x, t, text = batch(tiny_pipe)
+    plain = call(tiny_pipe, x, t, text)
+
+    def shift(*guides):
+        with apply_guidance(tiny_pipe, guides):
+            return call(tiny_pipe, x, t, text) - plain
+
+    one, two = shift(MeanGuide(guidance_scale=1.0)), shift(MeanGuide("a", guidance_scale=2.0))
+    both = shift(MeanGuide("a", guidance_scale=1.5), MeanGuide("b", guidance_scale=0.5))
+    none = shift(MeanGuide("a", guidance_scale=1.0), MeanGuide("b", sign=-1.0, guidance_scale=1.0))
+    torch.testing.assert_close(both, two, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(two, 2 * one, rtol=1e-3, atol=1e-5)
+    assert none.abs().max() < 1e-3 * one.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": None}, {"normalize": None, "space": "x"}])
+def test_scale_zero_is_bit_equal(tiny_pipe, head, options):
+    plain = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=4)
+    zero = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=4, guides=[MidBlockGuide(head, 0.0, **options)])
+    assert torch.equal(plain, zero)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler", "ddpm"])
+def test_our_loop_equals_the_diffusers_pipeline(tiny_pipe, head, scheduler):
+    for guides in ([], [MidBlockGuide(head, 1.0, start=0, stop=1)]):
+        ours = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=5, cfg_scale=3.0, scheduler=scheduler, guides=guides)
+        generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+        with using_scheduler(tiny_pipe, scheduler), apply_guidance(tiny_pipe, guides):
+            theirs = tiny_pipe(
+                PROMPTS, num_inference_steps=5, guidance_scale=3.0, generator=generators, output_type="latent"
+            ).images
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_unmodified_img2img_and_inpaint_are_guided(tiny_pipe, head):
+    image = Image.new("RGB", (64, 64), (200, 80, 40))
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 16, 48, 48))
+    parts = {k: v for k, v in tiny_pipe.components.items()}
+    for kind, extra in ((StableDiffusionImg2ImgPipeline, {}), (StableDiffusionInpaintPipeline, {"mask_image": mask})):
+        pipe = kind(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        run = lambda p=pipe, e=extra: p(  # noqa: E731
+            PROMPTS[0], image=image, strength=0.8, num_inference_steps=5, output_type="latent", **e,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        plain = run()
+        with apply_guidance(pipe, [MidBlockGuide(head, 0.0)]):
+            assert torch.equal(run(), plain)
+        with apply_guidance(pipe, [MidBlockGuide(head, 2.0, start=0, stop=1)]) as handle:
+            assert not torch.allclose(run(), plain)
+        assert handle.records
+        assert torch.equal(run(), plain)
+
+
+def test_no_trace_is_left_after_use_and_after_an_error(tiny_pipe, head):
+    unet, scheduler = tiny_pipe.unet, tiny_pipe.scheduler
+    unet.conv_in.weight.requires_grad_(True)
+
+    class Broken(MeanGuide):
+        def score(self, h, t):
+            raise RuntimeError("broken guide")
+
+    with pytest.raises(RuntimeError, match="broken guide"):
+        with apply_guidance(tiny_pipe, [Broken()]):
+            assert not unet.conv_in.weight.requires_grad
+            x, t, text = batch(tiny_pipe)
+            call(tiny_pipe, x, t, text)
+    assert unet.conv_in.weight.requires_grad
+    unet.conv_in.weight.requires_grad_(False)
+    assert "forward" not in vars(unet) and "step" not in vars(scheduler)
+    assert not any(m._forward_hooks for m in unet.modules())
+
+
+def test_guidance_twice_is_refused(tiny_pipe, head):
+    with apply_guidance(tiny_pipe, [MidBlockGuide(head)]):
+        with pytest.raises(UserError, match="applied to it already"), apply_guidance(tiny_pipe, [MidBlockGuide(head)]):
+            pass
+
+
+def test_interval_and_every(tiny_pipe):
+    steps = []
+    class Counting(MeanGuide):
+        def score(self, h, t):
+            steps.append(float(t[0]))
+            return super().score(h, t)
+
+    sample_latents(tiny_pipe, PROMPTS[:1], [0], num_steps=10, guides=[Counting(start=0.2, stop=0.8, every=2)])
+    tiny_pipe.scheduler.set_timesteps(10)
+    assert steps == tiny_pipe.scheduler.timesteps[2:8:2].tolist()
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_x_space_moves_the_latents_between_steps(tiny_pipe, scheduler):
+    """Report mode: one step equals scheduler.step(eps(x), x + s g), g with respect to the denoiser's input."""
+    pipe, guide = tiny_pipe, MeanGuide(guidance_scale=50.0, normalize=None, space="x")
+    with using_scheduler(pipe, scheduler):
+        pipe.scheduler.set_timesteps(10)
+        t = pipe.scheduler.timesteps[0]
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * pipe.scheduler.init_noise_sigma
+        text = torch.randn(2, 24, 128, generator=torch.Generator().manual_seed(2))
+        x_in = pipe.scheduler.scale_model_input(x, t)
+        with apply_guidance(pipe, [guide]):
+            eps = call(pipe, x_in, t, text, parts=1)
+            got = pipe.scheduler.step(eps, t, x, return_dict=False)[0]
+        plain = call(pipe, x_in, t, text, parts=1)
+        torch.testing.assert_close(eps, plain, rtol=1e-4, atol=1e-5)
+        leaf, found = x_in.clone().requires_grad_(True), []
+        hook = pipe.unet.mid_block.register_forward_hook(lambda m, a, o: found.append(o))
+        with torch.enable_grad():
+            pipe.unet(leaf, t, encoder_hidden_states=text)
+            g = torch.autograd.grad(guide.score(found[0], t).sum(), leaf)[0]
+        hook.remove()
+        pipe.scheduler.set_timesteps(10)  # forget the step that was taken
+        pipe.scheduler.scale_model_input(x, t)
+        want = pipe.scheduler.step(plain, t, x + 50.0 * (x / x_in).mean() * g, return_dict=False)[0]
+        unmoved = pipe.scheduler.step(plain, t, x, return_dict=False)[0] if scheduler == "ddim" else x
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got, unmoved, atol=1e-2)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_pipe):
+    class Sick(MeanGuide):
+        def score(self, h, t):
+            bad = torch.tensor([float("nan"), 1.0], dtype=h.dtype)
+            return super().score(h, t) * bad[: len(h)]
+
+    x, t, text = batch(tiny_pipe)
+    plain = call(tiny_pipe, x, t, text)
+    with apply_guidance(tiny_pipe, [Sick()]) as handle:
+        guided = call(tiny_pipe, x, t, text)
+    assert handle.skipped == 1
+    torch.testing.assert_close(guided[0], plain[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(guided[1], plain[1], atol=1e-4)
+
+
+def test_images_do_not_depend_on_the_batch(tiny_pipe, head):
+    prompts, seeds = PROMPTS * 2, [1, 2, 3, 4]
+    guides = [MidBlockGuide(head, 1.0, start=0, stop=1)]
+    whole = sample_images(tiny_pipe, prompts, seeds, num_steps=5, guides=guides, batch_size=4)
+    single = sample_images(tiny_pipe, prompts, seeds, num_steps=5, guides=guides, batch_size=1)
+    assert abs(whole.astype(int) - single.astype(int)).max() <= 1
+
+
+def test_decoding_rounds(tiny_pipe):
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = (tiny_pipe.vae.decode(z / tiny_pipe.vae.config.scaling_factor).sample.clamp(-1, 1) + 1) * 127.5
+    got = torch.from_numpy(decode_latents(tiny_pipe, z)).permute(0, 3, 1, 2).float()
+    assert (got - exact).abs().max() <= 0.5001
+
+
+def test_bad_strengths_get_a_sentence(head):
+    for options, text in [
+        ({"guidance_scale": float("nan")}, "finite guidance_scale"),
+        ({"start": 0.5, "stop": 0.5}, "start < stop"),
+        ({"every": 0}, "every >= 1"),
+        ({"space": "h"}, "'eps' or 'x'"),
+        ({"normalize": "rms"}, "'cfg' or None"),
+        ({"space": "x"}, "normalize=None"),
+    ]:
+        with pytest.raises(UserError, match=text):
+            MidBlockGuide(head, **options)
+
+
+def test_bad_calls_get_a_sentence(tiny_pipe, head):
+    with pytest.raises(UserError, match="one seed per prompt"):
+        sample_latents(tiny_pipe, PROMPTS, [1])
+    with pytest.raises(UserError, match="Did you mean 'ddim'"):
+        sample_latents(tiny_pipe, PROMPTS, [1, 2], scheduler="dim")
+    with pytest.raises(UserError, match="with a unet"), apply_guidance(object(), []):
+        pass
+    assert isinstance(tiny_pipe, StableDiffusionPipeline)
