@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -123,8 +124,8 @@ class FrechetDistance(Metric):
         least = int(min(self.real_n, self.fake_n))
         if 2 <= least < 2 * self.num_features:
             warnings.warn(
-                f"{self.name} of {least} samples with {self.num_features} features is biased upwards: compare "
-                f"it only at equal sample sizes, or take {2 * self.num_features} or more.",
+                f"{self.name} of {least} samples with {self.num_features} features is biased upwards: "
+                f"compare it only at equal sample sizes, or take {2 * self.num_features} or more.",
                 stacklevel=2,
             )
         value = frechet_distance(*self.statistics(real=True), *self.statistics(real=False))
@@ -175,7 +176,7 @@ class FrechetDistance(Metric):
             raise UserError(
                 f"Expected reference statistics at '{path}', found none; check the path."
             ) from None
-        except (KeyError, ValueError, OSError, EOFError) as error:
+        except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"Expected reference statistics with mu, sigma and n in '{path}', got something else; write "
                 "them with save_reference."
@@ -183,8 +184,8 @@ class FrechetDistance(Metric):
         d = self.num_features
         if mu.shape != (d,) or sigma.shape != (d, d) or n.shape != () or n < 2:
             raise UserError(
-                f"Expected reference statistics of {d} features in '{path}', got {mu.shape} and {sigma.shape} "
-                f"of n={n}; use those of the same features."
+                f"Expected reference statistics of {d} features in '{path}', got {mu.shape} and "
+                f"{sigma.shape} of n={n}; use those of the same features."
             )
         outer = (n - 1) * sigma + n * np.outer(mu, mu)
         for part in ("n", "sum", "outer"):

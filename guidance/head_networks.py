@@ -101,8 +101,8 @@ class Head(nn.Module):
         """
         if h.ndim != 4 or h.shape[1] != self.config.in_channels:
             raise UserError(
-                f"Expected features of shape (b, {self.config.in_channels}, y, x), got {tuple(h.shape)}; this "
-                f"head was trained on '{self.config.tap}' of {self.config.base_model or 'another model'}."
+                f"Expected features of shape (b, {self.config.in_channels}, y, x), got {tuple(h.shape)}; "
+                f"the head was trained on '{self.config.tap}' of {self.config.base_model or 'another model'}."
             )
         dtype = self.feature_mean.dtype
         t = torch.as_tensor(t, device=h.device).to(dtype).expand(len(h))

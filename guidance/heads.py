@@ -93,8 +93,8 @@ def load_head(path: str | os.PathLike[str], device: str | torch.device = "cpu") 
         head.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"Expected weights of the head that '{folder / CONFIG_FILE}' describes, but {WEIGHTS_FILE} does not "
-            f"fit or is cut short ({str(error).splitlines()[0]}); train or copy the head again."
+            f"Expected weights of the head that '{folder / CONFIG_FILE}' describes, but {WEIGHTS_FILE} does "
+            f"not fit or is cut short ({str(error).splitlines()[0]}); train or copy the head again."
         ) from error
     return head.to(device).eval().requires_grad_(False)
 

@@ -117,9 +117,8 @@ def build_objective(config: HeadConfig, name: str | None = None, target: Target 
     """
     if name is None:
         if config.task not in _DEFAULTS:
-            raise UserError(
-                f"Expected an objective for a head of task '{config.task}', got none.{nearest('', OBJECTIVES)}"
-            )
+            choices = nearest("", OBJECTIVES)
+            raise UserError(f"Expected an objective for a head of task '{config.task}', got none.{choices}")
         name = _DEFAULTS[config.task]
     if name not in OBJECTIVES:
         raise UserError(f"Expected a known objective, got '{name}'.{nearest(name, OBJECTIVES)}")

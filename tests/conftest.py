@@ -26,7 +26,7 @@ def build_tiny_pipe():
         vae=models.build_vae(),
         text_encoder=models.build_text_encoder(models.build_clip(len(tokenizer), tokenizer.eos_token_id)),
         tokenizer=tokenizer,
-        unet=models.build_unet((32, 64)),
+        unet=models.build_unet((16, 32, 64)),
         scheduler=models.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,

@@ -1,4 +1,4 @@
-"""The truth score: its formulas in closed form, its direction on rendered scenes, and the votes drawn from it."""
+"""The truth score: formulas in closed form, direction on rendered scenes, votes drawn from it."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Judges:
 
 
 def _unit(output: Any) -> Tensor:
-    """Normalise what `CLIPModel.get_*_features` returns: a tensor in transformers 4, an output object in 5."""
+    """Normalise what `CLIPModel.get_*_features` returns: a tensor in transformers 4, an object in 5."""
     embedding = output if isinstance(output, Tensor) else output.pooler_output
     return nn.functional.normalize(embedding.float(), dim=-1)
 

@@ -29,9 +29,10 @@ from guidance.errors import UserError
 from guidance.io import atomic_path, read_json, write_json
 
 from . import models
+from .patch_pca import PatchPCA, set_decoder, set_encoder
 from .render import render
 from .scenes import ATTRIBUTES, sample_scene, scenes
-from .training import Stage, batch_indices, clip_loss, denoising_loss, fit, to_float, vae_loss
+from .training import Stage, batch_indices, clip_loss, denoising_loss, fit, reconstruction_loss, to_float
 
 STEPS = ("data", "vae", "clip", "judge_classifier", "judge_clip", "unet")
 _CHUNK = 500
@@ -63,9 +64,9 @@ class Recipe:
     device: str = "cpu"
     compile: bool = False
     workers: int = 2
-    unet_channels: tuple[int, int] = (96, 160)
+    unet_channels: tuple[int, int, int] = (32, 64, 128)
     caption_dropout: float = 0.1
-    kl_weight: float = 1e-5
+    latent_noise: float = 0.05  # noise on the latents the decoder is trained on: sampled ones are not exact
 
     def run(self, step: str) -> dict[str, Any]:
         """Run one step, or return its record when it is done already."""
@@ -150,15 +151,20 @@ class Recipe:
 
     # ---- networks ---------------------------------------------------------------------------------------------
     def vae(self) -> dict[str, Any]:
-        """Train the autoencoder."""
+        """Set the encoder to the patch PCA and train the decoder."""
         torch.manual_seed(self.seed + 1)
         vae = models.build_vae().to(self.device)
+        set_encoder(vae, self.pca)
+        set_decoder(vae, self.pca)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
         stage = self.stages["vae"]
-        run = self._compiled(_VaeLoss(vae, self.kl_weight))
 
         def loss(step: int, g: torch.Generator) -> Tensor:
-            noise = torch.randn(stage.batch_size, 4, 8, 8, generator=g, device=self.device)
-            return run(self.pixels(self.batch(step, stage, 1)), noise)
+            x = self.pixels(self.batch(step, stage, 1))
+            z = self.pca.encode(x)
+            z = z + self.latent_noise * torch.randn(z.shape, generator=g, device=z.device)
+            return reconstruction_loss(vae.decode(z).sample, x)
 
         return self._fit("vae", vae, loss, 1)
 
@@ -204,8 +210,7 @@ class Recipe:
     def unet(self) -> dict[str, Any]:
         """Cache latents and text states, then train the denoiser."""
         torch.manual_seed(self.seed + 5)
-        vae = self.load("vae", models.build_vae())
-        latents, scaling = self.latents(vae)  # type: ignore[arg-type]
+        latents = self.latents()
         text, which = self.text_states()
         unet, stage = models.build_unet(self.unet_channels).to(self.device), self.stages["unet"]
         scheduler, run = models.build_scheduler(), self._compiled(unet)
@@ -218,21 +223,26 @@ class Recipe:
             states = text[captions].to(self.device).float()
             return denoising_loss(run, scheduler, latents[index].to(self.device).float(), states, g)
 
-        return self._fit("unet", unet, loss, 5) | {"scaling_factor": scaling}
+        return self._fit("unet", unet, loss, 5)
+
+    @cached_property
+    def pca(self) -> PatchPCA:
+        """The linear encoder, fitted to 5,000 training images once."""
+        path = self.work / "pca.safetensors"
+        if not path.exists():
+            PatchPCA.fit(self.images[:5000]).save(path)
+        return PatchPCA.load(path)
 
     @torch.no_grad()
-    def latents(self, vae: AutoencoderKL) -> tuple[Float[Tensor, "n 4 8 8"], float]:
-        """Scaled latents of all training images (cached in ``latents.npy``), and the scaling factor 1 / std."""
+    def latents(self) -> Float[Tensor, "n 4 16 16"]:
+        """Latents of all training images, fp16 (cached in ``latents.npy``)."""
         path = self.work / "latents.npy"
         if not path.exists():
-            parts = []
-            for i in tqdm(range(0, self.num_scenes, 250), desc="encode latents"):
-                parts.append(vae.encode(self.pixels(np.arange(i, min(i + 250, self.num_scenes)))).latent_dist.mean.cpu())
+            chunks = range(0, self.num_scenes, _CHUNK)
+            parts = [self.pca.encode(self.pixels(np.arange(i, i + _CHUNK))).cpu() for i in tqdm(chunks, desc="encode")]
             with atomic_path(path) as temporary:
                 np.save(temporary, torch.cat(parts).half().numpy())
-        z = torch.from_numpy(np.load(path))
-        scaling = 1.0 / float(z[:5000].float().std())
-        return z * scaling, scaling
+        return torch.from_numpy(np.load(path))
 
     @torch.no_grad()
     def text_states(self) -> tuple[Float[Tensor, "u n d"], np.ndarray]:
@@ -241,17 +251,6 @@ class Recipe:
         ids, which = self.unique
         states = [clip.text_model(input_ids=part.to(self.device))[0].cpu() for part in ids.split(256)]
         return torch.cat(states), which
-
-
-class _VaeLoss(nn.Module):
-    """The VAE's loss as one module, so that encoder and decoder compile together."""
-
-    def __init__(self, vae: AutoencoderKL, kl_weight: float) -> None:
-        super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
-
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        return vae_loss(self.vae, x, noise, self.kl_weight)
 
 
 def jitter(x: Float[Tensor, "b 3 h w"], g: torch.Generator) -> Float[Tensor, "b 3 h w"]:

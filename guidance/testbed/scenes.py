@@ -12,6 +12,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -219,4 +220,5 @@ def edit_scene(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
         "object": f"turn the {scene.object} into a {value}",
         "terrain": f"move it to the {value}",
     }[kind]
-    return instruction, dataclasses.replace(scene, **{kind: value})
+    change: dict[str, Any] = {kind: value}
+    return instruction, dataclasses.replace(scene, **change)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -179,17 +179,11 @@ def to_float(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> F
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
-def vae_loss(
-    vae: AutoencoderKL, x: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b c h2 w2"], kl_weight: float
-) -> Tensor:
-    """L1 + L1 of image gradients (keeps edges) + a small KL to the unit Gaussian."""
-    posterior = vae.encode(x).latent_dist
-    mean, std = posterior.mean, posterior.std
-    y = vae.decode(mean + std * noise).sample
+def reconstruction_loss(y: Float[Tensor, "b 3 h w"], x: Float[Tensor, "b 3 h w"]) -> Tensor:
+    """L1 + L2 + L1 of image gradients, which keeps edges."""
     error = y - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
-    return error.abs().mean() + error.square().mean() + 0.5 * edges + kl_weight * kl
+    return error.abs().mean() + error.square().mean() + 0.5 * edges
 
 
 def clip_loss(clip: CLIPModel, x: Float[Tensor, "b 3 h w"], ids: Int[Tensor, "b n"]) -> Tensor:

@@ -131,7 +131,8 @@ def truth_score(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]
     True
     """
     terms = truth_terms(images)
-    return sum(w * (terms[name] - MEAN[name]) / SD[name] for name, w in WEIGHTS.items()) / SCALE
+    weighted = [w * (terms[name] - MEAN[name]) / SD[name] for name, w in WEIGHTS.items()]
+    return np.sum(weighted, axis=0) / SCALE
 
 
 def rating(truth: Float[np.ndarray, " n"] | float, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -1,0 +1,160 @@
+"""From a :class:`FeatureRecipe` to features: load model and examples, cache splits, open a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from guidance.encoding import FeatureEncoder
+from guidance.errors import UserError
+from guidance.features import FeatureCache, LiveFeatures, cache_features, describe_features
+from guidance.pipelines import TESTBED, fingerprint, load_pipeline
+from guidance.recipes import FeatureRecipe
+from guidance.sources import SPLITS, load_examples
+
+_RECORDED = ("dataset", "train", "validation", "test", "image_column", "caption_column", "group_column")
+
+
+def build_cache(
+    recipe: FeatureRecipe,
+    folder: str | os.PathLike[str],
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> int:
+    """Cache all splits of a recipe; continues what a killed run left.
+
+    Args:
+        recipe: Model, dataset and noise.
+        folder: The cache.
+        process_index, num_processes: Which shards are this process's.
+        progress: Show progress bars.
+
+    Returns:
+        Rows this process computed.
+
+    Raises:
+        UserError: As :func:`guidance.features.cache_features` and :func:`guidance.sources.load_examples`.
+    """
+    examples = {split: _examples(recipe, split) for split in SPLITS}  # refused before the model loads
+    pipe = load_model(recipe)
+    return sum(
+        cache_features(
+            pipe,
+            examples[split],
+            folder,
+            image_column=recipe.image_column,
+            caption_column=recipe.caption_column,
+            target_columns=recipe.target_columns,
+            split=split,
+            draws=recipe.draws,
+            batch_size=recipe.batch_size,
+            shard_size=recipe.shard_size,
+            base_model=recipe.model,
+            source={name: getattr(recipe, name) for name in _RECORDED},
+            process_index=process_index,
+            num_processes=num_processes,
+            progress=progress,
+            **_encoding(recipe),
+        )
+        for split in SPLITS
+    )
+
+
+def open_cache(recipe: FeatureRecipe, folder: str | os.PathLike[str]) -> FeatureCache | None:
+    """Open a finished cache, or return None where one is absent or unfinished.
+
+    A finished cache is used as it is, so its recipe need not be repeated; but an option that was given and
+    contradicts it is refused.
+
+    Raises:
+        UserError: If the recipe asks for other features than the cache holds.
+    """
+    try:
+        cache = FeatureCache(folder)
+    except UserError:
+        return None
+    if set(cache.splits) != set(SPLITS):
+        return None
+    settings = cache.manifest["settings"]
+    recorded = settings | settings["source"] | {"model": settings["base_model"]}
+    default = FeatureRecipe()
+    for field in dataclasses.fields(FeatureRecipe):
+        value = getattr(recipe, field.name)
+        if field.name not in recorded or value in (None, getattr(default, field.name)):
+            continue
+        columns = field.name == "target_columns"
+        if not (set(value) <= set(cache.columns) if columns else value == recorded[field.name]):
+            raise UserError(
+                f"Expected {field.name}={value}, but the cache in '{folder}' was made with "
+                f"{recorded[field.name]}; choose another cache folder, or delete this one."
+            )
+    check_current(recipe, settings["base_model"], settings["base_fingerprint"], folder)
+    return cache
+
+
+def check_current(
+    recipe: FeatureRecipe, base_model: str, base_fingerprint: str, folder: str | os.PathLike[str]
+) -> None:
+    """Refuse what was made from other weights of the testbed than the present ones.
+
+    Only the testbed is checked: it loads within a second, and its weights change with the package.
+    """
+    if recipe.model == base_model == TESTBED and fingerprint(load_model(recipe).unet) != base_fingerprint:
+        raise UserError(
+            f"Expected '{folder}' to be made from the testbed's present weights, but it was made from "
+            "others; delete the folder to make it again."
+        )
+
+
+def live_splits(recipe: FeatureRecipe) -> tuple[dict[str, LiveFeatures], dict[str, Any]]:
+    """Return features that are computed when read, by split, and the settings a manifest would have."""
+    examples = {split: _examples(recipe, split) for split in SPLITS}
+    pipe = load_model(recipe)
+    encoders = {split: FeatureEncoder(pipe, split=split, **_encoding(recipe)) for split in SPLITS}
+    live = {
+        split: LiveFeatures(
+            encoders[split],
+            examples[split],
+            image_column=recipe.image_column,
+            caption_column=recipe.caption_column,
+            draws=recipe.draws,
+            batch_size=recipe.batch_size,
+        )
+        for split in SPLITS
+    }
+    return live, describe_features(encoders["train"], draws=recipe.draws, base_model=recipe.model)
+
+
+def load_model(recipe: FeatureRecipe) -> Any:
+    """Load the pipeline of a recipe."""
+    dtype = getattr(torch, recipe.dtype)
+    return load_pipeline(recipe.model, device=recipe.device, dtype=dtype, revision=recipe.revision)
+
+
+def _examples(recipe: FeatureRecipe, split: str) -> Any:
+    return load_examples(
+        recipe.dataset,
+        split,
+        getattr(recipe, split),
+        image_column=recipe.image_column,
+        caption_column=recipe.caption_column,
+        target_columns=recipe.target_columns,
+        rating_column=recipe.rating_column,
+        group_column=recipe.group_column,
+        seed=recipe.seed if recipe.dataset != TESTBED else 0,
+    )
+
+
+def _encoding(recipe: FeatureRecipe) -> dict[str, Any]:
+    return {
+        "tap": recipe.tap,
+        "noise": recipe.noise,
+        "caption": recipe.caption,
+        "timesteps": (recipe.timesteps[0], recipe.timesteps[1]) if recipe.timesteps else None,
+        "seed": recipe.seed,
+    }

@@ -1,0 +1,171 @@
+"""From images and captions to features: VAE latents -> noise at t -> the encoder half of the denoiser."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from guidance.errors import UserError
+from guidance.schedule import NoiseSchedule
+from guidance.taps import MID_BLOCK, encode_features, resolve_tap
+
+#: (index of the example in its split, number of the noise draw): what its noise depends on, with the seed.
+NoiseKey = tuple[int, int]
+
+
+class FeatureEncoder:
+    """Compute the features a head sees, for a fixed pipeline, tap and noise.
+
+    The noise level and the noise of an example depend on (seed, split, example, draw) alone: not on batch
+    size, order or number of processes.
+
+    Args:
+        pipe: Pipeline with ``vae``, ``unet``, ``scheduler`` and ``encode_prompt``.
+        tap: Module to read.
+        noise: "random" draws t uniformly from ``timesteps``; "none" reads clean latents at t = 0.
+        caption: "caption" gives the model each image's caption, "empty" the empty prompt.
+        timesteps: Lowest and highest t, inclusive; None for all of the schedule.
+        seed: Seed of the noise.
+        split: Name of the split, part of the seed.
+
+    Raises:
+        UserError: If the tap does not exist, the range is empty, or the model needs more than a prompt.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        tap: str = MID_BLOCK,
+        noise: Literal["random", "none"] = "random",
+        caption: Literal["caption", "empty"] = "caption",
+        timesteps: tuple[int, int] | None = None,
+        seed: int = 0,
+        split: str = "train",
+    ) -> None:
+        if noise not in ("random", "none"):
+            raise UserError(f"Expected noise 'random' or 'none', got '{noise}'.")
+        if caption not in ("caption", "empty"):
+            raise UserError(f"Expected caption 'caption' or 'empty', got '{caption}'.")
+        resolve_tap(pipe.unet, tap)
+        if pipe.unet.config.get("addition_embed_type"):
+            kind = pipe.unet.config.addition_embed_type
+            raise UserError(
+                f"Expected a model that is conditioned on text alone, got one with '{kind}' (as SDXL has); "
+                "use a model of the Stable Diffusion 1 or 2 family."
+            )
+        self.pipe, self.tap, self.noise, self.caption = pipe, tap, noise, caption
+        self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+        self.timesteps = trained_timesteps(self.schedule, noise, timesteps)
+        self.seed, self.split = seed, split
+        self.image_size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+
+    @torch.no_grad()
+    def latents(self, images: Sequence[Image.Image]) -> Float[Tensor, "b c y x"]:
+        """Encode images to scaled latents: the mean of the VAE's posterior, float32."""
+        vae = self.pipe.vae
+        pixels = np.stack([fit_image(image, self.image_size) for image in images])
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        x0 = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        shift = vae.config.get("shift_factor") or 0.0
+        return (x0 - shift) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def text(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
+        """Encode captions, or as many empty prompts."""
+        prompts = ["" if self.caption == "empty" else text for text in captions]
+        return self.pipe.encode_prompt(prompts, self.pipe.unet.device, 1, False)[0]
+
+    def draw_noise(
+        self, keys: Sequence[NoiseKey], shape: Sequence[int]
+    ) -> tuple[Tensor, Float[Tensor, "b c y x"]]:
+        """Draw a timestep, int64 (b,), and the noise of each example, float32, on the CPU."""
+        salt = zlib.crc32(self.split.encode())
+        low, high = self.timesteps
+        t, eps = [], []
+        for example, draw in keys:
+            state = np.random.SeedSequence([self.seed, salt, example, draw]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(state >> 1))
+            t.append(torch.randint(low, high + 1, (), generator=generator))
+            eps.append(torch.randn(*shape, generator=generator))
+        return torch.stack(t), torch.stack(eps)
+
+    def encode(
+        self,
+        x0: Float[Tensor, "b c y x"],
+        text: Float[Tensor, "b n d"],
+        keys: Sequence[NoiseKey],
+    ) -> tuple[Float[Tensor, "b c2 y2 x2"], Float[Tensor, " b"]]:
+        """Noise latents and read the tap.
+
+        Args:
+            x0: Clean latents.
+            text: Text-encoder states.
+            keys: What each example's noise depends on.
+
+        Returns:
+            Features in the model's dtype, and timesteps (float32), both on the model's device.
+        """
+        unet = self.pipe.unet
+        if self.noise == "none":
+            t, x = torch.zeros(len(x0), device=x0.device), x0
+        else:
+            t, eps = (value.to(x0.device) for value in self.draw_noise(keys, x0.shape[1:]))
+            x = self.schedule.add_noise(x0, eps, t)
+        return encode_features(unet, x.to(unet.dtype), t, text.to(unet.dtype), tap=self.tap), t.float()
+
+
+def trained_timesteps(
+    schedule: NoiseSchedule, noise: str, timesteps: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Return the range of timesteps that features cover, after checking it."""
+    if noise == "none":
+        return 0, 0
+    last = schedule.num_train_timesteps - 1
+    low, high = timesteps or (0, last)
+    if not 0 <= low <= high <= last:
+        raise UserError(f"Expected timesteps with 0 <= low <= high <= {last}, got [{low}, {high}].")
+    return low, high
+
+
+def fit_image(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Resize the shorter side and crop the centre.
+
+    Args:
+        image: Any PIL mode; see :func:`to_rgb`.
+        size: Height and width in pixels; an image of this size is left as it is.
+
+    Returns:
+        RGB, (size, size, 3).
+    """
+    rgb = to_rgb(image)
+    if rgb.size != (size, size):
+        rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(rgb, dtype=np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any PIL mode to RGB: upright by EXIF, transparency on white, 16-bit grey scaled to 8.
+
+    >>> to_rgb(Image.new("RGBA", (1, 1), (0, 0, 0, 0))).getpixel((0, 0))
+    (255, 255, 255)
+    >>> to_rgb(Image.new("I;16", (1, 1), 65535)).getpixel((0, 0))
+    (255, 255, 255)
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these at 255
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if values.max(initial=0) > 255 else 255
+        image = Image.fromarray(np.clip(values * (255 / top), 0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
+    return image.convert("RGB")

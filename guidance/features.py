@@ -1,0 +1,294 @@
+"""Compute features: once, into shards (:func:`cache_features`), or on the fly (:class:`LiveFeatures`)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from guidance.encoding import FeatureEncoder
+from guidance.errors import UserError
+from guidance.feature_cache import (
+    FORMAT_VERSION,
+    MANIFEST,
+    FeatureCache,
+    FeatureSource,
+    check_shard,
+    shard_name,
+)
+from guidance.io import atomic_dir, read_json, write_json
+from guidance.pipelines import fingerprint
+from guidance.sources import decode_image, require_columns
+from guidance.taps import MID_BLOCK
+
+__all__ = ["FeatureCache", "FeatureSource", "LiveFeatures", "cache_features", "describe_features"]
+
+
+class LiveFeatures:
+    """Compute features when they are read, with new noise in every epoch.
+
+    Args:
+        encoder: Computes the features of one split.
+        dataset: Examples as :func:`guidance.sources.load_examples` returns them.
+        image_column, caption_column: Their columns; None for a dataset without captions.
+        draws: Noise draws per example and epoch: each counts as a row.
+        batch_size: Rows per forward.
+    """
+
+    def __init__(
+        self,
+        encoder: FeatureEncoder,
+        dataset: Any,
+        *,
+        image_column: str = "image",
+        caption_column: str | None = "caption",
+        draws: int = 1,
+        batch_size: int = 64,
+    ) -> None:
+        self.encoder, self.dataset, self.draws, self.batch_size = encoder, dataset, draws, batch_size
+        self.image_column, self.caption_column = image_column, caption_column
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.draws
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return all values of a dataset column, repeated for each draw, (n, ...)."""
+        return np.repeat(column_array(self.dataset, name), self.draws, axis=0)
+
+    def read(
+        self, rows: Sequence[int] | NDArray[np.int64], epoch: int = 0
+    ) -> tuple[Float[Tensor, "b c y x"], Float[Tensor, " b"]]:
+        """Compute features and timesteps of rows, in the order asked for; every epoch draws other noise."""
+        parts = [
+            self._encode(np.asarray(rows[i : i + self.batch_size], np.int64), epoch)
+            for i in range(0, len(rows), self.batch_size)
+        ]
+        return torch.cat([h for h, _ in parts]), torch.cat([t for _, t in parts])
+
+    def _encode(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
+        examples, inverse = np.unique(rows // self.draws, return_inverse=True)  # each image is encoded once
+        picked = self.dataset[examples]
+        images = [
+            decode_image(cell, int(i)) for i, cell in zip(examples, picked[self.image_column], strict=True)
+        ]
+        captions = picked[self.caption_column] if self.caption_column else [""] * len(images)
+        x0 = self.encoder.latents(images)[inverse]
+        text = self.encoder.text([text or "" for text in captions])[inverse]
+        keys = [(int(row // self.draws), int(epoch * self.draws + row % self.draws)) for row in rows]
+        return self.encoder.encode(x0, text, keys)
+
+
+def cache_features(
+    pipe: Any,
+    dataset: Any,
+    folder: str | os.PathLike[str],
+    *,
+    image_column: str = "image",
+    caption_column: str | None = "caption",
+    target_columns: Sequence[str] = ("rating",),
+    split: str = "train",
+    noise: Literal["random", "none"] = "random",
+    draws: int = 1,
+    caption: Literal["caption", "empty"] = "caption",
+    tap: str = MID_BLOCK,
+    timesteps: tuple[int, int] | None = None,
+    batch_size: int = 64,
+    shard_size: int = 2048,
+    seed: int = 0,
+    base_model: str | None = None,
+    source: dict[str, Any] | None = None,
+    process_index: int = 0,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> int:
+    """Write the features of one split as shards; shards that are there and whole are kept.
+
+    Call it once per split on the same folder.  A killed run goes on when it is called again with the same
+    arguments; others are refused.
+
+    Args:
+        pipe: Pipeline; its VAE, text encoder and the encoder half of its denoiser are run.
+        dataset: Examples as :func:`guidance.sources.load_examples` returns them.
+        folder: The cache.
+        image_column, caption_column: Columns of the dataset; None for a dataset without captions.
+        target_columns: Columns to store: numbers, text (class labels by name), or equal-length vectors.
+        split: Name of the split: a part of the cache, and of the seed of the noise.
+        noise: "random": latents noised at uniformly random t; "none": clean latents at t = 0.
+        draws: Noise draws, hence rows, per image.
+        caption: Condition on the "caption" or on the "empty" prompt.
+        tap: Module to read.
+        timesteps: Lowest and highest t, inclusive; None for all.
+        batch_size: Rows per forward; has no influence on the noise.
+        shard_size: Rows per shard, rounded to whole images; a kill loses one shard of work at most.
+        seed: Seed of the noise.
+        base_model: Name of the model, for the manifest; None takes the pipeline's own.
+        source: What else to record about the examples in the manifest (JSON).
+        process_index, num_processes: Which shards are this process's: every ``num_processes``-th.
+        progress: Show a progress bar.
+
+    Returns:
+        Rows this process computed, without those that were there.
+
+    Raises:
+        UserError: If the cache was written with other settings, a column is missing, an image cannot be
+            read, or features are not finite.
+    """
+    if draws < 1 or batch_size < 1 or shard_size < 1:
+        raise UserError(
+            f"Expected draws, batch_size and shard_size above 0, got {draws}, {batch_size}, {shard_size}."
+        )
+    columns = [image_column, *([caption_column] if caption_column else []), *target_columns]
+    require_columns(dataset, columns, split)
+    encoder = FeatureEncoder(
+        pipe, tap=tap, noise=noise, caption=caption, timesteps=timesteps, seed=seed, split=split
+    )
+    settings = describe_features(encoder, draws=draws, base_model=base_model) | {
+        "target_columns": list(target_columns),
+        "source": source or {},
+    }
+    per_shard = max(1, shard_size // draws) * draws
+    live = LiveFeatures(
+        encoder,
+        dataset,
+        image_column=image_column,
+        caption_column=caption_column,
+        draws=draws,
+        batch_size=batch_size,
+    )
+    _write_manifest(Path(folder), settings, split, len(live), per_shard, write=process_index == 0)
+    targets = {name: live.column(name) for name in target_columns}
+    starts = range(0, len(live), per_shard)
+    mine = {
+        Path(folder) / shard_name(split, k): s
+        for k, s in enumerate(starts)
+        if k % num_processes == process_index
+    }
+    todo = {
+        path: start
+        for path, start in mine.items()
+        if not _is_whole(path, len(live), start, per_shard, targets)
+    }
+    rows = sum(min(per_shard, len(live) - start) for start in todo.values())
+    with tqdm(
+        total=rows, desc=f"cache {split} features", unit="row", disable=not progress or not rows
+    ) as bar:
+        for path, start in todo.items():
+            order = np.arange(start, min(start + per_shard, len(live)))
+            _write_shard(path, live, order, targets, bar)
+    return rows
+
+
+def describe_features(
+    encoder: FeatureEncoder, *, draws: int, base_model: str | None = None
+) -> dict[str, Any]:
+    """Return all that decides what features mean: the settings in a manifest and in the config of a head."""
+    pipe = encoder.pipe
+    return {
+        "base_model": base_model or str(pipe.config.get("_name_or_path") or ""),
+        "base_fingerprint": fingerprint(pipe.unet),
+        "prediction_type": encoder.schedule.prediction_type,
+        "num_train_timesteps": encoder.schedule.num_train_timesteps,
+        "tap": encoder.tap,
+        "noise": encoder.noise,
+        "caption": encoder.caption,
+        "timesteps": list(encoder.timesteps),
+        "image_size": encoder.image_size,
+        "draws": draws,
+        "seed": encoder.seed,
+    }
+
+
+def column_array(dataset: Any, name: str) -> NDArray[Any]:
+    """Return a dataset column as an array that ``numpy.save`` stores without pickling.
+
+    Whole numbers become int64, others float64 (missing ones NaN), text fixed-width Unicode, lists of numbers
+    float32 rows; class labels are given by their names.
+
+    Raises:
+        UserError: If the column holds something else, or lists of several lengths.
+    """
+    values = list(dataset[name])
+    feature = dataset.features[name]
+    if hasattr(feature, "int2str"):
+        return np.asarray([feature.int2str(value) if value is not None else "" for value in values])
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, bool | int) for value in known) and len(known) == len(values):
+        return np.asarray(values, np.int64)
+    if all(isinstance(value, bool | int | float) for value in known):
+        return np.asarray([np.nan if value is None else value for value in values], np.float64)
+    if all(isinstance(value, str) for value in known):
+        return np.asarray([value or "" for value in values])
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"Expected numbers, text or vectors of one length in the column '{name}', got {feature}; "
+            "leave it out of target_columns."
+        ) from None
+
+
+def _write_manifest(
+    folder: Path, settings: dict[str, Any], split: str, rows: int, per_shard: int, *, write: bool
+) -> None:
+    """Record the plan of a split before its first shard, or check that it is the plan already recorded."""
+    plan = {"rows": rows, "rows_per_shard": per_shard}
+    manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": settings, "splits": {}}
+    if (folder / MANIFEST).exists():
+        manifest = read_json(folder / MANIFEST)
+        old = manifest["settings"] | manifest["splits"].get(split, {})
+        new = settings | (plan if split in manifest["splits"] else {})
+        differs = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+        if differs:
+            key = min(differs)
+            raise UserError(
+                f"Expected the settings of the cache in '{folder}', got another {key}: {new.get(key)} "
+                f"instead of {old.get(key)}; choose another folder, or delete this one."
+            )
+    if write and manifest["splits"].get(split) != plan:
+        manifest["splits"][split] = plan
+        write_json(folder / MANIFEST, manifest)
+
+
+def _is_whole(
+    path: Path, total: int, start: int, per_shard: int, columns: Sequence[str] | dict[str, Any]
+) -> bool:
+    """Tell whether a shard is there and usable; remove what a killed run of this shard left."""
+    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        check_shard(path, min(per_shard, total - start), list(columns))
+    except UserError:
+        return False
+    return True
+
+
+def _write_shard(
+    path: Path, live: LiveFeatures, order: NDArray[np.int64], targets: dict[str, NDArray[Any]], bar: Any
+) -> None:
+    """Compute a shard and write it as a whole."""
+    h, t = [], []
+    for i in range(0, len(order), live.batch_size):
+        rows = order[i : i + live.batch_size]
+        features, timesteps = live.read(rows)
+        h.append(features.to("cpu", torch.float16))
+        t.append(timesteps.cpu())
+        if not h[-1].isfinite().all():
+            raise UserError(
+                f"Expected finite features that fit float16, got others in rows {rows[0]} to {rows[-1]}; run "
+                "the model in float32 (dtype=float32), or check its weights."
+            )
+        bar.update(len(rows))
+    with atomic_dir(path) as temporary:
+        np.save(temporary / "h.npy", torch.cat(h).numpy())
+        np.save(temporary / "t.npy", torch.cat(t).numpy())
+        for name, values in targets.items():
+            np.save(temporary / f"{name}.npy", values[order])

@@ -1,0 +1,206 @@
+"""How good a head is, per timestep bin; temperatures; and the range of noise where it is of use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from guidance.head_config import NUM_BINS, HeadConfig, timestep_bins
+from guidance.io import atomic_path
+
+#: The lower end of the 95% interval of the skill must reach this for a bin to count as useful.
+CLEAR_SKILL = 0.1
+_MIN_ROWS = 50  # fewer rows fit no temperature of their own
+_TEMPERATURE_RANGE = (0.05, 20.0)
+
+
+def fit_temperatures(
+    logits: Float[Tensor, "n outputs"], target: Tensor, t: Float[Tensor, " n"], num_train_timesteps: int
+) -> list[float]:
+    """Fit one temperature per timestep bin by the likelihood of held-out data.
+
+    Args:
+        logits: Uncalibrated outputs.
+        target: Class indices (n,) or probabilities (n, outputs).
+        t: Timesteps.
+        num_train_timesteps: Range of t.
+
+    Returns:
+        :data:`NUM_BINS` divisors; bins with few rows take that of all rows.
+
+    Reference:
+        Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    overall = _fit_temperature(logits, target)
+    bins = timestep_bins(t, num_train_timesteps)
+    picked = [bins == i for i in range(NUM_BINS)]
+    return [_fit_temperature(logits[p], target[p]) if p.sum() >= _MIN_ROWS else overall for p in picked]
+
+
+def _fit_temperature(logits: Tensor, target: Tensor) -> float:
+    from scipy.optimize import minimize_scalar
+
+    low, high = (math.log(bound) for bound in _TEMPERATURE_RANGE)
+    exact = logits.double()
+    wanted = target.double() if target.is_floating_point() else target
+
+    def loss(log_temperature: float) -> float:
+        return float(F.cross_entropy(exact / math.exp(log_temperature), wanted))
+
+    return round(math.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x), 4)
+
+
+def evaluate_head(
+    outputs: Float[Tensor, "n outputs"],
+    target: Tensor,
+    t: Float[Tensor, " n"],
+    config: HeadConfig,
+    compare: Mapping[str, NDArray[Any]] | None = None,
+) -> dict[str, Any]:
+    """Measure a head over all rows and per timestep bin.
+
+    Args:
+        outputs: Outputs of the head; calibrated logits, or numbers for regression.
+        target: As :func:`guidance.head_losses.encode_targets` gives it.
+        t: Timesteps.
+        config: The head's config.
+        compare: Further numeric columns to rank the score against, for example the testbed's truth.
+
+    Returns:
+        ``{"overall": {...}, "bins": [{"low", "high", "rows", ...}]}``.  Ratings and classes: accuracy, chance
+        (the share of the most frequent class), ece, nll.  Ratings and numbers: spearman of the score with the
+        target and ``spearman_NAME`` with the compared columns.  Regression: mae.  ``skill`` is the lower end
+        of a 95% interval of Spearman's rho, or, for classes, of (accuracy - chance) / (1 - chance).
+    """
+    bins = timestep_bins(t, config.num_train_timesteps)
+    compared = {
+        name: torch.as_tensor(np.asarray(values, np.float64)) for name, values in (compare or {}).items()
+    }
+
+    def measure(rows: Tensor) -> dict[str, Any]:
+        return _measure(outputs[rows], target[rows], config, {n: c[rows] for n, c in compared.items()})
+
+    edges = [round(i * config.num_train_timesteps / NUM_BINS) for i in range(NUM_BINS + 1)]
+    per_bin = [
+        {"low": edges[i], "high": edges[i + 1] - 1, "rows": int((bins == i).sum())} | measure(bins == i)
+        for i in range(NUM_BINS)
+        if (bins == i).sum() > 3
+    ]
+    everything = torch.ones(len(t), dtype=torch.bool)
+    return {"overall": {"rows": len(t)} | measure(everything), "bins": per_bin}
+
+
+def _measure(
+    outputs: Tensor, target: Tensor, config: HeadConfig, compare: dict[str, Tensor]
+) -> dict[str, Any]:
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+    result: dict[str, Any] = {}
+    n = len(outputs)
+    if config.task != "regression":
+        index = target if config.task == "class" else _score(target.clamp(min=1e-30).log()).round().long() - 1
+        classes = outputs.shape[1]
+        accuracy = float(MulticlassAccuracy(classes, average="micro")(outputs, index))
+        chance = float(index.bincount(minlength=classes).max()) / n
+        result = {
+            "accuracy": accuracy,
+            "chance": chance,
+            "ece": float(MulticlassCalibrationError(classes, n_bins=15)(outputs.softmax(1), index)),
+            "nll": float(F.cross_entropy(outputs, target)),
+        }
+        if config.task == "class":
+            lower = _wilson_lower(accuracy, n)
+            return result | {"skill": (lower - chance) / max(1 - chance, 1e-9)}
+        score, wanted = _score(outputs), target @ torch.arange(1.0, classes + 1)
+    else:
+        score, wanted = outputs[:, 0], target[:, 0]
+        result["mae"] = float((score - wanted).abs().mean())
+    rho = _spearman(score, wanted)
+    result |= {"spearman": rho} | {f"spearman_{name}": _spearman(score, c) for name, c in compare.items()}
+    # Fisher's transform; 1.03 is Fieller's correction for ranks
+    return result | {
+        "skill": math.tanh(math.atanh(min(rho, 0.999999)) - 1.96 * 1.03 / math.sqrt(max(n - 3, 1)))
+    }
+
+
+def _score(logits: Tensor) -> Tensor:
+    """The expected rating."""
+    return logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1)
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation, 0 where one side is constant."""
+    from torchmetrics.functional.regression import spearman_corrcoef
+
+    kept = b.isfinite()
+    if kept.sum() < 3 or a[kept].unique().numel() < 2 or b[kept].unique().numel() < 2:
+        return 0.0
+    return float(spearman_corrcoef(a[kept].double(), b[kept].double()))
+
+
+def _wilson_lower(share: float, n: int, z: float = 1.96) -> float:
+    centre = share + z * z / (2 * n)
+    return (centre - z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+
+
+def useful_range(metrics: Mapping[str, Any], num_train_timesteps: int) -> tuple[float, float]:
+    """Return (start, stop), the fractions of the sampling steps where a head clearly beats chance.
+
+    The longest run of bins whose skill reaches :data:`CLEAR_SKILL`; sampling starts at the highest t, so
+    start 0 is its upper end.  (0, 1) if there is no such bin.
+
+    >>> skills = [0.6, 0.5, 0.4, 0.3, 0.2, 0.2, 0.15, 0.12, 0.05, -0.1]
+    >>> bins = [{"low": 100 * i, "high": 100 * i + 99, "skill": s} for i, s in enumerate(skills)]
+    >>> useful_range({"bins": bins}, 1000)
+    (0.2, 1.0)
+    """
+    best: list[Mapping[str, Any]] = []
+    run: list[Mapping[str, Any]] = []
+    for entry in metrics["bins"]:
+        run = [*run, entry] if entry["skill"] >= CLEAR_SKILL else []
+        best = run if len(run) > len(best) else best
+    if not best:
+        return 0.0, 1.0
+    start = 1 - (best[-1]["high"] + 1) / num_train_timesteps
+    return round(start, 4), round(1 - best[0]["low"] / num_train_timesteps, 4)
+
+
+def plot_metrics(metrics: Mapping[str, Mapping[str, Any]], config: HeadConfig, path: str | Path) -> None:
+    """Plot each measure against the timestep, one line per split.
+
+    Args:
+        metrics: Split name -> result of :func:`evaluate_head`.
+        config: The head's config, for titles and the useful range.
+        path: PNG file.
+    """
+    from matplotlib.figure import Figure
+
+    wanted = ("accuracy", "spearman", "spearman_truth", "ece", "nll", "mae", "skill")
+    found = metrics["test"]["bins"][0] if metrics["test"]["bins"] else {}
+    names = [name for name in wanted if name in found]
+    figure = Figure(figsize=(3.6 * max(len(names), 1), 3.2), layout="constrained")
+    axes = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
+    for axis, name in zip(axes, names, strict=False):
+        for split, result in metrics.items():
+            t = [(entry["low"] + entry["high"]) / 2 for entry in result["bins"]]
+            axis.plot(t, [entry[name] for entry in result["bins"]], "o-", label=split)
+        if name == "accuracy":
+            chance = [entry["chance"] for entry in metrics["test"]["bins"]]
+            axis.plot(t, chance, "k:", label="chance")
+        T = config.num_train_timesteps
+        axis.axvspan((1 - config.stop) * T, (1 - config.start) * T, color="tab:green", alpha=0.08)
+        axis.set(title=name, xlabel="timestep (noise grows to the right)")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(f"{config.kind} head for '{config.target}'; shaded: where it guides")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)

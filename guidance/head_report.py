@@ -1,0 +1,146 @@
+"""The end of a head's training: calibrate on validation rows, measure on test rows, write the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from guidance.feature_cache import FeatureSource
+from guidance.head_config import timestep_bins
+from guidance.head_metrics import evaluate_head, fit_temperatures, plot_metrics, useful_range
+from guidance.head_training import FitState, predict
+from guidance.heads import Head, check_replaceable, write_head
+from guidance.io import atomic_dir, write_json
+
+_HEADLINES = ("accuracy", "chance", "ece", "spearman", "spearman_truth", "mae", "skill")
+
+
+def measure_head(
+    head: Head,
+    sources: Mapping[str, FeatureSource],
+    targets: Mapping[str, Tensor],
+    accelerator: Any,
+    *,
+    calibrate: bool = True,
+    compare: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Calibrate a head, find its useful range, and measure it; nothing is chosen on test rows.
+
+    Args:
+        head: Trained head; its config's temperature, start, stop and metrics are set.
+        sources: "validation" and "test" features.
+        targets: Their targets, see :func:`guidance.head_losses.encode_targets`.
+        accelerator: Shares the rows among processes.
+        calibrate: Fit temperatures (of ratings and classes).
+        compare: Further numeric columns of the sources to rank the score against.
+
+    Returns:
+        ``{"validation": ..., "test": ...}``, see :func:`guidance.head_metrics.evaluate_head`.
+    """
+    config = head.config
+    config.temperature, config.metrics = [], {}
+    results: dict[str, Any] = {}
+    for split in ("validation", "test"):
+        outputs, t = predict(head, sources[split], accelerator)
+        columns = {name: sources[split].column(name) for name in compare}
+        raw = evaluate_head(outputs, targets[split], t, config, columns)
+        if calibrate and config.task != "regression":
+            if split == "validation":
+                temperature = fit_temperatures(outputs, targets[split], t, config.num_train_timesteps)
+            bins = timestep_bins(t, config.num_train_timesteps)
+            outputs = outputs / outputs.new_tensor(temperature)[bins][:, None]
+        results[split] = evaluate_head(outputs, targets[split], t, config, columns)
+        for entry, before in zip(
+            [results[split]["overall"], *results[split]["bins"]], [raw["overall"], *raw["bins"]], strict=True
+        ):
+            if "ece" in before:
+                entry["ece_uncalibrated"] = before["ece"]
+    if calibrate and config.task != "regression":
+        config.temperature = temperature
+    if config.noise == "random":  # a head on clean latents was never shown the other noise levels
+        config.start, config.stop = useful_range(results["validation"], config.num_train_timesteps)
+    config.metrics = {k: results["test"]["overall"][k] for k in _HEADLINES if k in results["test"]["overall"]}
+    return results
+
+
+def write_folder(
+    head: Head,
+    folder: str | os.PathLike[str],
+    results: Mapping[str, Any],
+    fit: FitState,
+    *,
+    config_yaml: str,
+    trained: Mapping[str, Any],
+) -> None:
+    """Write weights, config, metrics, plot, model card and training config as one folder, or nothing.
+
+    Args:
+        head: Measured head.
+        folder: Final folder; one that holds something else than a head is refused.
+        results: Result of :func:`measure_head`.
+        fit: Result of the training.
+        config_yaml: The config of the run, for ``train.yaml``.
+        trained: Facts of the run for the model card, for example rows and device.
+    """
+    check_replaceable(folder)
+    cost = {"seconds": round(fit.seconds, 1)} | dict(trained)
+    training = {k: v for k, v in dataclasses.asdict(fit).items() if k != "seconds"}
+    with atomic_dir(folder) as temporary:
+        write_head(head, temporary)
+        write_json(temporary / "metrics.json", {**results, "training": training, "cost": cost})
+        plot_metrics(results, head.config, temporary / "metrics.png")
+        (temporary / "train.yaml").write_text(config_yaml, encoding="utf-8")
+        card = model_card(head, os.fspath(folder), results, fit, cost)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(
+    head: Head, name: str, results: Mapping[str, Any], fit: FitState, cost: Mapping[str, Any]
+) -> str:
+    """Return the model card of a head as Markdown."""
+    config, test = head.config, results["test"]
+    columns = [c for c in ("low", "high", "rows", *_HEADLINES, "nll") if c in test["bins"][0]]
+    lines = [
+        f"# {Path(name).name}",
+        "",
+        f"A {config.kind} head that reads `{config.target}` ({config.task}) off `{config.tap}` of "
+        f"`{config.base_model}` (weights {config.base_fingerprint}, {config.prediction_type}).",
+        "",
+        "```python",
+        "from guidance import MidBlockGuide, apply_guidance, load_head, load_pipeline",
+        "",
+        f'pipe = load_pipeline("{config.base_model}")',
+        f'with apply_guidance(pipe, [MidBlockGuide(load_head("{name}"))]):',
+        '    image = pipe("a prompt").images[0]',
+        "```",
+        "",
+        f"- outputs: {', '.join(config.labels) or config.outputs}",
+        f"- features: noise {config.noise}, timesteps {config.timesteps[0]} to {config.timesteps[1]}, "
+        f"prompt: {config.caption}",
+        f"- {'told' if config.time_conditioned else 'not told'} the timestep; "
+        f"{sum(p.numel() for p in head.parameters()):,} parameters",
+        f"- guides in the fractions {config.start} to {config.stop} of the sampling steps, where it clearly "
+        "beat chance on validation rows",
+        f"- trained {fit.step} steps ({len(fit.history)} epochs); "
+        + ", ".join(f"{key} {value}" for key, value in cost.items()),
+        "",
+        "Measured on test rows; nothing was chosen on them. Skill is the lower end of a 95% interval; 0 is "
+        "chance.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " ---: |" * len(columns),
+        *("| " + " | ".join(_cell(entry[c]) for c in columns) + " |" for entry in test["bins"]),
+        "",
+        "Overall: " + ", ".join(f"{k} {_cell(v)}" for k, v in test["overall"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: float | int) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,291 @@
+"""A sampling run: the same prompts, seeds and noise under several arms, image by image into a record store.
+
+Work is cut into fixed batches.  A batch of which an image is missing is sampled whole and only what is missing is
+written, so that a run that was killed and taken up again ends with the bytes of one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from guidance.apply import StepRecord
+from guidance.errors import UserError
+from guidance.guides import Guide, MidBlockGuide
+from guidance.heads import Head
+from guidance.objectives import Target
+from guidance.pipelines import fingerprint
+from guidance.prompts import Prompt
+from guidance.records import UNGUIDED, Record, RecordStore, noise_hash, toolkit_version
+from guidance.sampling import decode_latents, initial_noise, sample_latents, using_scheduler
+
+#: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
+SEED_STRIDE = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One image to make under every arm."""
+
+    prompt: Prompt
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A method of a comparison.
+
+    Attributes:
+        name: Also the name of its image folder.
+        guides: Empty for plain sampling.
+        descriptions: One plain dict per guide, for the records.
+        head: Path of the head; "" without one.
+    """
+
+    name: str
+    guides: tuple[Guide, ...] = ()
+    descriptions: tuple[dict[str, Any], ...] = ()
+    head: str = ""
+
+
+def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> list[Job]:
+    """Give draw ``j`` of prompt ``i`` the seed ``seed + 1000 i + j``; all draws of a prompt are neighbours."""
+    if not 1 <= seeds_per_prompt <= SEED_STRIDE:
+        raise UserError(f"Expected 1 to {SEED_STRIDE} seeds per prompt, got {seeds_per_prompt}.")
+    return [
+        Job(p, seed + SEED_STRIDE * i + j) for i, p in enumerate(prompts) for j in range(seeds_per_prompt)
+    ]
+
+
+def arm_name(scale: float) -> str:
+    """Name the arm of a scale.
+
+    >>> [arm_name(s) for s in (0, 1.0, -0.5)]
+    ['unguided', 'scale=1', 'scale=-0.5']
+    """
+    return UNGUIDED if scale == 0 else f"scale={scale:.10g}"
+
+
+def list_scales(scales: Sequence[float]) -> list[float]:
+    """Return the scales in order, each once, 0 first: the unguided images are always sampled.
+
+    Raises:
+        UserError: If a scale is not a finite number.
+    """
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise UserError(f"Expected finite scales, got {scale}; 0 samples without guidance.")
+    named = {arm_name(scale): float(scale) for scale in scales}
+    named.pop(UNGUIDED, None)
+    return [0.0, *named.values()]
+
+
+def midblock_arms(
+    head: Head | None,
+    scales: Sequence[float],
+    *,
+    head_path: str = "",
+    objective: str | None = None,
+    target: Target = None,
+    normalize: str | None = "cfg",
+    start: float | None = None,
+    stop: float | None = None,
+    every: int = 1,
+    space: str = "eps",
+) -> list[Arm]:
+    """Make the unguided arm and one of :class:`MidBlockGuide` per other scale; arguments as there.
+
+    Raises:
+        UserError: If an option is out of range, or a scale other than 0 comes without a head.
+    """
+    arms = []
+    for scale in list_scales(scales):
+        if scale == 0:
+            arms.append(Arm(UNGUIDED))
+            continue
+        if head is None:
+            raise UserError(
+                f"Expected a head for scale {scale:g}, got none; give one with head=FOLDER (train it with "
+                "'accelerate launch train/head.py'), or set scales=[0]."
+            )
+        options: dict[str, Any] = {"objective": objective, "target": target, "normalize": normalize}
+        guide = MidBlockGuide(head, scale, **options, start=start, stop=stop, every=every, space=space)
+        described = {"method": "midblock", "name": guide.name, **dataclasses.asdict(guide.strength)}
+        described |= {"objective": objective, "target": target}
+        described |= {"head": head_path, "head_fingerprint": fingerprint(head)}
+        arms.append(Arm(arm_name(scale), (guide,), (described,), head_path))
+    return arms
+
+
+def check_sampling(pipe: Any, arms: Sequence[Arm], *, num_steps: int, scheduler: str | None) -> str:
+    """Check that the arms, the scheduler and the number of steps fit a pipeline, before anything is written.
+
+    Returns:
+        The class name of the scheduler.
+
+    Raises:
+        UserError: If they do not.
+    """
+    if not hasattr(pipe, "unet"):
+        raise UserError(f"Expected a pipeline with a unet, got {type(pipe).__name__}, which has none.")
+    with using_scheduler(pipe, scheduler):
+        most = pipe.scheduler.config.num_train_timesteps
+        if not 1 <= num_steps <= most:
+            raise UserError(f"Expected num_steps from 1 to {most}, got {num_steps}; 25 is usual.")
+        for guide in itertools.chain.from_iterable(arm.guides for arm in arms):
+            guide.prepare(pipe)
+        return type(pipe.scheduler).__name__
+
+
+def sample_arms(
+    pipe: Any,
+    jobs: Sequence[Job],
+    arms: Sequence[Arm],
+    store: RecordStore,
+    *,
+    model: str,
+    num_steps: int = 25,
+    cfg_scale: float = 4.0,
+    scheduler: str | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> int:
+    """Sample every job under every arm from the same noise, and record each image; done ones are kept.
+
+    Args:
+        pipe: See :func:`guidance.sampling.sample_latents`, as for ``num_steps``, ``cfg_scale``, ``scheduler``.
+        jobs, arms: What to sample.
+        store: Where images and records go, and which are done.
+        model: What to call the model in the records.
+        batch_size: Images per batch.  Another one changes an image by at most one grey level.
+        progress: Show a bar with images per second.
+
+    Returns:
+        The number of images that were missing and have been made.
+
+    Raises:
+        UserError: If the store holds images of the same name made in another way.
+    """
+    name = check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler)
+    common: dict[str, Any] = {"cfg_scale": float(cfg_scale), "scheduler": name, "num_steps": num_steps}
+    common |= {"model": model, "model_fingerprint": fingerprint(pipe.unet), "version": toolkit_version()}
+    common["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
+    options: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg_scale, "scheduler": scheduler}
+    planned = {(arm.name, job): _plan(pipe, job, arm, common) for arm in arms for job in jobs}
+    missing = {key for key, record in planned.items() if not _is_done(store, record)}
+    with tqdm(total=len(missing), disable=not progress, unit="image", desc="sample") as bar:
+        for batch, arm in itertools.product(list(_batches(jobs, batch_size)), arms):
+            todo = [job for job in batch if (arm.name, job) in missing]
+            if todo:
+                bar.set_postfix_str(arm.name, refresh=False)
+                for job, record, image in _sample_batch(pipe, batch, arm, planned, options):
+                    if job in todo:
+                        store.append(record, image)
+                bar.update(len(todo))
+    return len(missing)
+
+
+def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
+    if size < 1:
+        raise UserError(f"Expected a batch_size of at least 1, got {size}.")
+    for i in range(0, len(jobs), size):
+        yield list(jobs[i : i + size])
+
+
+def _plan(pipe: Any, job: Job, arm: Arm, common: dict[str, Any]) -> Record:
+    """The record of an image with everything that is known before it is sampled."""
+    noise = initial_noise(pipe, [torch.Generator().manual_seed(job.seed)])
+    prompt = job.prompt
+    return Record(
+        prompt_id=prompt.id,
+        prompt=prompt.text,
+        category=prompt.category,
+        challenge=prompt.challenge,
+        seed=job.seed,
+        noise_hash=noise_hash(noise),
+        arm=arm.name,
+        guides=list(arm.descriptions),
+        **common,
+        image=f"images/{arm.name}/{prompt.id}_seed{job.seed}.png",
+        sha256="",
+        bytes=0,
+        seconds=0.0,
+        batch_size=0,
+        score=None,
+        nan_skipped=0,
+        truncated=_is_truncated(pipe, prompt.text),
+        head=arm.head,
+    )
+
+
+def _is_truncated(pipe: Any, text: str) -> bool:
+    tokenizer = pipe.tokenizer
+    return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
+
+
+def _is_done(store: RecordStore, planned: Record) -> bool:
+    """Tell whether an image is in the store, and refuse one that was made in another way."""
+    found = store.get(*planned.key)
+    if found is None or not store.has(*planned.key):
+        return False
+    made_by = (
+        "prompt",
+        "noise_hash",
+        "guides",
+        "cfg_scale",
+        "scheduler",
+        "num_steps",
+        "model_fingerprint",
+        "dtype",
+    )
+    for field in made_by:
+        was, now = getattr(found, field), getattr(planned, field)
+        if was != now:
+            raise UserError(
+                f"Expected '{store.folder / found.image}' to be made with {field}={now!r}, but it was with "
+                f"{was!r}; choose another output folder, or set fresh=true to move this one aside."
+            )
+    return True
+
+
+def _sample_batch(
+    pipe: Any, batch: Sequence[Job], arm: Arm, planned: dict[tuple[str, Job], Record], options: dict[str, Any]
+) -> Iterator[tuple[Job, Record, Any]]:
+    watch = _Watch(len(batch))
+    begun = time.perf_counter()
+    texts, seeds = [job.prompt.text for job in batch], [job.seed for job in batch]
+    latents = sample_latents(pipe, texts, seeds, guides=arm.guides, callback=watch, **options)
+    images = decode_latents(pipe, latents)  # ends on the CPU: the clock sees all of the device's work
+    seconds = (time.perf_counter() - begun) / len(batch)
+    for i, job in enumerate(batch):
+        measured: dict[str, Any] = {"seconds": round(seconds, 5), "batch_size": len(batch)}
+        measured |= {"score": watch.scores[i], "nan_skipped": watch.skipped[i]}
+        yield job, dataclasses.replace(planned[arm.name, job], **measured), images[i]
+
+
+class _Watch:
+    """Callback of the sampler that keeps each sample's last score and counts its skipped gradients."""
+
+    def __init__(self, batch: int) -> None:
+        self.scores: list[float | None] = [None] * batch
+        self.skipped = [0] * batch
+        self._seen: StepRecord | None = None
+
+    def __call__(self, step: int, latents: Tensor, record: StepRecord | None) -> None:
+        if record is None or record is self._seen:  # between gradients the last record is shown again
+            return
+        self._seen = record
+        if record.scores:
+            self.scores = [round(s, 6) for s in next(iter(record.scores.values())).tolist()]
+        if record.skipped and record.grad_norm is not None:  # a skipped gradient was set to 0
+            self.skipped = [
+                n + int(g == 0) for n, g in zip(self.skipped, record.grad_norm.tolist(), strict=True)
+            ]

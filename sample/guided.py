@@ -1,0 +1,199 @@
+"""Sample guided and unguided images of the same prompts from the same noise.
+
+    python -m sample.guided "a red balloon over the sea at dusk"
+    python -m sample.guided prompts=parti.tsv num_prompts=32 'scales=[-1, 0.5, 1]' seeds_per_prompt=4
+    python -m sample.guided "a castle" --model stabilityai/stable-diffusion-2-1-base --head runs/heads/sd21-sac
+
+Goes on where a killed run stopped when the same command is given again, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from guidance.config import friendly_errors, option, parse_config
+from guidance.errors import UserError
+
+#: Options that may change when a folder is continued; images do not depend on them (scales: others are added).
+FREE = ("scales", "batch_size", "grid_rows")
+
+
+@dataclasses.dataclass
+class GuidedConfig:
+    """Options of this script."""
+
+    prompts: Any = option("testbed", "a named set (testbed, testbed:validation), a file, or a list of texts")
+    num_prompts: int | None = option(8, "prompts to take of a set or file; null for all")
+    seeds_per_prompt: int = option(1, "images per prompt and arm; draw j of prompt i has seed + 1000 i + j")
+    seed: int = option(0, "first seed, and choice of the prompts")
+    scales: list[float] = option([1.0], "guidance scales; 0, unguided, is always sampled too")
+    head: str | None = option("runs/heads/testbed-aesthetic", "folder of the head; null with scales=[0]")
+    objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
+    target: str | None = option(None, "label or threshold of the objective, where it needs one")
+    normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
+    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's")
+    stop: float | None = option(None, "fraction of the steps where guidance ends; null: the head's")
+    every: int = option(1, "take a gradient each so many steps")
+    space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
+    model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
+    revision: str | None = option(None, "branch, tag or commit of the model on the hub")
+    scheduler: str | None = option("ddim", "ddim, dpm++, euler or ddpm; null: the model's own")
+    num_steps: int = option(25, "sampling steps")
+    cfg_scale: float = option(4.0, "classifier-free guidance weight; 1 is off")
+    batch_size: int = option(16, "images per batch")
+    device: str | None = option(None, "cpu, cuda, mps; null picks the best there is")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
+    grid_rows: int = option(12, "prompts in the grid")
+    output: str | None = option(None, "folder; null: runs/samples/NAME, a name made of the options")
+    fresh: bool = option(False, "move an existing output folder aside instead of continuing it")
+
+    def __post_init__(self) -> None:
+        texts = isinstance(self.prompts, list) and all(isinstance(text, str) for text in self.prompts)
+        if not (texts or isinstance(self.prompts, str)):
+            raise UserError(f"Expected prompts as a set, a file or a list of texts, got {self.prompts!r}.")
+
+
+def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
+    """Sample every prompt and seed without guidance and at every scale, from the same noise.
+
+    Args:
+        config: What to sample.
+        progress: Show what is done, and a bar with images per second.
+
+    Returns:
+        The folder, with ``images/ARM/*.png``, ``records.jsonl``, ``grid.png`` and ``config.yaml``.
+
+    Raises:
+        UserError: If something in the config cannot be used, or the folder belongs to another config.
+    """
+    from guidance.heads import load_head
+    from guidance.pipelines import load_pipeline
+    from guidance.prompts import load_prompts
+    from guidance.records import RecordStore
+    from guidance.run import check_sampling, list_jobs, list_scales, midblock_arms, sample_arms
+    from guidance.run_folder import move_aside, read_settings, write_grid, write_settings
+
+    # everything that can be wrong is checked before the first file is written
+    scales = list_scales(config.scales)
+    count = config.num_prompts if isinstance(config.prompts, str) else None
+    jobs = list_jobs(load_prompts(config.prompts, count, config.seed), config.seeds_per_prompt, config.seed)
+    folder = Path(config.output or default_output(config))
+    made = None if config.fresh else read_settings(folder, _settings(config), free=FREE)
+    scales = list_scales([*made["scales"], *scales]) if made else scales
+    guide_options = {k: getattr(config, k) for k in ("objective", "target", "normalize", "start", "stop")}
+    guide_options |= {"every": config.every, "space": config.space, "head_path": config.head or ""}
+    head = load_head(config.head) if config.head and scales != [0] else None
+    arms = midblock_arms(head, scales, **guide_options)
+    _say(progress, f"Loading {config.model} ...")
+    pipe = load_pipeline(config.model, revision=config.revision, **_placement(config))
+    check_sampling(pipe, arms, num_steps=config.num_steps, scheduler=config.scheduler)
+
+    if config.fresh and (aside := move_aside(folder)):
+        _say(progress, f"Moved {folder} to {aside}.")
+    write_settings(folder, _settings(config) | {"scales": scales})
+    store = RecordStore(folder)
+    _say(progress, f"{len(jobs)} noises x {len(arms)} arms on {pipe.unet.device} into {folder}")
+    sample_arms(
+        pipe,
+        jobs,
+        arms,
+        store,
+        model=config.model,
+        num_steps=config.num_steps,
+        cfg_scale=config.cfg_scale,
+        scheduler=config.scheduler,
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+    write_grid(store, store.load(), [arm.name for arm in arms], max_rows=config.grid_rows)
+    return folder
+
+
+def default_output(config: GuidedConfig) -> Path:
+    """Name a folder after the prompts and a hash of the options that matter to the images."""
+    first = config.prompts if isinstance(config.prompts, str) else config.prompts[0]
+    stem = Path(first).stem if isinstance(config.prompts, str) else first
+    name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-") or "prompts"
+    kept = {key: value for key, value in _settings(config).items() if key not in FREE}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
+    return Path("runs/samples") / f"{name}-{digest}"
+
+
+def _settings(config: GuidedConfig) -> dict[str, Any]:
+    """What the folder remembers: all options but where it is and how it was opened."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "fresh")}
+
+
+def _placement(config: GuidedConfig) -> dict[str, Any]:
+    import torch
+
+    if config.device is not None:
+        try:
+            torch.zeros(1, device=config.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"Expected a device of this machine, got '{config.device}' ({reason}); leave device out."
+            ) from error
+    return {"device": config.device, "dtype": getattr(torch, config.dtype)}
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        print(text, flush=True)
+
+
+def read_words(argv: Sequence[str]) -> list[str]:
+    """Turn words without a key into the option `prompts`, and ``--name value`` of an option into ``name=value``.
+
+    >>> read_words(["a red boat", "--head", "my/head", "seed=1"])
+    ['head=my/head', 'seed=1', 'prompts=["a red boat"]']
+    """
+    names = {field.name for field in dataclasses.fields(GuidedConfig)}
+    words, rest, texts = iter(argv), [], []
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name.replace("-", "_") in names:
+            value = value if equals else next(words, None)
+            if value is None:
+                raise UserError(f"Expected a value after '{word}', got none.")
+            rest.append(f"{name.replace('-', '_')}={value}")
+        elif word == "--config":
+            rest += [word, *([file] if (file := next(words, None)) is not None else [])]
+        elif word.startswith("-") or re.match(r"[\w.]+=", word):
+            rest.append(word)
+        elif Path(word).is_file():
+            raise UserError(f"Expected a prompt, got the file '{word}'; write prompts={word} to read it.")
+        else:
+            texts.append(word)
+    # YAML reads this JSON as it is
+    return rest + [f"prompts={json.dumps(texts, ensure_ascii=False)}"] * bool(texts)
+
+
+@friendly_errors("sample/guided.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    config = parse_config(
+        GuidedConfig,
+        read_words(sys.argv[1:] if argv is None else argv),
+        prog="python -m sample.guided",
+        description="Sample guided and unguided images from the same noise. Words without '=' are prompts; "
+        "--NAME VALUE works for every option.",
+        default_config="configs/sample/testbed.yaml",
+    )
+    folder = sample_guided(config)
+    from guidance.records import RecordStore
+    from guidance.run_folder import GRID_FILE, summarise
+
+    print(f"\n{summarise(RecordStore(folder).load())}\n\ngrid: {folder / GRID_FILE}")
+
+
+if __name__ == "__main__":
+    main()

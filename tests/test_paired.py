@@ -1,0 +1,148 @@
+"""Paired statistics: the prompt as unit, closed forms, coverage and false positives in small simulations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval.paired import bootstrap_mean, holm, paired_difference, wilson
+from guidance.errors import UserError
+
+
+def test_seeds_are_averaged_before_anything_else() -> None:
+    a, b = [0, 0, 0, 10, 5], [1, 1, 4, 12, 5]
+    result = paired_difference(a, b, ["p", "p", "p", "q", "r"], resamples=200)
+    assert (result.n_prompts, result.n_images) == (3, 5)
+    assert result.mean_diff == pytest.approx((2 + 2 + 0) / 3)
+    assert (result.mean_a, result.mean_b) == (pytest.approx(5), pytest.approx(19 / 3))
+    assert (result.wins, result.ties, result.losses) == (2, 1, 0)
+    assert result.share_improved == pytest.approx(2.5 / 3)
+    assert result.share_interval == wilson(2.5, 3)
+    assert result.effect_size == pytest.approx(result.mean_diff / np.std(a, ddof=1))
+
+
+def test_copies_of_seeds_add_no_certainty() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 30))
+    once = paired_difference(a, b, range(30), resamples=500)
+    eight = paired_difference(np.tile(a, 8), np.tile(b, 8), list(range(30)) * 8, resamples=500)
+    assert eight.interval == pytest.approx(once.interval)
+    assert eight.wilcoxon_p == pytest.approx(once.wilcoxon_p)
+    assert eight.n_prompts == once.n_prompts
+
+
+def test_agrees_with_scipy_on_one_seed_a_prompt() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((2, 40))
+    result = paired_difference(a, b, range(40), resamples=2000)
+    assert result.wilcoxon_p == pytest.approx(stats.wilcoxon(b - a).pvalue)
+    t = stats.ttest_rel(b, a).confidence_interval()
+    np.testing.assert_allclose(result.interval, (t.low, t.high), atol=0.06)
+    assert result.interval[0] < result.mean_diff < result.interval[1]
+
+
+def test_swapping_the_sides_mirrors_the_result() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.standard_normal((2, 60)) + np.array([[0], [0.5]])
+    one = paired_difference(a, b, range(60))
+    two = paired_difference(b, a, range(60))
+    assert two.mean_diff == pytest.approx(-one.mean_diff)
+    np.testing.assert_allclose(np.negative(two.interval[::-1]), one.interval, atol=0.02)
+    assert two.share_improved == pytest.approx(1 - one.share_improved)
+
+
+def test_the_interval_is_a_function_of_the_seed() -> None:
+    rng = np.random.default_rng(3)
+    a, b, prompts = rng.random(50), rng.random(50), np.arange(50) % 10
+    one = paired_difference(a, b, prompts.tolist(), resamples=300)
+    assert one == paired_difference(a, b, prompts.tolist(), resamples=300)
+    assert one != paired_difference(a, b, prompts.tolist(), resamples=300, seed=1)
+
+
+def test_interval_covers_the_truth_as_often_as_promised() -> None:
+    rng = np.random.default_rng(4)
+    runs, n, hits = 300, 30, 0
+    for _ in range(runs):
+        low, high = bootstrap_mean(rng.exponential(size=n), resamples=399, seed=int(rng.integers(1 << 30)))
+        hits += low <= 1.0 <= high
+    assert 0.88 <= hits / runs <= 0.98  # skewed data; the nominal level is 0.95
+
+
+def test_false_positives_when_seeds_of_a_prompt_are_alike() -> None:
+    rng = np.random.default_rng(5)
+    prompts = np.repeat(np.arange(20), 8)
+    runs, by_prompt, by_image = 150, 0, 0
+    for _ in range(runs):
+        b = rng.standard_normal(20)[prompts] + 0.5 * rng.standard_normal(160)
+        result = paired_difference(np.zeros(160), b, prompts.tolist(), resamples=99)
+        by_prompt += result.wilcoxon_p < 0.05
+        by_image += stats.wilcoxon(b).pvalue < 0.05
+    assert by_prompt / runs < 0.11
+    assert by_image / runs > 0.25  # the mistake this module exists to avoid
+
+
+def test_equal_sides_give_a_point_and_p_one() -> None:
+    a = np.arange(6.0)
+    same = paired_difference(a, a, range(6))
+    assert (same.interval, same.wilcoxon_p, same.share_improved, same.ties) == ((0, 0), 1.0, 0.5, 6)
+    shifted = paired_difference(np.zeros(6), np.ones(6), range(6))
+    assert shifted.interval == (1, 1)
+    assert np.isnan(shifted.effect_size)  # images of a without any spread
+
+
+def test_rounding_is_no_win() -> None:
+    seeds = np.array([0.1, 0.2, 0.3])
+    result = paired_difference([*seeds, 1.0], [*seeds[::-1], 1.0], [0, 0, 0, 1])
+    assert result.ties == 2
+
+
+def test_five_hundred_prompts_are_quick() -> None:
+    import time
+
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal((2, 2000))
+    start = time.process_time()
+    paired_difference(a, b, (np.arange(2000) % 500).tolist())
+    assert time.process_time() - start < 3
+
+
+def test_wilson_against_scipy_and_at_the_ends() -> None:
+    for k, n in ((0, 5), (5, 5), (37, 80)):
+        other = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
+        np.testing.assert_allclose(wilson(k, n), (other.low, other.high), atol=1e-12)
+    low, high = wilson(2.5, 10)
+    assert wilson(2, 10)[0] < low < 0.25 < high < wilson(3, 10)[1]
+    assert wilson(0, 5)[0] == 0
+    assert wilson(5, 5)[1] == 1
+
+
+def test_holm_by_hand() -> None:
+    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.005]), [0.06, 0.03, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
+    assert holm([]).shape == (0,)
+
+
+def test_holm_controls_the_family() -> None:
+    p = np.random.default_rng(7).random((4000, 5))
+    rate = np.mean([holm(row).min() < 0.05 for row in p])
+    assert 0.035 < rate < 0.06
+
+
+def test_bad_input_is_refused() -> None:
+    ok = [1.0, 2.0, 3.0]
+    for a, b, prompts in (
+        (ok, ok[:2], [1, 2, 3]),
+        (ok, ok, [1, 2]),
+        (ok, [1.0, float("nan"), 2.0], [1, 2, 3]),
+        (ok, ok, [1, 1, 1]),
+        ([], [], []),
+    ):
+        with pytest.raises(UserError, match="Expected"):
+            paired_difference(a, b, prompts)
+    with pytest.raises(UserError, match="confidence"):
+        paired_difference(ok, ok, [1, 2, 3], confidence=95)
+    with pytest.raises(UserError, match="p-values"):
+        holm([0.5, 1.5])
+    with pytest.raises(UserError, match="k <= n"):
+        wilson(3, 2)

@@ -1,0 +1,77 @@
+"""Cache the features heads are trained on: images -> VAE latents -> noise at t -> encoder half of the UNet.
+
+    python -m train.cache_features                                     # the testbed, into runs/cache/testbed
+    accelerate launch --num_processes 4 train/cache_features.py --config configs/cache/sd21-parquet.yaml
+    python -m train.cache_features folder=runs/cache/mine dataset=my.parquet rating_column=score
+
+Goes on where a killed run stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from guidance.config import friendly_errors, option, parse_config
+from guidance.recipes import FeatureRecipe
+
+if TYPE_CHECKING:
+    from guidance.features import FeatureCache
+
+
+@dataclasses.dataclass
+class CacheConfig(FeatureRecipe):
+    """Options of this script."""
+
+    folder: str = option("runs/cache/testbed", "folder of the cache")
+
+
+def cache_dataset(config: CacheConfig) -> FeatureCache:
+    """Cache all splits, sharing the work among the processes, and return the whole cache.
+
+    Raises:
+        UserError: If the dataset, the model or the folder cannot be used.
+    """
+    from accelerate import PartialState
+
+    from guidance.caching import build_cache
+    from guidance.features import FeatureCache
+
+    state = PartialState()
+    build_cache(
+        config,
+        config.folder,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        progress=state.is_main_process,
+    )
+    state.wait_for_everyone()
+    return FeatureCache(config.folder)
+
+
+@friendly_errors("train/cache_features.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    config = parse_config(
+        CacheConfig,
+        argv,
+        prog="python -m train.cache_features",
+        description="Cache features of a dataset for training heads.",
+        default_config="configs/cache/testbed.yaml",
+    )
+    from accelerate import PartialState
+
+    state = PartialState()
+    cache = cache_dataset(config)
+    if state.is_main_process:
+        shape = "x".join(map(str, cache.feature_shape))
+        print(
+            f"{len(cache)} rows of {shape} features from {state.num_processes} process(es) in {config.folder}"
+        )
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Train a head on features of a diffusion model.
+
+    accelerate launch train/head.py                       # the testbed's aesthetic head
+    accelerate launch train/head.py --config configs/head/midu-report.yaml
+    python -m train.head task=class target=colour output=runs/heads/testbed-colour
+
+Features are cached first where the cache is absent. A killed run goes on when the same command is given
+again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from guidance.config import friendly_errors, load_config, option, parse_config, to_yaml
+from guidance.errors import UserError
+from guidance.recipes import FeatureRecipe, HeadRecipe
+
+if TYPE_CHECKING:
+    from guidance.features import FeatureSource
+    from guidance.heads import Head
+
+
+@dataclasses.dataclass
+class HeadTrainConfig(HeadRecipe):
+    """Options of this script."""
+
+    output: str = option("runs/heads/testbed-aesthetic", "folder of the finished head")
+    overwrite: bool = option(False, "replace a head of another config in the output folder")
+    cache: str | None = option(
+        "runs/cache/testbed", "folder of cached features; null computes them on the fly"
+    )
+    data: FeatureRecipe = option(FeatureRecipe, "where features come from when the cache is absent")
+    calibrate: bool = option(True, "fit a temperature per timestep bin on validation rows")
+    compare: list[str] = option([], "further numeric columns to rank the head's score against")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the training")
+    log_with: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "tracker; wandb is offline without account"
+    )
+    checkpoint_every: float = option(
+        60.0, "seconds between checkpoints; one is also written after each epoch"
+    )
+
+
+def train_head(config: HeadTrainConfig) -> Head:
+    """Train a head, or return the one that this config has already trained.
+
+    Args:
+        config: What to train, on what, and where to put it.
+
+    Returns:
+        The head, frozen, in eval mode on the CPU; it lies in ``config.output``.
+
+    Raises:
+        UserError: If data, model or output cannot be used.
+    """
+    from guidance.head_report import measure_head, write_folder
+    from guidance.head_setup import prepare_head
+    from guidance.head_training import HeadTrainer
+    from guidance.heads import load_head
+    from guidance.tracking import start_tracking, stop_tracking
+
+    finished = _finished_head(config)
+    if finished is not None:
+        return finished
+    work = Path(f"{config.output}.training")
+    accelerator = _accelerator(config, work)
+    sources, settings = _features(config, accelerator)
+    head, targets = prepare_head(sources, config, settings)
+    trainer = HeadTrainer(
+        head,
+        sources["train"],
+        sources["validation"],
+        targets,
+        config,
+        accelerator,
+        work,
+        identity=_identity(config, settings),
+        checkpoint_every=config.checkpoint_every,
+    )
+    log = start_tracking(
+        accelerator, "midblock-guidance", dataclasses.asdict(config), Path(config.output).name
+    )
+    state = trainer.fit(log, progress=accelerator.is_main_process)
+    results = measure_head(
+        head, sources, targets, accelerator, calibrate=config.calibrate, compare=config.compare
+    )
+    log({f"test/{name}": value for name, value in head.config.metrics.items()}, state.step)
+    stop_tracking(accelerator)
+    if accelerator.is_main_process:
+        facts = {"rows": len(sources["train"]), "processes": accelerator.num_processes}
+        facts |= {"device": accelerator.device.type, "mixed_precision": config.mixed_precision}
+        write_folder(head, config.output, results, state, config_yaml=to_yaml(config), trained=facts)
+        trainer.path.unlink(missing_ok=True)
+        if work.is_dir() and not any(work.iterdir()):  # a tracker's log may stay
+            work.rmdir()
+    accelerator.wait_for_everyone()
+    return load_head(config.output)
+
+
+def _finished_head(config: HeadTrainConfig) -> Head | None:
+    """Return the head in the output folder if this config made it; refuse to replace another one."""
+    from guidance.heads import check_replaceable
+
+    check_replaceable(config.output)
+    record = Path(config.output) / "train.yaml"
+    if config.overwrite or not (Path(config.output) / "config.json").is_file():
+        return None
+    old = load_config(HeadTrainConfig, record) if record.is_file() else None
+    differs = sorted(_differences(_plain(old), _plain(config))) if old else ["train.yaml is missing"]
+    if differs:
+        raise UserError(
+            f"Expected '{config.output}' to be new or trained with this config, but it holds a head of "
+            f"another ({differs[0]}); choose another output, or set overwrite=true."
+        )
+    from guidance.caching import check_current
+    from guidance.heads import load_head
+
+    head = load_head(config.output)
+    check_current(config.data, head.config.base_model, head.config.base_fingerprint, config.output)
+    return head
+
+
+def _plain(config: HeadTrainConfig) -> dict[str, Any]:
+    """The options that decide what a head is, as flat plain values."""
+    values = dataclasses.asdict(config)
+    data = values.pop("data")
+    for name in ("output", "overwrite", "log_with", "checkpoint_every", "cache"):
+        del values[name]
+    for name in ("device", "shard_size", "batch_size"):
+        del data[name]
+    return values | {f"data.{name}": value for name, value in data.items()}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in new.items():
+        if old.get(name) != value:
+            yield f"{name}: {old.get(name)} there, {value} here"
+
+
+def _accelerator(config: HeadTrainConfig, work: Path) -> Any:
+    """Make the accelerator; a precision or tracker it cannot have is the user's to change."""
+    from accelerate import Accelerator
+
+    tracker = None if config.log_with == "none" else config.log_with
+    try:
+        return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=str(work))
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"Expected accelerate to start with mixed_precision={config.mixed_precision} and "
+            f"log_with={config.log_with}, got: {error}; choose others."
+        ) from error
+
+
+def _features(
+    config: HeadTrainConfig, accelerator: Any
+) -> tuple[Mapping[str, FeatureSource], dict[str, Any]]:
+    """Open the cache, fill it first where it is absent or unfinished, or compute features on the fly."""
+    from guidance.caching import build_cache, live_splits, open_cache
+    from guidance.features import FeatureCache
+
+    given = [] if config.data.target_columns == FeatureRecipe().target_columns else config.data.target_columns
+    recipe = dataclasses.replace(
+        config.data,
+        target_columns=list(dict.fromkeys([*given, config.target, *config.compare])),
+        rating_column=config.target if config.task == "rating" else None,
+    )
+    if config.cache is None:
+        return live_splits(recipe)
+    cache = open_cache(recipe, config.cache)
+    accelerator.wait_for_everyone()  # all have looked before any writes
+    if cache is None:
+        build_cache(
+            recipe,
+            config.cache,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            progress=accelerator.is_main_process,
+        )
+        accelerator.wait_for_everyone()
+        cache = FeatureCache(config.cache)
+    return {split: cache.select(split) for split in cache.splits}, cache.manifest["settings"]
+
+
+def _identity(config: HeadTrainConfig, settings: Mapping[str, Any]) -> str:
+    """What a checkpoint must agree on to be resumed: the config and the features."""
+    return json.dumps([_plain(config), settings], sort_keys=True, default=str)
+
+
+@friendly_errors("train/head.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    config = parse_config(
+        HeadTrainConfig,
+        argv,
+        prog="accelerate launch train/head.py",
+        description="Train a head on features of a diffusion model.",
+        default_config="configs/head/testbed-aesthetic.yaml",
+    )
+    head = train_head(config)
+    from accelerate import PartialState
+
+    state = PartialState()
+    if state.is_main_process:
+        headline = ", ".join(f"{name} {value:.3f}" for name, value in head.config.metrics.items())
+        print(
+            f"{config.output}: {headline} on test rows; guides from {head.config.start} to {head.config.stop}"
+        )
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Train the testbed pipeline from nothing and export it in diffusers format.
+
+    python -m train.testbed                                 # hours on two cores, resumable at any time
+    python -m train.testbed device=cuda stages.unet.minutes=20 stages.unet.batch_size=512 compile=true
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from guidance.config import friendly_errors, option, parse_config
+
+
+@dataclasses.dataclass
+class StageConfig:
+    """Length and learning rate of one training."""
+
+    steps: int = option(100_000, "optimiser steps")
+    batch_size: int = option(64, "samples a step")
+    lr: float = option(1e-3, "peak learning rate of AdamW; warm-up, then cosine to 2%")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    warmup: int = option(100, "warm-up steps")
+    ema: float = option(0.0, "decay of the averaged weights that are kept; 0 for none")
+    minutes: float = option(0.0, "end after so many minutes of training instead (0: no limit)")
+
+
+@dataclasses.dataclass
+class TestbedConfig:
+    """What is trained, where, and for how long."""
+
+    output: str = option("runs/testbed/weights", "folder of the finished pipeline")
+    work: str = option("runs/testbed/work", "folder of rendered scenes and checkpoints; resumes from it")
+    num_scenes: int = option(40_000, "training scenes, a multiple of 500")
+    seed: int = option(0, "seed of the world and of all training")
+    device: str = option("cpu", "cpu or cuda")
+    compile: bool = option(False, "torch.compile the long trainings (needs a C++ compiler on a CPU)")
+    workers: int = option(2, "processes that render scenes")
+    threads: int = option(0, "CPU threads of torch; 0 keeps its default")
+    steps: list[str] = option(
+        ["data", "vae", "clip", "judge_classifier", "judge_clip", "unet", "export"],
+        "what to run, in this order; what is done already is skipped",
+    )
+    unet_channels: list[int] = option([32, 64, 128], "channels of the UNet's three levels")
+    vae: StageConfig = option(StageConfig(batch_size=8, lr=2e-3, warmup=50, ema=0.99, minutes=8), "decoder")
+    clip: StageConfig = option(StageConfig(minutes=7, steps=1600), "guiding CLIP")
+    judge_classifier: StageConfig = option(StageConfig(minutes=17, steps=2500, lr=1.5e-3, ema=0.99), "judge")
+    judge_clip: StageConfig = option(StageConfig(minutes=6, steps=1200), "judge CLIP")
+    unet: StageConfig = option(StageConfig(lr=1.2e-3, warmup=200, ema=0.999, minutes=65), "denoiser")
+    notes: str = option("", "a paragraph for the model card")
+
+
+def train_testbed(config: TestbedConfig) -> Path:
+    """Run the steps of a config; every one resumes, and is skipped when it is done.
+
+    Returns:
+        The folder of the finished pipeline.
+    """
+    import torch
+
+    from guidance.testbed.export import export
+    from guidance.testbed.recipe import Recipe
+    from guidance.testbed.training import Stage
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    names = ("vae", "clip", "judge_classifier", "judge_clip", "unet")
+    recipe = Recipe(
+        work=Path(config.work),
+        num_scenes=config.num_scenes,
+        stages={n: Stage(**dataclasses.asdict(getattr(config, n))) for n in names},
+        seed=config.seed,
+        device=config.device,
+        compile=config.compile,
+        workers=config.workers,
+        unet_channels=tuple(config.unet_channels),
+    )
+    for step in config.steps:
+        print(f"[{step}]", flush=True)
+        if step == "export":
+            print(f"wrote {export(recipe, Path(config.output), config.notes)}")
+        else:
+            print({k: v for k, v in recipe.run(step).items() if k != "stage"}, flush=True)
+    return Path(config.output)
+
+
+@friendly_errors("train.testbed")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this script."""
+    config = parse_config(TestbedConfig, argv, prog="train.testbed", description=__doc__ or "")
+    train_testbed(config)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
