@@ -15,7 +15,7 @@ import numpy as np
 
 from guidance.errors import UserError, nearest
 
-#: Names of a prompt column, best first; letter case does not matter (PartiPrompts: Prompt, DrawBench: Prompts).
+#: Names of a prompt column, best first, in any letter case (PartiPrompts: Prompt, DrawBench: Prompts).
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 TESTBED_DEFAULT = 64
 
@@ -46,8 +46,8 @@ def load_prompts(
     Args:
         source: A named set (a key of :data:`PROMPT_SETS`: "testbed" holds test captions never seen in
             training); a file: ``.txt`` with one prompt a line, or ``.csv``, ``.tsv``, ``.json``, ``.jsonl``,
-            ``.parquet`` with a column of :data:`PROMPT_COLUMNS` and perhaps Category (or tag) and Challenge; or
-            a list of texts.
+            ``.parquet`` with a column of :data:`PROMPT_COLUMNS` and perhaps Category (or tag) and
+            Challenge; or a list of texts.
         n: How many; None for all (64 of the endless testbed).  The first m of n are those that ``n=m``
             gives.  A source with fewer gives all it has.
         seed: Which ones, and in which order; with ``n=None`` a file keeps its own order.

@@ -1,12 +1,13 @@
 """Records: one JSON line per image, the images beside them, and the audit that two arms are paired.
 
-An image is on the disk before its record is, and a record is appended in one synchronised write: after a kill at
-any time the folder holds whole images, whole records, and at most one torn last line, which is dropped.
+An image is on the disk before its record is, and a record is appended in one synchronised write: after a kill
+at any time the folder holds whole images, whole records, and at most one torn last line, which is dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -41,9 +42,10 @@ class Record:
         seed: Seed of the image's generator.
         noise_hash: :func:`noise_hash` of its initial latents.
         arm: Name of the method: "unguided", "scale=1".
-        guides: One description per guide: method, name, guidance_scale, objective, target, normalize, start, stop,
-            every, space, head, head_fingerprint.  Empty for unguided images.
-        cfg_scale, scheduler, num_steps: As in :func:`guidance.sampling.sample_latents`; the scheduler by class name.
+        guides: One description per guide: method, name, guidance_scale, objective, target, normalize, start,
+            stop, every, space, head, head_fingerprint.  Empty for unguided images.
+        cfg_scale, scheduler, num_steps: As in :func:`guidance.sampling.sample_latents`; the scheduler by its
+            class name.
         model, model_fingerprint: What the model was called, and what its weights were.
         dtype: Precision of the denoiser.
         image: Path of the PNG relative to the folder of the records, with forward slashes.
@@ -158,7 +160,8 @@ class RecordStore:
         """Write an image and then its record.
 
         Args:
-            record: Its ``sha256`` and ``bytes`` are filled in here; the image goes to ``record.image``.
+            record: Its ``sha256`` and ``bytes`` are filled in here, and a score that is not finite (JSON has
+            no NaN) becomes None; the image goes to ``record.image``.
             image: RGB.
 
         Returns:
@@ -167,24 +170,23 @@ class RecordStore:
         data = encode_png(image)
         with atomic_path(self.folder / record.image) as temporary:
             temporary.write_bytes(data)
-        record = dataclasses.replace(record, sha256=_digest(data), bytes=len(data))
-        self._append_line(
-            json.dumps(_finite(dataclasses.asdict(record)), ensure_ascii=False, allow_nan=False)
-        )
+        score = record.score if record.score is not None and math.isfinite(record.score) else None
+        record = dataclasses.replace(record, sha256=_digest(data), bytes=len(data), score=score)
+        self._append_line(json.dumps(dataclasses.asdict(record), ensure_ascii=False, allow_nan=False))
         self._records[record.key] = record
         return record
 
     def _append_line(self, text: str) -> None:
         line = text.encode() + b"\n"
-        with open(self.path, "r+b" if self.path.exists() else "w+b") as stream:
+        with open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0) as stream:
             stream.truncate(self._end)
             stream.seek(self._end)
             try:
-                stream.write(line)
-                stream.flush()
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 os.fsync(stream.fileno())
-            except BaseException:  # a full disk: leave no half line behind
-                os.ftruncate(stream.fileno(), self._end)
+            except BaseException:  # leave no half line behind
+                stream.truncate(self._end)
                 raise
         self._end += len(line)
 
@@ -197,10 +199,10 @@ def audit_pairs(
     Args:
         records: Of one or of several folders.
         baseline_arm: The arm to compare with.
-        vary: Fields of :data:`PAIRED_FIELDS` that may differ, for example "cfg_scale" for a sweep of plain CFG.
+        vary: Fields of :data:`PAIRED_FIELDS` that may differ: "cfg_scale" for a sweep of plain CFG.
 
     Returns:
-        Arm -> (baseline, image) of each prompt and seed, in the baseline's order; without the baseline itself.
+        Arm -> (baseline, image) of each prompt and seed, in the baseline's order; without its own arm.
 
     Raises:
         UserError: At the first image without a partner, or pair that differs.
@@ -225,8 +227,8 @@ def audit_pairs(
                 if field not in vary and x != y:
                     raise UserError(
                         f"Expected '{baseline_arm}' and '{arm}' to be paired, but for prompt "
-                        f"'{a.prompt_id}', seed {a.seed}, their {field} differs ({x!r} and {y!r}); sample both "
-                        "in one run."
+                        f"'{a.prompt_id}', seed {a.seed}, their {field} differs ({x!r} and {y!r}); sample "
+                        "both in one run."
                     )
     return {arm: [(a, images[key]) for key, a in baseline.items()] for arm, images in arms.items()}
 
@@ -261,11 +263,6 @@ def toolkit_version() -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: such a score or time becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def _parse(line: bytes, where: str) -> Record:

@@ -1,7 +1,7 @@
 """A sampling run: the same prompts, seeds and noise under several arms, image by image into a record store.
 
-Work is cut into fixed batches.  A batch of which an image is missing is sampled whole and only what is missing is
-written, so that a run that was killed and taken up again ends with the bytes of one that was not.
+Work is cut into fixed batches.  A batch of which an image is missing is sampled whole, and only what is
+missing is written: a run that was killed and taken up again ends with the bytes of one that was not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Arm:
 
 
 def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> list[Job]:
-    """Give draw ``j`` of prompt ``i`` the seed ``seed + 1000 i + j``; all draws of a prompt are neighbours."""
+    """Give draw ``j`` of prompt ``i`` the seed ``seed + 1000 i + j``; draws of a prompt are neighbours."""
     if not 1 <= seeds_per_prompt <= SEED_STRIDE:
         raise UserError(f"Expected 1 to {SEED_STRIDE} seeds per prompt, got {seeds_per_prompt}.")
     return [
@@ -125,8 +125,10 @@ def midblock_arms(
     return arms
 
 
-def check_sampling(pipe: Any, arms: Sequence[Arm], *, num_steps: int, scheduler: str | None) -> str:
-    """Check that the arms, the scheduler and the number of steps fit a pipeline, before anything is written.
+def check_sampling(
+    pipe: Any, arms: Sequence[Arm], *, num_steps: int, scheduler: str | None, batch_size: int
+) -> str:
+    """Check that what is to be sampled fits a pipeline, before anything is written.
 
     Returns:
         The class name of the scheduler.
@@ -136,6 +138,8 @@ def check_sampling(pipe: Any, arms: Sequence[Arm], *, num_steps: int, scheduler:
     """
     if not hasattr(pipe, "unet"):
         raise UserError(f"Expected a pipeline with a unet, got {type(pipe).__name__}, which has none.")
+    if batch_size < 1:
+        raise UserError(f"Expected a batch_size of at least 1, got {batch_size}.")
     with using_scheduler(pipe, scheduler):
         most = pipe.scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= most:
@@ -161,7 +165,7 @@ def sample_arms(
     """Sample every job under every arm from the same noise, and record each image; done ones are kept.
 
     Args:
-        pipe: See :func:`guidance.sampling.sample_latents`, as for ``num_steps``, ``cfg_scale``, ``scheduler``.
+        pipe, num_steps, cfg_scale, scheduler: See :func:`guidance.sampling.sample_latents`.
         jobs, arms: What to sample.
         store: Where images and records go, and which are done.
         model: What to call the model in the records.
@@ -174,7 +178,7 @@ def sample_arms(
     Raises:
         UserError: If the store holds images of the same name made in another way.
     """
-    name = check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler)
+    name = check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler, batch_size=batch_size)
     common: dict[str, Any] = {"cfg_scale": float(cfg_scale), "scheduler": name, "num_steps": num_steps}
     common |= {"model": model, "model_fingerprint": fingerprint(pipe.unet), "version": toolkit_version()}
     common["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
@@ -194,8 +198,6 @@ def sample_arms(
 
 
 def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    if size < 1:
-        raise UserError(f"Expected a batch_size of at least 1, got {size}.")
     for i in range(0, len(jobs), size):
         yield list(jobs[i : i + size])
 

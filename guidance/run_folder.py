@@ -43,8 +43,8 @@ def read_settings(
         made = None
     if not isinstance(made, dict):
         raise UserError(
-            f"Expected '{path}' to be new, empty or a run with a {CONFIG_FILE}, but it has other files; choose "
-            "another output, or set fresh=true to move it aside."
+            f"Expected '{path}' to be new, empty or a run with a {CONFIG_FILE}, but it has other files; "
+            "choose another output, or set fresh=true to move it aside."
         )
     keys = [key for key in {**made, **settings} if key not in free]
     differing = [k for k in keys if (k in made) != (k in settings) or made.get(k) != settings.get(k)]
@@ -52,8 +52,8 @@ def read_settings(
         shown = ", ".join(f"{k}={made.get(k)!r} (now {settings.get(k)!r})" for k in differing[:6])
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise UserError(
-            f"Expected '{path}' to be a run of the same settings, but it was made with {shown}{more}; choose another "
-            "output, or set fresh=true to move it aside."
+            f"Expected '{path}' to be a run of the same settings, but it was made with {shown}{more}; choose "
+            "another output, or set fresh=true to move it aside."
         )
     return made
 
@@ -114,7 +114,7 @@ def _open(file: Path) -> Image.Image:
 
 
 def summarise(records: Sequence[Record]) -> str:
-    """Return a table: per arm the images, seconds per image (median), its ratio to unguided, and the head's score."""
+    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean head score."""
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record.arm, []).append(record)

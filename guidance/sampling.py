@@ -95,7 +95,9 @@ def sample_latents(
         parts = len(text) // len(prompts)
         token = cfg_parts.set(parts)
         try:
-            for i, t in enumerate(tqdm(pipe.scheduler.timesteps, disable=not progress, desc="sample", leave=False)):
+            for i, t in enumerate(
+                tqdm(pipe.scheduler.timesteps, disable=not progress, desc="sample", leave=False)
+            ):
                 x_in = pipe.scheduler.scale_model_input(torch.cat([x] * parts), t)
                 output = pipe.unet(x_in, t, encoder_hidden_states=text, return_dict=False)[0]
                 if parts == 2:  # classifier-free guidance (Ho and Salimans 2022)
@@ -110,7 +112,9 @@ def sample_latents(
     return x
 
 
-def encode_prompts(pipe: Any, prompts: Sequence[str], negative: str, cfg_scale: float) -> Float[Tensor, "pb n d"]:
+def encode_prompts(
+    pipe: Any, prompts: Sequence[str], negative: str, cfg_scale: float
+) -> Float[Tensor, "pb n d"]:
     """Text states, unconditional part first (only the conditional one if ``cfg_scale`` is 1)."""
     cond, uncond = pipe.encode_prompt(
         list(prompts), pipe.unet.device, 1, cfg_scale != 1, negative_prompt=[negative] * len(prompts)

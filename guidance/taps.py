@@ -137,7 +137,9 @@ def encode_features(
             model(x, t, **kwargs)
         except _Stop:
             return found[0]
-    raise UserError(f"Expected the tap '{tap}' to run in a forward of {type(model).__name__}, but it did not.")
+    raise UserError(
+        f"Expected the tap '{tap}' to run in a forward of {type(model).__name__}, but it did not."
+    )
 
 
 def forward_with_gradient(
@@ -199,7 +201,9 @@ def forward_with_gradient(
     with _hooks(model, {tap: hook_for(tap) for tap in dict.fromkeys(taps)}), torch.enable_grad():
         output = forward(leaf)
     if not gradients:
-        raise UserError(f"Expected the taps {', '.join(taps)} to run in one forward of {type(model).__name__}.")
+        raise UserError(
+            f"Expected the taps {', '.join(taps)} to run in one forward of {type(model).__name__}."
+        )
     return output, gradients
 
 

@@ -2,7 +2,7 @@
 
     python -m sample.guided "a red balloon over the sea at dusk"
     python -m sample.guided prompts=parti.tsv num_prompts=32 'scales=[-1, 0.5, 1]' seeds_per_prompt=4
-    python -m sample.guided "a castle" --model stabilityai/stable-diffusion-2-1-base --head runs/heads/sd21-sac
+    python -m sample.guided "a castle" --model stabilityai/stable-diffusion-2-1-base --head runs/heads/sac
 
 Goes on where a killed run stopped when the same command is given again, to the same bytes.
 """
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from guidance.config import friendly_errors, option, parse_config
 from guidance.errors import UserError
 
-#: Options that may change when a folder is continued; images do not depend on them (scales: others are added).
+#: Options that may change when a folder is continued: no image depends on them; new scales are added.
 FREE = ("scales", "batch_size", "grid_rows")
 
 
@@ -93,25 +93,16 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     arms = midblock_arms(head, scales, **guide_options)
     _say(progress, f"Loading {config.model} ...")
     pipe = load_pipeline(config.model, revision=config.revision, **_placement(config))
-    check_sampling(pipe, arms, num_steps=config.num_steps, scheduler=config.scheduler)
+    sampling = {k: getattr(config, k) for k in ("num_steps", "scheduler", "batch_size")}
+    check_sampling(pipe, arms, **sampling)
 
     if config.fresh and (aside := move_aside(folder)):
         _say(progress, f"Moved {folder} to {aside}.")
     write_settings(folder, _settings(config) | {"scales": scales})
     store = RecordStore(folder)
     _say(progress, f"{len(jobs)} noises x {len(arms)} arms on {pipe.unet.device} into {folder}")
-    sample_arms(
-        pipe,
-        jobs,
-        arms,
-        store,
-        model=config.model,
-        num_steps=config.num_steps,
-        cfg_scale=config.cfg_scale,
-        scheduler=config.scheduler,
-        batch_size=config.batch_size,
-        progress=progress,
-    )
+    sampling |= {"cfg_scale": config.cfg_scale, "model": config.model, "progress": progress}
+    sample_arms(pipe, jobs, arms, store, **sampling)
     write_grid(store, store.load(), [arm.name for arm in arms], max_rows=config.grid_rows)
     return folder
 
@@ -151,7 +142,7 @@ def _say(progress: bool, text: str) -> None:
 
 
 def read_words(argv: Sequence[str]) -> list[str]:
-    """Turn words without a key into the option `prompts`, and ``--name value`` of an option into ``name=value``.
+    """Turn words without a key into the option `prompts`, and ``--name value`` of an option into an override.
 
     >>> read_words(["a red boat", "--head", "my/head", "seed=1"])
     ['head=my/head', 'seed=1', 'prompts=["a red boat"]']

@@ -36,7 +36,9 @@ class MeanGuide:
         pass
 
     def score(self, h, t):
-        return self.sign * (h * torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None]).mean((1, 2, 3))
+        return self.sign * (h * torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None]).mean(
+            (1, 2, 3)
+        )
 
 
 @pytest.fixture
@@ -119,7 +121,9 @@ def test_portable_scale_without_cfg_refers_to_eps(tiny_pipe):
         guided = call(tiny_pipe, x, t, text, parts=1)
     schedule = NoiseSchedule.from_scheduler(tiny_pipe.scheduler)
     eps, shifted = (schedule.to_eps(v, x, t) for v in (plain, guided))
-    torch.testing.assert_close(rms(shifted - eps) / rms(eps), torch.full((2, 1, 1, 1), 0.3), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        rms(shifted - eps) / rms(eps), torch.full((2, 1, 1, 1), 0.3), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -157,14 +161,18 @@ def test_scales_add_and_opposites_cancel(tiny_pipe):
 @pytest.mark.parametrize("options", [{}, {"normalize": None}, {"normalize": None, "space": "x"}])
 def test_scale_zero_is_bit_equal(tiny_pipe, head, options):
     plain = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=4)
-    zero = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=4, guides=[MidBlockGuide(head, 0.0, **options)])
+    zero = sample_latents(
+        tiny_pipe, PROMPTS, [1, 2], num_steps=4, guides=[MidBlockGuide(head, 0.0, **options)]
+    )
     assert torch.equal(plain, zero)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "euler", "ddpm"])
 def test_our_loop_equals_the_diffusers_pipeline(tiny_pipe, head, scheduler):
     for guides in ([], [MidBlockGuide(head, 1.0, start=0, stop=1)]):
-        ours = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=5, cfg_scale=3.0, scheduler=scheduler, guides=guides)
+        ours = sample_latents(
+            tiny_pipe, PROMPTS, [1, 2], num_steps=5, cfg_scale=3.0, scheduler=scheduler, guides=guides
+        )
         generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
         with using_scheduler(tiny_pipe, scheduler), apply_guidance(tiny_pipe, guides):
             theirs = tiny_pipe(
@@ -178,13 +186,23 @@ def test_unmodified_img2img_and_inpaint_are_guided(tiny_pipe, head):
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (16, 16, 48, 48))
     parts = {k: v for k, v in tiny_pipe.components.items()}
-    for kind, extra in ((StableDiffusionImg2ImgPipeline, {}), (StableDiffusionInpaintPipeline, {"mask_image": mask})):
+    for kind, extra in (
+        (StableDiffusionImg2ImgPipeline, {}),
+        (StableDiffusionInpaintPipeline, {"mask_image": mask}),
+    ):
         pipe = kind(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
-        run = lambda p=pipe, e=extra: p(  # noqa: E731
-            PROMPTS[0], image=image, strength=0.8, num_inference_steps=5, output_type="latent", **e,
-            generator=torch.Generator().manual_seed(0),
-        ).images
+        run = lambda p=pipe, e=extra: (
+            p(
+                PROMPTS[0],
+                image=image,
+                strength=0.8,
+                num_inference_steps=5,
+                output_type="latent",
+                **e,
+                generator=torch.Generator().manual_seed(0),
+            ).images
+        )
         plain = run()
         with apply_guidance(pipe, [MidBlockGuide(head, 0.0)]):
             assert torch.equal(run(), plain)
@@ -215,12 +233,16 @@ def test_no_trace_is_left_after_use_and_after_an_error(tiny_pipe, head):
 
 def test_guidance_twice_is_refused(tiny_pipe, head):
     with apply_guidance(tiny_pipe, [MidBlockGuide(head)]):
-        with pytest.raises(UserError, match="applied to it already"), apply_guidance(tiny_pipe, [MidBlockGuide(head)]):
+        with (
+            pytest.raises(UserError, match="applied to it already"),
+            apply_guidance(tiny_pipe, [MidBlockGuide(head)]),
+        ):
             pass
 
 
 def test_interval_and_every(tiny_pipe):
     steps = []
+
     class Counting(MeanGuide):
         def score(self, h, t):
             steps.append(float(t[0]))
@@ -238,7 +260,10 @@ def test_x_space_moves_the_latents_between_steps(tiny_pipe, scheduler):
     with using_scheduler(pipe, scheduler):
         pipe.scheduler.set_timesteps(10)
         t = pipe.scheduler.timesteps[0]
-        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * pipe.scheduler.init_noise_sigma
+        x = (
+            torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+            * pipe.scheduler.init_noise_sigma
+        )
         text = torch.randn(2, 24, 128, generator=torch.Generator().manual_seed(2))
         x_in = pipe.scheduler.scale_model_input(x, t)
         with apply_guidance(pipe, [guide]):
@@ -286,7 +311,9 @@ def test_images_do_not_depend_on_the_batch(tiny_pipe, head):
 def test_decoding_rounds(tiny_pipe):
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exact = (tiny_pipe.vae.decode(z / tiny_pipe.vae.config.scaling_factor).sample.clamp(-1, 1) + 1) * 127.5
+        exact = (
+            tiny_pipe.vae.decode(z / tiny_pipe.vae.config.scaling_factor).sample.clamp(-1, 1) + 1
+        ) * 127.5
     got = torch.from_numpy(decode_latents(tiny_pipe, z)).permute(0, 3, 1, 2).float()
     assert (got - exact).abs().max() <= 0.5001
 

@@ -1,7 +1,7 @@
 """Train the testbed pipeline from nothing and export it in diffusers format.
 
-    python -m train.testbed                                 # hours on two cores, resumable at any time
-    python -m train.testbed device=cuda stages.unet.minutes=20 stages.unet.batch_size=512 compile=true
+python -m train.testbed                                 # hours on two cores, resumable at any time
+python -m train.testbed device=cuda stages.unet.minutes=20 stages.unet.batch_size=512 compile=true
 """
 
 from __future__ import annotations

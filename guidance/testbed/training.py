@@ -84,12 +84,21 @@ def fit(
         checkpoint_every: Seconds between checkpoints.
     """
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        params.values(), lr=stage.lr, weight_decay=stage.weight_decay, betas=(0.9, 0.98)
+    )
     ema = {n: p.detach().clone() for n, p in params.items()} if stage.ema else {}
     path = folder / f"{name}.safetensors"
     step, spent, smooth = _resume(path, model, params, optimizer, ema)
     generator = torch.Generator(device)
-    bar = tqdm(total=stage.steps, initial=step, desc=f"train {name}", unit="step", mininterval=2.0, dynamic_ncols=True)
+    bar = tqdm(
+        total=stage.steps,
+        initial=step,
+        desc=f"train {name}",
+        unit="step",
+        mininterval=2.0,
+        dynamic_ncols=True,
+    )
     started = saved = time.monotonic()
     limit = stage.minutes * 60
 
@@ -98,7 +107,11 @@ def fit(
         return max(by_time, step / stage.steps)
 
     while progress() < 1:
-        lr = stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress())))
+        lr = (
+            stage.lr
+            * min(1.0, (step + 1) / stage.warmup)
+            * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress())))
+        )
         for group in optimizer.param_groups:
             group["lr"] = float(lr)
         loss = loss_fn(step, generator.manual_seed(seed * 1_000_003 + step))

@@ -1,0 +1,194 @@
+"""Measure the testbed pipeline, and mid-u guidance on it: the tables of the README and of the model card.
+
+python -m eval.testbed part=quality          # agreement with captions by CFG weight, images/s, Frechet distance
+python -m eval.testbed part=guidance         # 500 unseen prompts: scales, steps, schedulers
+python -m eval.testbed part=card             # writes the last quality table into the model card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from guidance.config import friendly_errors, option, parse_config
+from guidance.errors import UserError
+
+
+@dataclasses.dataclass
+class MeasureConfig:
+    """What is measured."""
+
+    part: Literal["quality", "guidance", "card"] = option("quality", "quality, guidance or card")
+    model: str = option("testbed", "the testbed or a folder of another one")
+    head: str = option("runs/heads/testbed-aesthetic", "aesthetic head of the guidance part")
+    output: str = option("runs/testbed-eval", "folder of images and results; images resume")
+    num_images: int = option(1000, "quality: images per CFG weight")
+    cfg_scales: list[float] = option([3.0, 4.0, 5.0], "quality: CFG weights")
+    num_prompts: int = option(500, "guidance: test prompts, one seed each")
+    scale: float = option(1.0, "guidance: the one portable scale; its negative is measured too")
+    cfg_scale: float = option(4.0, "guidance: CFG weight")
+    steps: list[int] = option([15, 25, 50], "guidance: numbers of DDIM steps")
+    schedulers: list[str] = option(["dpm++", "euler"], "guidance: further schedulers, at 25 steps")
+    reference: int = option(2000, "test scenes for Frechet distances")
+    batch_size: int = option(32, "images per batch")
+
+
+def measure_quality(config: MeasureConfig) -> dict[str, Any]:
+    """Sample test captions at each CFG weight and judge them.
+
+    Returns:
+        Rows (one per CFG weight) and the Frechet distance between two halves of the test scenes.
+    """
+    import numpy as np
+
+    from eval.arms import _moments
+    from eval.frechet import frechet_distance
+    from guidance.io import write_json
+    from guidance.pipelines import load_pipeline
+    from guidance.sampling import sample_images
+    from guidance.testbed.judges import load_judges
+    from guidance.testbed.scenes import scenes
+
+    pipe, judges = load_pipeline(config.model), load_judges()
+    truth_scenes = list(scenes("test", config.reference))
+    from guidance.testbed.render import render
+
+    reference = np.stack([render(s) for s in truth_scenes])
+    seen = judges.agreement(reference, [s.caption for s in truth_scenes])
+    features = judges.features(reference)
+    half = len(features) // 2
+    captions = [s.caption for s in scenes("test", config.num_images, start=100_000)]
+    rows = []
+    for cfg in config.cfg_scales:
+        begun = time.perf_counter()
+        images = sample_images(
+            pipe, captions, range(len(captions)), cfg_scale=cfg, batch_size=config.batch_size, progress=True
+        )
+        rows.append(
+            {
+                "cfg_scale": cfg,
+                "images_per_second": len(images) / (time.perf_counter() - begun),
+                "agreement": {k: float(v.mean()) for k, v in judges.agreement(images, captions).items()},
+                "frechet": frechet_distance(*_moments(features), *_moments(judges.features(images))),
+            }
+        )
+        print(rows[-1], flush=True)
+    result = {
+        "rows": rows,
+        "judge_on_test_scenes": {k: float(v.mean()) for k, v in seen.items()},
+        "frechet_between_halves": frechet_distance(*_moments(features[:half]), *_moments(features[half:])),
+        "num_images": config.num_images,
+        "reference": config.reference,
+    }
+    write_json(Path(config.output) / "quality.json", result)
+    return result
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """Markdown of :func:`measure_quality`."""
+    lines = [
+        "| CFG | object | colour | time | terrain | images/s | FD-judge |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        a = row["agreement"]
+        cells = " | ".join(f"{100 * a[k]:.1f}%" for k in ("object", "colour", "time", "terrain"))
+        lines.append(
+            f"| {row['cfg_scale']:g} | {cells} | {row['images_per_second']:.1f} | {row['frechet']:.1f} |"
+        )
+    j = result["judge_on_test_scenes"]
+    lines.append("")
+    lines.append(
+        f"Agreement of the judge classifier with the caption, {result['num_images']} test captions, 25 DDIM steps. On "
+        f"{result['reference']} rendered test scenes the judge itself agrees on object {100 * j['object']:.1f}%, colour "
+        f"{100 * j['colour']:.1f}%, time {100 * j['time']:.1f}%, terrain {100 * j['terrain']:.1f}%. FD-judge: Frechet distance "
+        f"on the judge's 128 features to {result['reference']} test scenes; between two halves of them "
+        f"{result['frechet_between_halves']:.1f}."
+    )
+    return "\n".join(lines)
+
+
+def measure_guidance(config: MeasureConfig) -> str:
+    """Sample the arms of every setting into run folders and tabulate them.
+
+    Returns:
+        Markdown: one table per (scheduler, steps).
+    """
+    import numpy as np
+
+    from eval.arms import as_dict, compare_arms, markdown_table
+    from guidance.heads import load_head
+    from guidance.io import atomic_path, write_json
+    from guidance.pipelines import load_pipeline
+    from guidance.prompts import load_prompts
+    from guidance.records import RecordStore
+    from guidance.run import list_jobs, midblock_arms, sample_arms
+    from guidance.testbed.judges import load_judges
+    from guidance.testbed.render import render
+    from guidance.testbed.scenes import scenes
+
+    pipe, head, judges = load_pipeline(config.model), load_head(config.head), load_judges()
+    jobs = list_jobs(load_prompts("testbed", config.num_prompts, 0), 1, 0)
+    reference = np.stack([render(s) for s in scenes("test", config.reference)])
+    settings = [("ddim", n) for n in config.steps] + [(s, 25) for s in config.schedulers]
+    text, summary = [], {}
+    for scheduler, steps in settings:
+        main_setting = (scheduler, steps) == ("ddim", 25)
+        scales = [-config.scale, config.scale] if main_setting else [config.scale]
+        folder = Path(config.output) / f"{scheduler}-{steps}"
+        sample_arms(
+            pipe,
+            jobs,
+            midblock_arms(head, scales, head_path=config.head),
+            RecordStore(folder),
+            model=config.model,
+            num_steps=steps,
+            cfg_scale=config.cfg_scale,
+            scheduler=scheduler,
+            batch_size=config.batch_size,
+        )
+        results = compare_arms(folder, judges, reference)
+        text.append(f"### {scheduler}, {steps} steps\n{markdown_table(results)}")
+        print("\n" + text[-1], flush=True)
+        summary[f"{scheduler}-{steps}"] = as_dict(results)
+        write_json(Path(config.output) / "guidance.json", summary)
+    with atomic_path(Path(config.output) / "guidance.md") as temporary:
+        temporary.write_text("\n\n".join(text) + "\n")
+    return "\n\n".join(text)
+
+
+def write_card(config: MeasureConfig) -> Path:
+    """Put the measured quality into the model card of the weights."""
+    from guidance.io import atomic_path, read_json
+    from guidance.pipelines import TESTBED_FOLDER
+    from guidance.testbed.export import render_card
+
+    folder = TESTBED_FOLDER if config.model == "testbed" else Path(config.model)
+    quality = Path(config.output) / "quality.json"
+    if not quality.is_file():
+        raise UserError(f"Expected '{quality}', found none; run python -m eval.testbed part=quality first.")
+    with atomic_path(folder / "README.md") as temporary:
+        temporary.write_text(
+            render_card(read_json(folder / "training.json"), quality_table(read_json(quality)))
+        )
+    return folder / "README.md"
+
+
+@friendly_errors("eval.testbed")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this script."""
+    config = parse_config(MeasureConfig, argv, prog="eval.testbed", description=__doc__ or "")
+    if config.part == "quality":
+        print(quality_table(measure_quality(config)))
+    elif config.part == "guidance":
+        measure_guidance(config)
+    else:
+        print(f"wrote {write_card(config)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,216 @@
+"""One guided denoiser call: split the batch, score at the tap, shift every part by the same amount."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from guidance.errors import UserError
+from guidance.guides.base import Guide, rms, unit_rms
+from guidance.schedule import NoiseSchedule
+from guidance.taps import forward_with_gradient
+
+
+@dataclasses.dataclass
+class StepRecord:
+    """What guidance did in one denoiser call.
+
+    Attributes:
+        t: Timestep.
+        scores: Guide name -> score of each sample, (b,), float32 on the CPU.
+        grad_norm: L2 norm of each sample's pulled-back gradient, scales included, (b,); of the first group of
+            guides when there are several.
+        shift_rms: RMS of each sample's shift in eps units, (b,).
+        skipped: Samples whose gradient was not finite and that were left unguided in this step.
+    """
+
+    t: float
+    scores: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    grad_norm: Tensor | None = None
+    shift_rms: Tensor | None = None
+    skipped: int = 0
+
+
+@dataclasses.dataclass
+class Group:
+    """Guides that share one backward pass: same normalisation and space."""
+
+    guides: list[Guide]
+    direction: Tensor | None = None  # kept for `every`: the last shift (raw) or direction (normalised)
+    size: Tensor | float = 1.0
+
+
+@dataclasses.dataclass
+class GuidedStep:
+    """One guided denoiser call."""
+
+    owner: Any  # the wrapper in guidance.apply: unet, pipe, original forward, handle
+    groups: list[Group]
+    sample: Tensor
+    timestep: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    index: int
+    parts: int
+
+    def run(self) -> Any:
+        batch = self.sample.shape[0]
+        if batch % self.parts:
+            raise UserError(
+                f"Expected a batch of {self.parts} guidance parts, got {batch} samples; check the pipeline."
+            )
+        due = [g for g in self.groups if g.direction is None or self.index % g.guides[0].strength.every == 0]
+        outputs = [self._forward(p) for p in self._unconditional()]
+        conditional, gradients = self._conditional_forward(due)
+        outputs.insert(self._conditional, conditional)
+        schedule = NoiseSchedule.from_scheduler(self.owner.pipe.scheduler)
+        t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[:1]
+        _, sigma = (v.to(torch.float32) for v in schedule.alpha_sigma(t[0]))
+        predictions = [_prediction(o) for o in outputs]
+        reference = self._reference(predictions, schedule, t[0])
+        record = self.owner.handle.records[-1] if due else StepRecord(float(t[0]))
+        shift: Tensor | float = 0.0
+        for group in self.groups:
+            if group in due:
+                self._renew(group, gradients.pop(0), record)
+            shift = shift + self._shift(group, reference, sigma)
+        if isinstance(shift, Tensor):
+            record.shift_rms = rms(shift).flatten().cpu()
+            shift = shift * schedule.shift_factor(t[0]).to(shift.dtype)
+        return self._assemble(outputs, predictions, shift)
+
+    # ---- parts of the batch -----------------------------------------------------------------------------------
+    @property
+    def _conditional(self) -> int:
+        """Index of the fully conditional part: last of [uncond, cond], first of InstructPix2Pix's three."""
+        return 0 if self.parts == 3 else self.parts - 1
+
+    def _part(self, p: int) -> tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]:
+        cut = lambda v: _cut(v, p, self.parts, self.sample.shape[0])  # noqa: E731
+        return (
+            cut(self.sample),
+            cut(self.timestep),
+            tuple(map(cut, self.args)),
+            {k: cut(v) for k, v in self.kwargs.items()},
+        )
+
+    def _unconditional(self) -> list[int]:
+        return [p for p in range(self.parts) if p != self._conditional]
+
+    def _forward(self, p: int) -> Any:
+        x, t, args, kwargs = self._part(p)
+        with torch.no_grad():
+            return self.owner.original(x, t, *args, **kwargs)
+
+    def _conditional_forward(self, due: list[Group]) -> tuple[Any, list[Tensor]]:
+        x, t, args, kwargs = self._part(self._conditional)
+        if not due:
+            return self._forward(self._conditional), []
+        record = StepRecord(float(torch.as_tensor(t).reshape(-1)[0]))
+        self.owner.handle.records.append(record)
+        times = torch.as_tensor(t, device=x.device).reshape(-1).float().expand(x.shape[0])
+        targets = [_target(group, times, record) for group in due]
+        taps = list(dict.fromkeys(g.tap for group in due for g in group.guides))
+        return forward_with_gradient(
+            lambda leaf: self.owner.original(leaf, t, *args, **kwargs), self.owner.unet, x, taps, targets
+        )
+
+    def _reference(self, predictions: list[Tensor], schedule: NoiseSchedule, t: Tensor) -> Tensor:
+        """Per-sample RMS of what classifier-free guidance works with, in eps units."""
+        cond = predictions[self._conditional].float()
+        others = self._unconditional()
+        if others:
+            difference = cond - predictions[others[-1]].float()
+            return rms(difference) / schedule.shift_factor(t).abs().to(difference.dtype)
+        return rms(schedule.to_eps(cond, self._part(self._conditional)[0].float()[:, : cond.shape[1]], t))
+
+    # ---- the shift --------------------------------------------------------------------------------------------
+    def _renew(self, group: Group, gradient: Tensor, record: StepRecord) -> None:
+        channels = self.owner.unet.config.out_channels
+        gradient = gradient[:, :channels]  # inpainting UNets take mask and image as further channels
+        finite = gradient.flatten(1).isfinite().all(1)
+        if not finite.all():
+            record.skipped = int((~finite).sum())
+            self.owner.handle.skipped += record.skipped
+            keep = rearrange(finite, "b -> b 1 1 1")
+            gradient = torch.where(keep, gradient, 0.0)
+            group.size = torch.where(keep, group.size, 0.0)
+        if record.grad_norm is None:
+            record.grad_norm = gradient.flatten(1).norm(dim=1).float().cpu()
+        group.direction = unit_rms(gradient) if group.guides[0].strength.normalize else gradient
+
+    def _shift(self, group: Group, reference: Tensor, sigma: Tensor) -> Tensor | float:
+        """The group's shift of eps (to be added), or 0 when it moves the latents instead."""
+        assert group.direction is not None
+        if group.guides[0].strength.space == "x":
+            owner, x = self.owner, self._part(self._conditional)[0]
+            owner.x_shift = group.direction if owner.x_shift is None else owner.x_shift + group.direction
+            owner.x_input = x[:, : group.direction.shape[1]].detach()
+            return 0.0
+        if group.guides[0].strength.normalize:
+            return -group.size * reference * group.direction
+        return -sigma * group.direction
+
+    def _assemble(self, outputs: list[Any], predictions: list[Tensor], shift: Tensor | float) -> Any:
+        if isinstance(shift, Tensor):
+            predictions = [_add(p, shift) for p in predictions]
+        whole = torch.cat(predictions)
+        return (whole,) if isinstance(outputs[0], tuple) else dataclasses.replace(outputs[0], sample=whole)
+
+
+def _cut(value: Any, part: int, parts: int, batch: int) -> Any:
+    """Cut one part out of everything that runs along the batch."""
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return value.chunk(parts)[part]
+    if isinstance(value, dict):
+        return {k: _cut(v, part, parts, batch) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_cut(v, part, parts, batch) for v in value)
+    return value
+
+
+def _prediction(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _add(prediction: Tensor, shift: Float[Tensor, "b c y x"]) -> Tensor:
+    """Add a shift to the first channels of a prediction (others: learned variances)."""
+    out = prediction.clone()
+    channels = shift.shape[1]
+    out[:, :channels] += shift.to(prediction.dtype)
+    return out
+
+
+def _target(
+    group: Group, times: Tensor, record: StepRecord
+) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """What to pull back for a group: the weighted sum of its guides' score gradients at their taps.
+
+    With a portable scale each guide's gradient counts with RMS 1 *at its tap*, so two guides that agree add up and
+    two that oppose cancel; ``group.size`` is the RMS of the sum, for one guide its scale.
+    """
+
+    def gradient(features: dict[str, Tensor]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        sizes: dict[str, Tensor] = {}
+        for guide in group.guides:
+            leaf = features[guide.tap].detach()
+            leaf = (leaf if leaf.dtype == torch.float64 else leaf.float()).requires_grad_(True)
+            with torch.enable_grad():
+                score = guide.score(leaf, times)
+                (g,) = torch.autograd.grad(score.sum(), leaf)
+            record.scores[guide.name] = score.detach().float().cpu()
+            g = guide.strength.guidance_scale * (unit_rms(g) if guide.strength.normalize else g)
+            total[guide.tap] = total[guide.tap] + g if guide.tap in total else g
+        sizes = {tap: rms(g).square() for tap, g in total.items()}
+        group.size = torch.stack([rearrange(s, "b ... -> b (...)") for s in sizes.values()]).sum(0).sqrt()
+        group.size = rearrange(group.size, "b 1 -> b 1 1 1")
+        return total
+
+    return gradient

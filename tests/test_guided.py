@@ -1,0 +1,279 @@
+"""``sample/guided.py`` for real on a random pipeline: pairing, resuming after a kill, and bad input."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from guidance.heads import HeadConfig, build_head, save_head
+from guidance.pipelines import fingerprint
+from guidance.prompts import Prompt
+from guidance.records import RecordStore, audit_pairs
+from guidance.run import list_jobs, midblock_arms, sample_arms
+from guidance.sampling import sample_images
+from sample.guided import GuidedConfig, default_output, main, read_words, sample_guided
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ["a red balloon over the sea at dusk", "a blue tree in the snow at night"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def head(tiny_pipe):
+    torch.manual_seed(0)
+    unet = tiny_pipe.unet
+    return build_head(
+        HeadConfig(
+            kind="conv",
+            in_channels=unet.config.block_out_channels[-1],
+            hidden=16,
+            base_fingerprint=fingerprint(unet),
+            prediction_type=tiny_pipe.scheduler.config.prediction_type,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def words(tiny_folder, head, tmp_path_factory) -> list[str]:
+    """A command line without an output: two prompts, two seeds, three arms, two batches each."""
+    folder = tmp_path_factory.mktemp("heads") / "random"
+    save_head(head, folder)
+    options = ["scales=[0, 1, -2]", "seeds_per_prompt=2", "num_steps=3", "batch_size=3", "device=cpu"]
+    return [*TEXTS, "--model", str(tiny_folder), "--head", str(folder), *options]
+
+
+@pytest.fixture(scope="module")
+def done(words, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run with spaces") / "out"
+    main([*words, f"output={folder}"])
+    return folder
+
+
+def read_image(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def image_hashes(folder: Path) -> dict[str, str]:
+    files = sorted((folder / "images").rglob("*.*"))
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def test_a_run_is_whole_and_paired(done: Path) -> None:
+    records = RecordStore(done).load(check="sha256")
+    assert len(records) == 12 and {p.name for p in done.iterdir()} == {
+        "config.yaml",
+        "grid.png",
+        "images",
+        "records.jsonl",
+    }
+    pairs = audit_pairs(records)
+    assert set(pairs) == {"scale=1", "scale=-2"}
+    for a, b in (pair for rows in pairs.values() for pair in rows):
+        assert (read_image(done / a.image) != read_image(done / b.image)).any()
+    assert {r.seed for r in records} == {0, 1, 1000, 1001} and len({r.noise_hash for r in records}) == 4
+    for r in records:
+        assert (r.score is None) == (r.arm == "unguided") and r.seconds > 0 and not r.nan_skipped
+        assert r.scheduler == "DDIMScheduler" and r.num_steps == 3 and not r.truncated
+    guide = next(r for r in records if r.arm == "scale=-2").guides[0]
+    assert guide["guidance_scale"] == -2 and guide["normalize"] == "cfg" and guide["stop"] == 1.0
+    assert yaml.safe_load((done / "config.yaml").read_text())["scales"] == [0.0, 1.0, -2.0]
+    assert read_image(done / "grid.png").shape[2] == 3
+
+
+def test_images_do_not_depend_on_their_batch(done: Path, tiny_pipe) -> None:
+    records = [r for r in RecordStore(done).load() if r.arm == "unguided"]
+    for r in records:
+        alone = sample_images(tiny_pipe, [r.prompt], [r.seed], num_steps=3, scheduler="ddim")[0]
+        assert np.abs(alone.astype(int) - read_image(done / r.image)).max() <= 1
+
+
+def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, capsys) -> None:
+    before = (done / "records.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("guidance.run.sample_latents", None)
+        main([*words, f"output={done}", "batch_size=2"])
+    shown = capsys.readouterr().out
+    assert (done / "records.jsonl").read_bytes() == before
+    assert "scale=-2" in shown and f"grid: {done / 'grid.png'}" in shown and "x unguided" in shown
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+real, calls = os.fsync, []
+def fsync(file):
+    calls.append(file)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(file)
+os.fsync = fsync
+from sample.guided import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bytes(done: Path, words, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, *words, f"output={folder}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    records = folder / "records.jsonl"
+    records.write_bytes(records.read_bytes()[:-25])  # and the last line torn, as when the machine goes down
+    assert len(RecordStore(folder)) == 4
+    main([*words, f"output={folder}"])
+    assert image_hashes(folder) == image_hashes(done) and len(image_hashes(done)) == 12
+    assert (folder / "grid.png").read_bytes() == (done / "grid.png").read_bytes()
+    keys = [[r.key for r in RecordStore(f).load(check="sha256")] for f in (folder, done)]
+    assert keys[0] == keys[1]
+
+
+def test_another_config_is_refused_and_scales_are_added(words, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "out"
+    small = [*words, f"output={folder}", "seeds_per_prompt=1", "num_steps=1"]
+    main([*small, "scales=[1]"])
+    before = image_hashes(folder)
+    for change, shown in (("cfg_scale=3", "cfg_scale=4.0 (now 3.0)"), ("seed=7", "seed=0 (now 7)")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*small, change])
+        assert stopped.value.code == 2 and shown in capsys.readouterr().err
+    assert image_hashes(folder) == before
+    main([*small, "scales=[3]"])
+    added = image_hashes(folder)
+    assert before.items() < added.items() and len(added) == 6
+    main([*small, "cfg_scale=3", "scales=[0]", "fresh=true"])
+    assert len(image_hashes(folder)) == 2 and image_hashes(tmp_path / "out.old-1") == added
+
+
+def test_images_made_in_another_way_are_refused(words, tmp_path: Path, capsys) -> None:
+    """A prompt file or a head that changed under the same name does not show in the config."""
+    file = tmp_path / "prompts.txt"
+    file.write_text(TEXTS[0])
+    small = [*words[2:], f"output={tmp_path / 'out'}", "num_steps=1", "scales=[0]", f"prompts={file}"]
+    main(small)
+    file.write_text(TEXTS[1])
+    with pytest.raises(SystemExit) as stopped:
+        main(small)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "prompt='a blue tree" in message and "fresh=true" in message
+
+
+def test_skipped_gradients_are_counted_per_image(tiny_pipe, head, tmp_path: Path) -> None:
+    class Faulty(type(head)):
+        def forward(self, h, t):
+            return super().forward(h, t) * torch.tensor([float("nan"), 1.0])[: len(h), None]
+
+    faulty = Faulty(head.config)
+    faulty.load_state_dict(head.state_dict())
+    jobs = list_jobs([Prompt("a", TEXTS[0]), Prompt("b", TEXTS[1] + " x" * 40)], 1, 0)
+    store = RecordStore(tmp_path)
+    sample_arms(tiny_pipe, jobs, midblock_arms(faulty, [2.0]), store, model="x", num_steps=3, progress=False)
+    records = {r.key[:2]: r for r in store.load()}
+    assert [records["scale=2", p].nan_skipped for p in "ab"] == [3, 0]
+    assert [records["scale=2", p].score is None for p in "ab"] == [True, False]
+    same = [records["unguided", p].sha256 == records["scale=2", p].sha256 for p in "ab"]
+    assert same == [True, False]
+    assert [records["unguided", p].truncated for p in "ab"] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("scales=[1, .nan]", "Expected a finite number for 'scales"),
+        ("scales=[.inf]", "Expected a finite number"),
+        ("head=null", "Expected a head for scale 1, got none"),
+        ("head=runs/heads/none", "Expected a head, head.safetensors"),
+        ("model=no/such-model", "'no/such-model' could not be loaded"),
+        ("prompts=missing.txt", "found none called 'missing.txt'"),
+        ("prompts=EMPTY", "found none; write at least one"),
+        ("prompts=3", "Expected prompts as a set, a file or a list"),
+        ("num_steps=0", "Expected num_steps from 1 to 1000, got 0"),
+        ("batch_size=0", "Expected a batch_size of at least 1"),
+        ("seeds_per_prompt=0", "Expected 1 to 1000 seeds per prompt"),
+        ("scheduler=dimm", "Did you mean 'ddim'"),
+        ("objective=expectd", "Did you mean 'expected'"),
+        ("normalize=cgf", "Expected normalize 'cfg' or None"),
+        ("device=cuda:99", "Expected a device of this machine"),
+        ("scale=[1]", "Did you mean 'scales'"),
+        ("output=FILE/out", "Expected a folder at"),
+    ],
+)
+def test_bad_input_gets_a_sentence(change: str, message: str, words, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    change = change.replace("EMPTY", str(tmp_path / "empty.txt")).replace("FILE", str(tmp_path / "empty.txt"))
+    given = words[2:] if change.startswith("prompts") else words
+    with pytest.raises(SystemExit) as stopped:
+        main([*given, f"output={tmp_path / 'out'}", "scales=[1]", change])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error, error
+    assert {p.name for p in tmp_path.rglob("*")} == {"empty.txt"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_cannot_be_written(number: int, words, tmp_path: Path, capsys, monkeypatch) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    name = "write_bytes" if number == errno.ENOSPC else "write_text"  # while sampling, and before it
+    monkeypatch.setattr(Path, name, fail)
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, f"output={tmp_path / 'out'}", "num_steps=1", "scales=[0]"])
+    assert stopped.value.code == 2 and "the disk is" in capsys.readouterr().err
+    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == ({"config.yaml"} if number == errno.ENOSPC else set())
+
+
+def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
+    assert read_words(["a: b #1", "x=1 y", "--num-steps=3", "--config", "f", "--help"]) == [
+        "x=1 y",
+        "num_steps=3",
+        "--config",
+        "f",
+        "--help",
+        'prompts=["a: b #1"]',
+    ]
+    for text in ('say "hi" \\ there', "ein Bär 🐻", "a: b #1", "'"):
+        with pytest.raises(SystemExit) as stopped:
+            main([text, "--print-config"])
+        assert stopped.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)["prompts"] == [text]
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("x")
+    for words, message in ((["mine.txt"], "write prompts=mine.txt"), (["--head"], "a value after '--head'")):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_default_folder_is_one_per_experiment() -> None:
+    first = default_output(GuidedConfig(prompts=["A red boat!"]))
+    assert first.parent == Path("runs/samples") and first.name.startswith("a-red-boat-")
+    same = GuidedConfig(prompts=["A red boat!"], scales=[3.0], batch_size=2, fresh=True)
+    assert default_output(same) == first != default_output(GuidedConfig(prompts=["A red boat!"], seed=1))
+
+
+def test_the_function_runs_without_words(tiny_folder, tmp_path: Path, capsys) -> None:
+    options = {"num_steps": 1, "scales": [0.0], "head": None, "scheduler": "euler", "num_prompts": 2}
+    config = GuidedConfig(model=str(tiny_folder), output=str(tmp_path / "out"), **options)
+    records = RecordStore(sample_guided(config, progress=False)).load()
+    assert capsys.readouterr().out == "" and [r.arm for r in records] == ["unguided"] * 2
+    assert records[0].prompt_id == "testbed-test-0000" and records[0].scheduler == "EulerDiscreteScheduler"
