@@ -128,7 +128,8 @@ def markdown_table(results: Sequence[ArmResult]) -> str:
         agree = " / ".join(f"{100 * r.agreement[k]:.1f}" for k in ("object", "colour", "time"))
         cost = f"{r.seconds:.3f}" + ("" if r is base else f" ({r.seconds / base.seconds:.2f}x)")
         lines.append(
-            f"| {r.arm} | {r.truth_mean:+.2f} | {change} | {share} | {agree} | {r.clip:.1f} | {r.frechet:.1f} | {cost} |"
+            f"| {r.arm} | {r.truth_mean:+.2f} | {change} | {share} | {agree} "
+            f"| {r.clip:.1f} | {r.frechet:.1f} | {cost} |"
         )
     return "\n".join(lines)
 

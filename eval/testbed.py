@@ -100,13 +100,13 @@ def quality_table(result: dict[str, Any]) -> str:
             f"| {row['cfg_scale']:g} | {cells} | {row['images_per_second']:.1f} | {row['frechet']:.1f} |"
         )
     j = result["judge_on_test_scenes"]
+    judged = ", ".join(f"{k} {100 * j[k]:.1f}%" for k in ("object", "colour", "time", "terrain"))
     lines.append("")
     lines.append(
-        f"Agreement of the judge classifier with the caption, {result['num_images']} test captions, 25 DDIM steps. On "
-        f"{result['reference']} rendered test scenes the judge itself agrees on object {100 * j['object']:.1f}%, colour "
-        f"{100 * j['colour']:.1f}%, time {100 * j['time']:.1f}%, terrain {100 * j['terrain']:.1f}%. FD-judge: Frechet distance "
-        f"on the judge's 128 features to {result['reference']} test scenes; between two halves of them "
-        f"{result['frechet_between_halves']:.1f}."
+        f"Agreement of the judge classifier with the caption, {result['num_images']} test captions, 25 DDIM "
+        f"steps. On {result['reference']} rendered test scenes the judge itself agrees on {judged}. FD-judge: "
+        f"Frechet distance on the judge's 128 features to {result['reference']} test scenes; between two halves "
+        f"of them {result['frechet_between_halves']:.1f}."
     )
     return "\n".join(lines)
 

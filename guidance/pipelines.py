@@ -53,7 +53,9 @@ def load_pipeline(
             f"holds unet/, vae/ and scheduler/, or write 'testbed' for the embedded model."
         )
     if name == TESTBED and not folder.is_dir():
-        raise UserError("Expected the embedded testbed weights in guidance/testbed/weights; reinstall the package.")
+        raise UserError(
+            "Expected the embedded testbed weights in guidance/testbed/weights; reinstall the package."
+        )
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
     if revision is not None:
         options["revision"] = revision
@@ -62,7 +64,7 @@ def load_pipeline(
     try:
         pipe = DiffusionPipeline.from_pretrained(
             source,
-            torch_dtype=dtype or torch.float32,
+            dtype=dtype or torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             **options,

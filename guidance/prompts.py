@@ -99,8 +99,9 @@ def _unique(tag: str, rows: Iterable[Mapping[str, Any]], where: str) -> list[Pro
     for index, row in enumerate(rows):
         text = " ".join(str(_cell(row, PROMPT_COLUMNS, where)).split())
         if text and text not in found:
-            classes = [row.get(_key(row, names)) or "" for names in (("category", "tag"), ("challenge",))]
-            found[text] = Prompt(f"{tag}-{index:04d}", text, *map(str, classes))
+            keys = _key(row, ("category", "tag")), _key(row, ("challenge",))
+            classes = [str(row[key] or "") if key else "" for key in keys]
+            found[text] = Prompt(f"{tag}-{index:04d}", text, *classes)
     if not found:
         raise UserError(f"Expected prompts in {where}, found none; write at least one.")
     return list(found.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -147,17 +148,16 @@ def read_words(argv: Sequence[str]) -> list[str]:
     >>> read_words(["a red boat", "--head", "my/head", "seed=1"])
     ['head=my/head', 'seed=1', 'prompts=["a red boat"]']
     """
-    names = {field.name for field in dataclasses.fields(GuidedConfig)}
     words, rest, texts = iter(argv), [], []
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name.replace("-", "_") in names:
+        if word.startswith("--") and name not in ("config", "print-config", "help"):
             value = value if equals else next(words, None)
             if value is None:
                 raise UserError(f"Expected a value after '{word}', got none.")
             rest.append(f"{name.replace('-', '_')}={value}")
         elif word == "--config":
-            rest += [word, *([file] if (file := next(words, None)) is not None else [])]
+            rest += [word, *itertools.islice(words, 1)]
         elif word.startswith("-") or re.match(r"[\w.]+=", word):
             rest.append(word)
         elif Path(word).is_file():

@@ -98,7 +98,7 @@ def test_every_cfg_part_gets_the_same_shift(tiny_pipe):
     uncond, cond = (guided - plain).chunk(2)
     torch.testing.assert_close(uncond, cond, rtol=1e-4, atol=1e-5)
     for w in (0.0, 1.0, 7.5):
-        mix = lambda e: e.chunk(2)[0] + w * (e.chunk(2)[1] - e.chunk(2)[0])  # noqa: E731
+        mix = lambda e, w=w: e.chunk(2)[0] + w * (e.chunk(2)[1] - e.chunk(2)[0])  # noqa: E731
         torch.testing.assert_close(mix(guided), mix(plain) + cond, rtol=1e-3, atol=1e-5)
 
 
@@ -192,17 +192,12 @@ def test_unmodified_img2img_and_inpaint_are_guided(tiny_pipe, head):
     ):
         pipe = kind(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
-        run = lambda p=pipe, e=extra: (
-            p(
-                PROMPTS[0],
-                image=image,
-                strength=0.8,
-                num_inference_steps=5,
-                output_type="latent",
-                **e,
-                generator=torch.Generator().manual_seed(0),
-            ).images
-        )
+
+        def run(pipe=pipe, extra=extra):
+            generator = torch.Generator().manual_seed(0)
+            options = {"strength": 0.8, "num_inference_steps": 5, "output_type": "latent"}
+            return pipe(PROMPTS[0], image=image, generator=generator, **options, **extra).images
+
         plain = run()
         with apply_guidance(pipe, [MidBlockGuide(head, 0.0)]):
             assert torch.equal(run(), plain)

@@ -144,7 +144,7 @@ def test_a_killed_run_ends_with_the_same_bytes(done: Path, words, tmp_path: Path
     assert image_hashes(folder) == image_hashes(done) and len(image_hashes(done)) == 12
     assert (folder / "grid.png").read_bytes() == (done / "grid.png").read_bytes()
     keys = [[r.key for r in RecordStore(f).load(check="sha256")] for f in (folder, done)]
-    assert keys[0] == keys[1]
+    assert keys[0] == keys[1] and records.read_bytes().count(b"\n") == 12  # done ones were left alone
 
 
 def test_another_config_is_refused_and_scales_are_added(words, tmp_path: Path, capsys) -> None:
@@ -258,7 +258,11 @@ def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
         assert yaml.safe_load(capsys.readouterr().out)["prompts"] == [text]
     monkeypatch.chdir(tmp_path)
     Path("mine.txt").write_text("x")
-    for words, message in ((["mine.txt"], "write prompts=mine.txt"), (["--head"], "a value after '--head'")):
+    for words, message in (
+        (["mine.txt"], "write prompts=mine.txt"),
+        (["--head"], "a value after '--head'"),
+        (["--scale", "3"], "'scales'"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2 and message in capsys.readouterr().err

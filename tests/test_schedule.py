@@ -92,10 +92,10 @@ def test_fractional_timesteps_lie_between_their_neighbours():
 
 def test_a_scheduler_without_a_schedule_is_refused():
     class Odd:
-        config = {"prediction_type": "epsilon"}
+        def __init__(self, prediction):
+            self.config = {"prediction_type": prediction}
 
     with pytest.raises(UserError, match="alphas_cumprod"):
-        NoiseSchedule.from_scheduler(Odd())
-    Odd.config = {"prediction_type": "epsilom"}
+        NoiseSchedule.from_scheduler(Odd("epsilon"))
     with pytest.raises(UserError, match="Did you mean 'epsilon'"):
-        NoiseSchedule.from_scheduler(Odd())
+        NoiseSchedule.from_scheduler(Odd("epsilom"))

@@ -77,8 +77,17 @@ def test_the_whole_recipe_trains_exports_and_loads(tmp_path):
     from train import testbed as script
 
     short = {"steps": 2, "batch_size": 4, "warmup": 1}
-    words = [f"output={tmp_path}/weights", f"work={tmp_path}/work", "num_scenes=500", "unet_channels=[8,16,32]"]
-    words += [f"{n}.{k}={v}" for n in ("vae", "clip", "judge_classifier", "judge_clip", "unet") for k, v in short.items()]
+    words = [
+        f"output={tmp_path}/weights",
+        f"work={tmp_path}/work",
+        "num_scenes=500",
+        "unet_channels=[8,16,32]",
+    ]
+    words += [
+        f"{n}.{k}={v}"
+        for n in ("vae", "clip", "judge_classifier", "judge_clip", "unet")
+        for k, v in short.items()
+    ]
     words += [f"{n}.minutes=0" for n in ("vae", "clip", "judge_classifier", "judge_clip", "unet")]
     assert script.main([*words, "compile=false"]) == 0
     pipe = load_pipeline(tmp_path / "weights")

@@ -148,9 +148,10 @@ def parquet(tmp_path_factory) -> Path:
     """A square whose colour is the rating: features of a random network show that as well."""
     rng = np.random.default_rng(0)
     ratings = rng.integers(1, 11, 300)
-    pixels = rng.normal(60, 6, (300, 64, 64, 3)) + 130 * (
-        np.arange(64)[:, None] < 6 * ratings[:, None, None, None]
-    )
+    pixels = rng.normal(128, 4, (300, 64, 64, 3))
+    pixels[:, 16:48, 16:48] = np.stack([25 * ratings, 0 * ratings + 128, 255 - 25 * ratings], 1)[
+        :, None, None
+    ]
     images = np.clip(pixels, 0, 255).astype(np.uint8)
     file = tmp_path_factory.mktemp("data") / "rated.parquet"
     table = {
@@ -308,7 +309,7 @@ def test_two_processes(trained, options, tmp_path) -> None:
     cache, output = tmp_path / "cache", tmp_path / "h"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train/head.py"]
     command += [*words, f"cache={cache}", f"output={output}", "data.shard_size=32"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=800)
     two, one = results(output), results(trained)
     assert two["cost"].pop("processes") == 2 and one["cost"].pop("processes") == 1
     assert two["test"]["overall"]["spearman"] == pytest.approx(one["test"]["overall"]["spearman"], abs=0.02)

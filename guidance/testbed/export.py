@@ -126,7 +126,8 @@ def render_card(card: dict[str, Any], quality: str) -> str:
     }
     parts = [f"| {n} | {p['class']} | {p['parameters']:,} | {uses[n]} |" for n, p in card["parts"].items()]
     training = [
-        f"| {n} | {r['steps']:,} | {r['samples']:,} | {r['stage']['batch_size']} | {r['seconds'] / 60:.0f} | {r['hardware']} |"
+        f"| {n} | {r['steps']:,} | {r['samples']:,} | {r['stage']['batch_size']} "
+        f"| {r['seconds'] / 60:.0f} | {r['hardware']} |"
         for n, r in card["records"].items()
         if "stage" in r
     ]

@@ -40,7 +40,7 @@ class PatchPCA:
     @classmethod
     def fit(cls, images: NDArray[np.uint8], components: int = 4) -> PatchPCA:
         """Fit to uint8 images (n, h, w, 3)."""
-        x = torch.from_numpy(np.ascontiguousarray(images)).double() / 127.5 - 1
+        x = torch.from_numpy(np.array(images)).double() / 127.5 - 1
         patches = rearrange(x, "n (y a) (x b) c -> (n y x) (c a b)", a=PATCH, b=PATCH)
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
