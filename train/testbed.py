@@ -43,11 +43,11 @@ class TestbedConfig:
         "what to run, in this order; what is done already is skipped",
     )
     unet_channels: list[int] = option([32, 64, 128], "channels of the UNet's three levels")
-    vae: StageConfig = option(StageConfig(batch_size=8, lr=2e-3, warmup=50, ema=0.99, minutes=8), "decoder")
+    vae: StageConfig = option(StageConfig(batch_size=8, lr=2e-3, warmup=50, ema=0.99, minutes=6.5), "decoder")
     clip: StageConfig = option(StageConfig(minutes=7, steps=1600), "guiding CLIP")
     judge_classifier: StageConfig = option(StageConfig(minutes=17, steps=2500, lr=1.5e-3, ema=0.99), "judge")
     judge_clip: StageConfig = option(StageConfig(minutes=6, steps=1200), "judge CLIP")
-    unet: StageConfig = option(StageConfig(lr=1.2e-3, warmup=200, ema=0.999, minutes=65), "denoiser")
+    unet: StageConfig = option(StageConfig(lr=1.5e-3, warmup=200, ema=0.999, minutes=48), "denoiser")
     notes: str = option("", "a paragraph for the model card")
 
 
