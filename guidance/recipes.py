@@ -22,7 +22,7 @@ class FeatureRecipe:
     device: str | None = option(None, "device of the model; null picks CUDA, MPS or CPU")
     dataset: str = option("testbed", "testbed, a parquet/CSV/JSON-lines file, an image folder or a hub id")
     train: int | None = option(None, "training examples; null for all (testbed: 4000)")
-    validation: int | None = option(None, "validation examples; null for all (testbed: 500)")
+    validation: int | None = option(None, "validation examples; null for all (testbed: 1000)")
     test: int | None = option(None, "test examples; null for all (testbed: 1000)")
     image_column: str = option("image", "dataset column of the images")
     caption_column: str | None = option("caption", "dataset column of the captions; null for none")

@@ -18,7 +18,7 @@ from guidance.errors import UserError, nearest
 
 TESTBED = "testbed"
 #: Scenes per split of the testbed when no number is given; one scene costs about 8 ms to draw.
-TESTBED_SIZES = {"train": 4000, "validation": 500, "test": 1000}
+TESTBED_SIZES = {"train": 4000, "validation": 1000, "test": 1000}
 SPLITS = ("train", "validation", "test")
 RATING_RANGE = (1, 10)
 _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
