@@ -56,6 +56,7 @@ def compare_arms(
     judges: Judges,
     reference: UInt8[np.ndarray, "m h w 3"],
     baseline: str = UNGUIDED,
+    vary: Sequence[str] = (),
 ) -> list[ArmResult]:
     """Audit the pairing of a run folder and measure each arm; the baseline comes first.
 
@@ -64,6 +65,7 @@ def compare_arms(
         judges: See :func:`guidance.testbed.judges.load_judges`.
         reference: Real scenes for the Frechet distance, uint8.
         baseline: Arm the others are compared with.
+        vary: Record fields in which arms may differ on purpose, for example "cfg_scale".
 
     Raises:
         UserError: If the arms are not paired, or the baseline is missing.
@@ -72,7 +74,7 @@ def compare_arms(
     names = list(dict.fromkeys(r.arm for r in records))
     if baseline not in names:
         raise UserError(f"Expected an arm '{baseline}' in '{folder}', found {', '.join(names) or 'none'}.")
-    audit_pairs(records, baseline)
+    audit_pairs(records, baseline, vary=vary)
     by_arm = {
         n: sorted((r for r in records if r.arm == n), key=lambda r: (r.prompt_id, r.seed)) for n in names
     }

@@ -126,7 +126,7 @@ def measure_guidance(config: MeasureConfig) -> str:
     from guidance.pipelines import load_pipeline
     from guidance.prompts import load_prompts
     from guidance.records import RecordStore
-    from guidance.run import list_jobs, midblock_arms, sample_arms
+    from guidance.run import Arm, list_jobs, midblock_arms, sample_arms
     from guidance.testbed.judges import load_judges
     from guidance.testbed.render import render
     from guidance.testbed.scenes import scenes
@@ -139,19 +139,14 @@ def measure_guidance(config: MeasureConfig) -> str:
     for scheduler, steps in settings:
         main_setting = (scheduler, steps) == ("ddim", 25)
         scales = [-config.scale, config.scale] if main_setting else [config.scale]
-        folder = Path(config.output) / f"{scheduler}-{steps}"
-        sample_arms(
-            pipe,
-            jobs,
-            midblock_arms(head, scales, head_path=config.head),
-            RecordStore(folder),
-            model=config.model,
-            num_steps=steps,
-            cfg_scale=config.cfg_scale,
-            scheduler=scheduler,
-            batch_size=config.batch_size,
-        )
-        results = compare_arms(folder, judges, reference)
+        runs = [(midblock_arms(head, scales, head_path=config.head), config.cfg_scale)]
+        if main_setting and config.cfg_matched:  # what plain CFG would have given
+            runs.append(([Arm(f"unguided, CFG {config.cfg_matched:g}")], config.cfg_matched))
+        store = RecordStore(Path(config.output) / f"{scheduler}-{steps}")
+        for arms, cfg in runs:
+            options: dict[str, Any] = {"num_steps": steps, "cfg_scale": cfg, "scheduler": scheduler}
+            sample_arms(pipe, jobs, arms, store, model=config.model, batch_size=config.batch_size, **options)
+        results = compare_arms(store.folder, judges, reference, vary=["cfg_scale"])
         text.append(f"### {scheduler}, {steps} steps\n{markdown_table(results)}")
         print("\n" + text[-1], flush=True)
         summary[f"{scheduler}-{steps}"] = as_dict(results)
