@@ -171,7 +171,7 @@ def test_check_fits(tiny_pipe) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             check_fits(make(**{**fitting, **options}), tiny_pipe.unet, schedule)
-    for tap, channels in [("down_blocks.0", 32), ("up_blocks.0", 64), ("conv_in", 32)]:
+    for tap, channels in [("down_blocks.0", 16), ("up_blocks.0", 64), ("conv_in", 16)]:
         check_fits(make(**{**fitting, "tap": tap, "in_channels": channels}), tiny_pipe.unet, schedule)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from guidance.errors import UserError
@@ -96,6 +97,17 @@ def test_the_whole_recipe_trains_exports_and_loads(tmp_path):
     judges = load_judges(tmp_path / "weights")
     assert judges.features(made).shape == (1, 128)
     assert "not measured" in (tmp_path / "weights" / "README.md").read_text().lower()
+    assert (tmp_path / "work" / "done-unet.json").exists()
+    more = [w for w in words if "work=" not in w] + [
+        f"work={tmp_path}/more",
+        f"start_from={tmp_path}/weights",
+    ]
+    first = load_file(tmp_path / "weights" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert script.main([*more, "compile=false", "unet.lr=1e-9", "unet.weight_decay=0", "vae.steps=3"]) == 0
+    second = load_file(tmp_path / "weights" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.allclose(first[k].float(), second[k].float(), atol=1e-3) for k in first)
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert "| unet, before | 2 |" in card and "| vae | 2 |" in card
     weights = sum(f.stat().st_size for f in (tmp_path / "weights").rglob("*"))
     assert weights < 24e6
 

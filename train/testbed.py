@@ -48,6 +48,9 @@ class TestbedConfig:
     judge_classifier: StageConfig = option(StageConfig(minutes=17, steps=2500, lr=1.5e-3, ema=0.99), "judge")
     judge_clip: StageConfig = option(StageConfig(minutes=6, steps=1200), "judge CLIP")
     unet: StageConfig = option(StageConfig(lr=1.5e-3, warmup=200, ema=0.999, minutes=48), "denoiser")
+    start_from: str | None = option(
+        None, "an exported pipeline: keep its other networks and go on training its denoiser"
+    )
     notes: str = option("", "a paragraph for the model card")
 
 
@@ -59,7 +62,7 @@ def train_testbed(config: TestbedConfig) -> Path:
     """
     import torch
 
-    from guidance.testbed.export import export
+    from guidance.testbed.export import adopt, export
     from guidance.testbed.recipe import Recipe
     from guidance.testbed.training import Stage
 
@@ -81,6 +84,8 @@ def train_testbed(config: TestbedConfig) -> Path:
         if step == "export":
             print(f"wrote {export(recipe, Path(config.output), config.notes)}")
         else:
+            if step != "data" and config.start_from:
+                adopt(recipe, Path(config.start_from))
             print({k: v for k, v in recipe.run(step).items() if k != "stage"}, flush=True)
     return Path(config.output)
 

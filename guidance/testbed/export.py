@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file, save_model
 from torch import nn
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from guidance.errors import UserError
-from guidance.io import atomic_dir
+from guidance.io import atomic_dir, atomic_path, read_json, write_json
 
 from . import models
+from .judges import load_classifier
 from .recipe import Recipe, describe
 
 CARD = """---
@@ -110,6 +111,33 @@ def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
     return folder
 
 
+def adopt(recipe: Recipe, folder: Path) -> None:
+    """Start a working folder from an exported pipeline: all but the denoiser counts as done, and it starts from there.
+
+    Args:
+        recipe: Its data step must be done, with the scenes of the exported pipeline (same seed).
+        folder: What :func:`export` wrote.
+    """
+    work, records = recipe.work, read_json(folder / "training.json")["records"]
+    if (work / "unet-start.json").exists():
+        return
+    CLIPTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(work / "tokenizer")
+    networks: dict[str, nn.Module] = {
+        "clip": CLIPModel.from_pretrained(folder / "clip"),
+        "judge_clip": CLIPModel.from_pretrained(folder / "judge_clip"),
+        "judge_classifier": load_classifier(folder / "judge_classifier"),
+        "vae": AutoencoderKL.from_pretrained(folder, subfolder="vae"),
+        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+    }
+    for name, model in networks.items():
+        target = work / ("unet-start.safetensors" if name == "unet" else f"{name}-final.safetensors")
+        with atomic_path(target) as temporary:
+            save_model(model.float(), str(temporary))
+        if name != "unet":
+            write_json(work / f"done-{name}.json", records[name])
+    write_json(work / "unet-start.json", records["unet"])
+
+
 def _describe(model: nn.Module) -> dict[str, Any]:
     return {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
 
@@ -125,11 +153,15 @@ def render_card(card: dict[str, Any], quality: str) -> str:
         "judge_classifier": "judge: attributes, Frechet features",
     }
     parts = [f"| {n} | {p['class']} | {p['parameters']:,} | {uses[n]} |" for n, p in card["parts"].items()]
+    rows = [(n, r) for n, r in card["records"].items() if "stage" in r]
+    earlier = card["records"]["unet"].get("continued_from")
+    while earlier:
+        rows.append(("unet, before", earlier))
+        earlier = earlier.get("continued_from")
     training = [
         f"| {n} | {r['steps']:,} | {r['samples']:,} | {r['stage']['batch_size']} "
         f"| {r['seconds'] / 60:.0f} | {r['hardware']} |"
-        for n, r in card["records"].items()
-        if "stage" in r
+        for n, r in rows
     ]
     data = card["records"]["data"]
     return CARD.format(

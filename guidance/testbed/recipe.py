@@ -228,6 +228,10 @@ class Recipe:
         latents = self.latents()
         text, which = self.text_states()
         unet, stage = models.build_unet(self.unet_channels).to(self.device), self.stages["unet"]
+        start = self.work / "unet-start.safetensors"  # see export.adopt
+        earlier = {"continued_from": read_json(start.with_suffix(".json"))} if start.exists() else {}
+        if earlier:
+            load_model(unet, str(start))
         scheduler, run = models.build_scheduler(), self._compiled(unet)
 
         def loss(step: int, g: torch.Generator) -> Tensor:
@@ -238,7 +242,7 @@ class Recipe:
             states = text[captions].to(self.device).float()
             return denoising_loss(run, scheduler, latents[index].to(self.device).float(), states, g)
 
-        return self._fit("unet", unet, loss, 5)
+        return self._fit("unet", unet, loss, 5) | earlier
 
     @cached_property
     def pca(self) -> PatchPCA:
