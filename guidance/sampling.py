@@ -18,7 +18,7 @@ from guidance.apply import StepRecord, apply_guidance, cfg_parts
 from guidance.errors import UserError, nearest
 from guidance.guides.base import Guide
 
-SCHEDULERS: dict[str, type] = {
+SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
     "dpm++": DPMSolverMultistepScheduler,
     "euler": EulerDiscreteScheduler,

@@ -269,7 +269,7 @@ class Recipe:
     @torch.no_grad()
     def text_states(self) -> tuple[Float[Tensor, "u n d"], np.ndarray]:
         """Text-encoder states of the different captions (the last row: empty prompt), index of each scene's."""
-        clip: CLIPModel = self.load("clip", self.build_clip("clip"))  # type: ignore[assignment]
+        clip: CLIPModel = self.load("clip", self.build_clip("clip"))
         ids, which = self.unique
         states = [clip.text_model(input_ids=part.to(self.device))[0].cpu() for part in ids.split(256)]
         return torch.cat(states), which

@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from .scenes import FLYING, Scene
 from .shapes import Canvas, draw_object
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 #: time -> (zenith, horizon, light on things, sun or moon colour, height of the sun or moon above the horizon)
 SKIES: dict[str, tuple[tuple[float, ...], ...]] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 PAINT: dict[str, tuple[float, float, float]] = {
     "red": (0.90, 0.10, 0.10),
