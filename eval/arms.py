@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from eval.clip_score import clip_score
-from eval.frechet import frechet_distance
+from eval.frechet import frechet_distance, moments
 from eval.paired import PairedDifference, paired_difference
 from guidance.errors import UserError
 from guidance.records import UNGUIDED, Record, RecordStore, audit_pairs
@@ -54,7 +54,7 @@ def load_images(folder: str | os.PathLike[str], records: Sequence[Record]) -> UI
 def compare_arms(
     folder: str | os.PathLike[str],
     judges: Judges,
-    reference: UInt8[np.ndarray, "m h w 3"],
+    reference: tuple[np.ndarray, np.ndarray],
     baseline: str = UNGUIDED,
     vary: Sequence[str] = (),
 ) -> list[ArmResult]:
@@ -63,7 +63,7 @@ def compare_arms(
     Args:
         folder: What ``sample/guided.py`` wrote.
         judges: See :func:`guidance.testbed.judges.load_judges`.
-        reference: Real scenes for the Frechet distance, uint8.
+        reference: Mean and covariance of the judge features of real scenes, see :func:`eval.frechet.moments`.
         baseline: Arm the others are compared with.
         vary: Record fields in which arms may differ on purpose, for example "cfg_scale".
 
@@ -79,15 +79,10 @@ def compare_arms(
         n: sorted((r for r in records if r.arm == n), key=lambda r: (r.prompt_id, r.seed)) for n in names
     }
     base = truth_score(load_images(folder, by_arm[baseline]))
-    real = _moments(judges.features(reference))
     return [
-        _measure(folder, by_arm[name], judges, real, None if name == baseline else base)
+        _measure(folder, by_arm[name], judges, reference, None if name == baseline else base)
         for name in sorted(names, key=lambda n: (n != baseline, by_arm[n][0].scale))
     ]
-
-
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return features.astype(np.float64).mean(0), np.cov(features.astype(np.float64), rowvar=False)
 
 
 def _measure(
@@ -107,7 +102,7 @@ def _measure(
         truth=None if base is None else paired_difference(base, truth, [r.prompt_id for r in records]),
         agreement={k: float(v.mean()) for k, v in judges.agreement(images, prompts).items()},
         clip=float(np.mean(clip_score(judges.clip_embed_images(images), texts))),
-        frechet=frechet_distance(*real, *_moments(judges.features(images))),
+        frechet=frechet_distance(*real, *moments(judges.features(images))),
         seconds=float(np.median([r.seconds for r in records])),
     )
 

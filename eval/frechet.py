@@ -20,6 +20,12 @@ from guidance.errors import UserError
 from guidance.io import atomic_path
 
 
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and covariance (d, d), ddof 1, of features (n, d), in float64."""
+    wide = features.astype(np.float64)
+    return wide.mean(0), np.cov(wide, rowvar=False)
+
+
 def frechet_distance(
     mu1: Float[Tensor, " d"], s1: Float[Tensor, "d d"], mu2: Float[Tensor, " d"], s2: Float[Tensor, "d d"]
 ) -> float:

@@ -43,21 +43,17 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
     Returns:
         Rows (one per CFG weight) and the Frechet distance between two halves of the test scenes.
     """
-    import numpy as np
-
-    from eval.arms import _moments
-    from eval.frechet import frechet_distance
+    from eval.frechet import frechet_distance, moments
     from guidance.io import write_json
     from guidance.pipelines import load_pipeline
     from guidance.sampling import sample_images
     from guidance.testbed.judges import load_judges
+    from guidance.testbed.render import render_scenes
     from guidance.testbed.scenes import scenes
 
     pipe, judges = load_pipeline(config.model), load_judges()
     truth_scenes = list(scenes("test", config.reference))
-    from guidance.testbed.render import render
-
-    reference = np.stack([render(s) for s in truth_scenes])
+    reference = render_scenes(truth_scenes)
     seen = judges.agreement(reference, [s.caption for s in truth_scenes])
     features = judges.features(reference)
     half = len(features) // 2
@@ -73,14 +69,14 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
                 "cfg_scale": cfg,
                 "images_per_second": len(images) / (time.perf_counter() - begun),
                 "agreement": {k: float(v.mean()) for k, v in judges.agreement(images, captions).items()},
-                "frechet": frechet_distance(*_moments(features), *_moments(judges.features(images))),
+                "frechet": frechet_distance(*moments(features), *moments(judges.features(images))),
             }
         )
         print(rows[-1], flush=True)
     result = {
         "rows": rows,
         "judge_on_test_scenes": {k: float(v.mean()) for k, v in seen.items()},
-        "frechet_between_halves": frechet_distance(*_moments(features[:half]), *_moments(features[half:])),
+        "frechet_between_halves": frechet_distance(*moments(features[:half]), *moments(features[half:])),
         "num_images": config.num_images,
         "reference": config.reference,
     }
@@ -118,9 +114,8 @@ def measure_guidance(config: MeasureConfig) -> str:
     Returns:
         Markdown: one table per (scheduler, steps).
     """
-    import numpy as np
-
     from eval.arms import as_dict, compare_arms, markdown_table
+    from eval.frechet import moments
     from guidance.heads import load_head
     from guidance.io import atomic_path, write_json
     from guidance.pipelines import load_pipeline
@@ -128,12 +123,12 @@ def measure_guidance(config: MeasureConfig) -> str:
     from guidance.records import RecordStore
     from guidance.run import Arm, list_jobs, midblock_arms, sample_arms
     from guidance.testbed.judges import load_judges
-    from guidance.testbed.render import render
+    from guidance.testbed.render import render_scenes
     from guidance.testbed.scenes import scenes
 
     pipe, head, judges = load_pipeline(config.model), load_head(config.head), load_judges()
     jobs = list_jobs(load_prompts("testbed", config.num_prompts, 0), 1, 0)
-    reference = np.stack([render(s) for s in scenes("test", config.reference)])
+    reference = moments(judges.features(render_scenes(scenes("test", config.reference))))
     settings = [("ddim", n) for n in config.steps] + [(s, 25) for s in config.schedulers]
     text, summary = [], {}
     for scheduler, steps in settings:

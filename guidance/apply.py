@@ -25,6 +25,7 @@ from torch import Tensor
 from guidance.errors import UserError
 from guidance.guided_step import Group, GuidedStep, StepRecord
 from guidance.guides.base import Guide
+from guidance.schedule import NoiseSchedule
 
 #: Number of classifier-free guidance parts in one denoiser batch, set by our own loop; None: ask the pipeline.
 cfg_parts: ContextVar[int | None] = ContextVar("cfg_parts", default=None)
@@ -110,6 +111,11 @@ class _GuidedForward:
         functools.update_wrapper(self, self.original, updated=())  # keeps the signature
         self.x_shift: Tensor | None = None
         self.x_input: Tensor | None = None
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The scheduler's noise schedule, read at the first guided call."""
+        return NoiseSchedule.from_scheduler(self.pipe.scheduler)
 
     # ---- the denoiser call ------------------------------------------------------------------------------------
     def __call__(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:

@@ -69,7 +69,7 @@ class GuidedStep:
         outputs = [self._forward(p) for p in self._unconditional()]
         conditional, gradients = self._conditional_forward(due)
         outputs.insert(self._conditional, conditional)
-        schedule = NoiseSchedule.from_scheduler(self.owner.pipe.scheduler)
+        schedule: NoiseSchedule = self.owner.schedule
         t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[:1]
         _, sigma = (v.to(torch.float32) for v in schedule.alpha_sigma(t[0]))
         predictions = [_prediction(o) for o in outputs]

@@ -86,16 +86,16 @@ def _sample(config: DemoConfig) -> Path:
 
 
 def _compare(config: DemoConfig, folder: Path) -> str:
-    import numpy as np
-
     from eval.arms import as_dict, compare_arms, markdown_table
+    from eval.frechet import moments
     from guidance.io import atomic_path, write_json
     from guidance.testbed.judges import load_judges
-    from guidance.testbed.render import render
+    from guidance.testbed.render import render_scenes
     from guidance.testbed.scenes import scenes
 
-    reference = np.stack([render(s) for s in scenes("test", config.reference)])
-    results = compare_arms(folder, load_judges(), reference)
+    judges = load_judges()
+    reference = moments(judges.features(render_scenes(scenes("test", config.reference))))
+    results = compare_arms(folder, judges, reference)
     table = markdown_table(results)
     write_json(folder / "summary.json", {"config": dataclasses.asdict(config), "arms": as_dict(results)})
     with atomic_path(folder / "table.md") as temporary:

@@ -47,3 +47,12 @@ def tiny_folder(tiny_pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny pipe")
     tiny_pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Run a module's tests on one torch thread, as the processes they start do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -28,12 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["a red balloon over the sea at dusk", "a blue tree in the snow at night"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

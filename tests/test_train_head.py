@@ -30,12 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RATINGS = [str(k) for k in range(1, 11)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- mathematics

@@ -29,7 +29,7 @@ from guidance.io import atomic_path, read_json, write_json
 
 from . import models
 from .patch_pca import PatchPCA, set_decoder, set_encoder
-from .render import render
+from .render import render_scenes
 from .scenes import ATTRIBUTES, sample_scene, scenes
 from .training import Stage, batch_indices, clip_loss, denoising_loss, fit, reconstruction_loss, to_float
 
@@ -39,7 +39,7 @@ _CHUNK = 500
 
 def _render_chunk(args: tuple[str, int, int]) -> np.ndarray:
     split, start, seed = args
-    return np.stack([render(s) for s in scenes(split, _CHUNK, start=start, seed=seed)])
+    return render_scenes(scenes(split, _CHUNK, start=start, seed=seed))
 
 
 @dataclasses.dataclass

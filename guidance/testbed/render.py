@@ -6,6 +6,8 @@ Lengths are in pixels at 64x64 and scale with ``size``.  Colours are display RGB
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
@@ -54,6 +56,11 @@ def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
     canvas.rgb += scene.haze * depth[..., None] * (haze_colour - canvas.rgb)
     _objects(canvas, scene, horizon, light, haze_colour, u)
     return _camera(canvas.rgb, scene, size)
+
+
+def render_scenes(scenes: Iterable[Scene]) -> NDArray[np.uint8]:
+    """Draw scenes at 64x64, uint8 (n, 64, 64, 3)."""
+    return np.stack([render(scene) for scene in scenes])
 
 
 def _sky(canvas: Canvas, time: str, horizon: float, u: Array) -> None:
