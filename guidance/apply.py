@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -109,6 +110,7 @@ class _GuidedForward:
         key = lambda g: (str(g.strength.normalize), g.strength.space, *_interval(g))  # noqa: E731
         self.groups = [Group(list(gs)) for _, gs in itertools.groupby(sorted(self.guides, key=key), key)]
         functools.update_wrapper(self, self.original, updated=())  # keeps the signature
+        self.last_t = -math.inf
         self.x_shift: Tensor | None = None
         self.x_input: Tensor | None = None
 
@@ -119,22 +121,23 @@ class _GuidedForward:
 
     # ---- the denoiser call ------------------------------------------------------------------------------------
     def __call__(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        index, total = self._position(timestep)
-        if index == 0:
+        index, total, t = self._position(timestep)
+        if index == 0 or t > self.last_t:  # img2img and inpainting start behind index 0
             self.handle.records.clear()
             for group in self.groups:
                 group.direction = None
+        self.last_t = t
         active = [g for g in self.groups if g.guides[0].strength.active(index / total)]
         if not active:
             return self.original(sample, timestep, *args, **kwargs)
         parts = cfg_parts.get() or (2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1)
         return GuidedStep(self, active, sample, timestep, args, kwargs, index, parts).run()
 
-    def _position(self, timestep: Any) -> tuple[int, int]:
-        """Index of this call among the sampling steps, and their number."""
+    def _position(self, timestep: Any) -> tuple[int, int, float]:
+        """Index of this call among the sampling steps, their number, and the timestep."""
         timesteps = self.pipe.scheduler.timesteps
         t = float(torch.as_tensor(timestep).reshape(-1)[0])
-        return int((timesteps.double().cpu() - t).abs().argmin()), len(timesteps)
+        return int((timesteps.double().cpu() - t).abs().argmin()), len(timesteps), t
 
     # ---- x-space ----------------------------------------------------------------------------------------------
     def wrap_step(self, scheduler: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from guidance.errors import UserError
 from guidance.guides.base import Guide, rms, unit_rms
+from guidance.lockstep import lockstep, split_parts
 from guidance.schedule import NoiseSchedule
 from guidance.taps import forward_with_gradient
 
@@ -66,13 +67,10 @@ class GuidedStep:
                 f"Expected a batch of {self.parts} guidance parts, got {batch} samples; check the pipeline."
             )
         due = [g for g in self.groups if g.direction is None or self.index % g.guides[0].strength.every == 0]
-        outputs = [self._forward(p) for p in self._unconditional()]
-        conditional, gradients = self._conditional_forward(due)
-        outputs.insert(self._conditional, conditional)
+        predictions, gradients, output = self._denoise(due)
         schedule: NoiseSchedule = self.owner.schedule
         t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[:1]
         _, sigma = (v.to(torch.float32) for v in schedule.alpha_sigma(t[0]))
-        predictions = [_prediction(o) for o in outputs]
         reference = self._reference(predictions, schedule, t[0])
         record = self.owner.handle.records[-1] if due else StepRecord(float(t[0]))
         shift: Tensor | float = 0.0
@@ -83,7 +81,9 @@ class GuidedStep:
         if isinstance(shift, Tensor):
             record.shift_rms = rms(shift).flatten().cpu()
             shift = shift * schedule.shift_factor(t[0]).to(shift.dtype)
-        return self._assemble(outputs, predictions, shift)
+            predictions = [_add(p, shift) for p in predictions]
+        whole = torch.cat(predictions)
+        return (whole,) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
 
     # ---- parts of the batch -----------------------------------------------------------------------------------
     @property
@@ -103,23 +103,35 @@ class GuidedStep:
     def _unconditional(self) -> list[int]:
         return [p for p in range(self.parts) if p != self._conditional]
 
-    def _forward(self, p: int) -> Any:
-        x, t, args, kwargs = self._part(p)
-        with torch.no_grad():
-            return self.owner.original(x, t, *args, **kwargs)
-
-    def _conditional_forward(self, due: list[Group]) -> tuple[Any, list[Tensor]]:
-        x, t, args, kwargs = self._part(self._conditional)
+    def _denoise(self, due: list[Group]) -> tuple[list[Tensor], list[Tensor], Any]:
+        """The prediction of every part, one gradient a group that is due, and the denoiser's own output."""
+        call, c = self.owner.original, self._conditional
         if not due:
-            return self._forward(self._conditional), []
-        record = StepRecord(float(torch.as_tensor(t).reshape(-1)[0]))
+            output = call(self.sample, self.timestep, *self.args, **self.kwargs)
+            return list(_prediction(output).chunk(self.parts)), [], output
+        record = StepRecord(float(torch.as_tensor(self.timestep).reshape(-1)[0]))
         self.owner.handle.records.append(record)
+        parts = [self._part(p) for p in range(self.parts)]
+        x, t, _, _ = parts[c]
         times = torch.as_tensor(t, device=x.device).reshape(-1).float().expand(x.shape[0])
         targets = [_target(group, times, record) for group in due]
         taps = list(dict.fromkeys(g.tap for group in due for g in group.guides))
-        return forward_with_gradient(
-            lambda leaf: self.owner.original(leaf, t, *args, **kwargs), self.owner.unet, x, taps, targets
-        )
+        in_step = (
+            x.device.type == "cpu"
+        )  # there reading and unpacking weights costs more than Python's overhead
+
+        def forward(leaf: Tensor) -> Any:
+            own = (leaf, *parts[c][1:])
+            x, t, args, kwargs = lockstep([*parts[:c], own, *parts[c + 1 :]], c) if in_step else own
+            return call(x, t, *args, **kwargs)
+
+        output, gradients = forward_with_gradient(forward, self.owner.unet, x, taps, targets)
+        predictions = split_parts(_prediction(output), c)
+        for p in self._unconditional() if len(predictions) < self.parts else ():
+            x, t, args, kwargs = parts[p]
+            with torch.no_grad():
+                predictions.insert(p, _prediction(call(x, t, *args, **kwargs)))
+        return predictions, gradients, output
 
     def _reference(self, predictions: list[Tensor], schedule: NoiseSchedule, t: Tensor) -> Tensor:
         """Per-sample RMS of what classifier-free guidance works with, in eps units."""
@@ -156,12 +168,6 @@ class GuidedStep:
         if group.guides[0].strength.normalize:
             return -group.size * reference * group.direction
         return -sigma * group.direction
-
-    def _assemble(self, outputs: list[Any], predictions: list[Tensor], shift: Tensor | float) -> Any:
-        if isinstance(shift, Tensor):
-            predictions = [_add(p, shift) for p in predictions]
-        whole = torch.cat(predictions)
-        return (whole,) if isinstance(outputs[0], tuple) else dataclasses.replace(outputs[0], sample=whole)
 
 
 def _cut(value: Any, part: int, parts: int, batch: int) -> Any:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from guidance.errors import UserError, nearest
+from guidance.lockstep import plain
 
 MID_BLOCK = "mid_block"
 
@@ -189,7 +190,7 @@ def forward_with_gradient(
     def hook_for(tap: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             h = _features(output)
-            live[tap] = h
+            live[tap] = plain(h)
             if len(live) < len(taps):
                 return None
             finish()

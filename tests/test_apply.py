@@ -207,6 +207,26 @@ def test_unmodified_img2img_and_inpaint_are_guided(tiny_pipe, head):
         assert torch.equal(run(), plain)
 
 
+def test_a_second_img2img_call_starts_afresh(tiny_pipe, head):
+    """It never reaches step 0, and must not reuse the last direction of the call before it."""
+    pipe = StableDiffusionImg2ImgPipeline(**tiny_pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"strength": 0.6, "num_inference_steps": 10, "output_type": "latent"}
+
+    def run(shade):
+        image = Image.new("RGB", (64, 64), (shade, 80, 40))
+        return pipe(PROMPTS[0], image=image, generator=torch.Generator().manual_seed(0), **options).images
+
+    guide = MidBlockGuide(head, 2.0, start=0, stop=1, every=3)
+    with apply_guidance(pipe, [guide]):
+        alone = run(20)
+    with apply_guidance(pipe, [guide]) as handle:
+        run(200)
+        calls = len(handle.records)
+        assert torch.equal(run(20), alone)
+        assert len(handle.records) == calls
+
+
 def test_no_trace_is_left_after_use_and_after_an_error(tiny_pipe, head):
     unet, scheduler = tiny_pipe.unet, tiny_pipe.scheduler
     unet.conv_in.weight.requires_grad_(True)

@@ -9,10 +9,12 @@ from torch import nn
 
 from guidance.errors import UserError
 from guidance.testbed import models
+from guidance.testbed.models import build_scheduler
+from guidance.testbed.optimizer import Optimizer
 from guidance.testbed.patch_pca import PatchPCA, set_decoder, set_encoder
 from guidance.testbed.render import render
 from guidance.testbed.scenes import scenes
-from guidance.testbed.training import Stage, batch_indices, fit, to_float
+from guidance.testbed.training import Stage, batch_indices, denoising_loss, fit, to_float
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,11 @@ def test_batches_are_epochs_of_permutations():
     assert not np.array_equal(seen[:10], seen[10:])
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, ema):
+@pytest.mark.parametrize(("ema", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.9, "muon")])
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, ema, optimizer):
     def run(folder, die_at=None):
         torch.manual_seed(0)
-        model = nn.Linear(4, 1)
+        model = nn.Sequential(nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 1))
 
         def loss(step, g):
             if step == die_at:
@@ -61,14 +63,50 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, ema):
             x = torch.randn(8, 4, generator=g)
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-        stage = Stage(steps=12, batch_size=8, lr=0.05, warmup=2, ema=ema)
+        stage = Stage(steps=12, batch_size=8, lr=0.05, warmup=2, ema=ema, optimizer=optimizer)
         fit("toy", model, loss, stage, folder, checkpoint_every=0.0)
-        return model.weight.detach().clone()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     whole = run(tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", die_at=7)
     assert torch.equal(run(tmp_path / "b"), whole)
+
+
+def test_muon_moves_convolutions_by_orthogonal_matrices_and_the_rest_by_adamw():
+    net = nn.Sequential(nn.Conv2d(16, 32, 3, bias=True))
+    before = net[0].weight.detach().clone()
+    optimizer = Optimizer(dict(net.named_parameters()), "muon", lr=0.1, weight_decay=0.0)
+    net(torch.randn(4, 16, 5, 5)).square().sum().backward()
+    optimizer.step(0.1)
+    step = (net[0].weight.detach() - before).flatten(1)
+    singular = torch.linalg.svdvals(step) / (0.1 * 0.2 * 144**0.5)  # the size that matches AdamW's RMS
+    assert singular.min() > 0.5 and singular.max() < 1.3
+    assert set(optimizer.tensors()) == {
+        "optimizer.momentum_buffer.0.weight",
+        "optimizer.exp_avg.0.bias",
+        "optimizer.exp_avg_sq.0.bias",
+    }
+
+
+def test_emphasis_counts_places_more_often_where_they_are_known():
+    scheduler = build_scheduler()
+    x0, text = torch.zeros(4, 4, 16, 16), torch.zeros(4, 1, 1)
+    half = torch.zeros(4, 16, 16)
+    half[:, :8] = 1.0
+
+    def wrong_above(x, t, states, return_dict):
+        v = scheduler.get_velocity(x0, x / (1 - scheduler.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1), t)
+        return (v + half[:, None],)
+
+    def loss(emphasis):
+        return denoising_loss(
+            wrong_above, scheduler, x0, text, torch.Generator().manual_seed(0), emphasis=emphasis
+        )
+
+    assert loss(None) == pytest.approx(0.5, abs=1e-4)  # half of the picture is off by one
+    assert 0.5 < loss(half) < 2 / 3  # all of it at t with abar > 1/4, less in noise
+    assert loss(1 - half) < 0.5
 
 
 def test_the_whole_recipe_trains_exports_and_loads(tmp_path):

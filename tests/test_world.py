@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import datasets
@@ -10,8 +11,8 @@ import pytest
 
 from guidance.errors import UserError
 from guidance.testbed.data import load_edit_pairs, load_testbed, vote
-from guidance.testbed.render import render
-from guidance.testbed.scenes import SPLITS, combinations, parse_caption, prompts, sample_scene, scenes
+from guidance.testbed.render import object_area, render
+from guidance.testbed.scenes import FLYING, SPLITS, combinations, parse_caption, prompts, sample_scene, scenes
 from guidance.testbed.truth import rating, truth_score
 
 CAPTIONED = ("object", "colour", "time", "terrain", "place", "second_object", "second_colour")
@@ -98,6 +99,20 @@ def test_rows_have_all_columns_and_true_values() -> None:
         assert all(row[name] == getattr(scene, name) for name in (*CAPTIONED, "haze", "tilt"))
         assert (row["caption"], row["scene_seed"]) == (scene.caption, scene.seed)
         assert row["rating"] in range(1, 11)
+
+
+def test_the_area_of_an_object_holds_its_pixels_whatever_it_is() -> None:
+    """Scenes that differ in the object alone differ inside the area alone, and all objects have the same area."""
+    for scene in [s for s in scenes("train", 40) if not s.second_object and s.object not in FLYING][:12]:
+        scene = dataclasses.replace(scene, haze=0.0, defocus=0.0, terrain="hills")
+        area = object_area(scene, size=16)
+        assert 0.05 < area.mean() < 0.35
+        for other in ("house", "tower", "car", "tent"):
+            changed = dataclasses.replace(scene, object=other)
+            assert np.array_equal(object_area(changed, size=16), area)
+            differs = np.abs(render(scene).astype(int) - render(changed)).max(-1) > 8
+            inside = np.repeat(np.repeat(area > 0, 4, 0), 4, 1)
+            assert not (differs & ~inside).any()
 
 
 def test_rows_depend_on_their_index_alone() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from guidance.config import friendly_errors, option, parse_config
 
@@ -24,6 +25,9 @@ class StageConfig:
     warmup: int = option(100, "warm-up steps")
     ema: float = option(0.0, "decay of the averaged weights that are kept; 0 for none")
     minutes: float = option(0.0, "end after so many minutes of training instead (0: no limit)")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW, or Muon for the hidden matrices and AdamW else"
+    )
 
 
 @dataclasses.dataclass
@@ -48,6 +52,9 @@ class TestbedConfig:
     judge_classifier: StageConfig = option(StageConfig(minutes=17, steps=2500, lr=1.5e-3, ema=0.99), "judge")
     judge_clip: StageConfig = option(StageConfig(minutes=6, steps=1200), "judge CLIP")
     unet: StageConfig = option(StageConfig(lr=1.5e-3, warmup=200, ema=0.999, minutes=48), "denoiser")
+    emphasis: float = option(
+        3.0, "added weight of the object's surroundings in the denoising loss; 0 for none"
+    )
     start_from: str | None = option(
         None, "an exported pipeline: keep its other networks and go on training its denoiser"
     )
@@ -61,6 +68,7 @@ def train_testbed(config: TestbedConfig) -> Path:
         The folder of the finished pipeline.
     """
     import torch
+    from accelerate import PartialState
 
     from guidance.testbed.export import adopt, export
     from guidance.testbed.recipe import Recipe
@@ -78,15 +86,22 @@ def train_testbed(config: TestbedConfig) -> Path:
         compile=config.compile,
         workers=config.workers,
         unet_channels=tuple(config.unet_channels),
+        emphasis=config.emphasis,
     )
+    state = PartialState(cpu=config.device == "cpu")
     for step in config.steps:
-        print(f"[{step}]", flush=True)
-        if step == "export":
-            print(f"wrote {export(recipe, Path(config.output), config.notes)}")
+        state.print(f"[{step}]", flush=True)
+        if state.is_main_process and step != "data" and config.start_from:
+            adopt(recipe, Path(config.start_from))
+        state.wait_for_everyone()
+        if step in ("data", "export"):
+            if state.is_main_process and step == "export":
+                print(f"wrote {export(recipe, Path(config.output), config.notes)}")
+            elif state.is_main_process:
+                recipe.run(step)
         else:
-            if step != "data" and config.start_from:
-                adopt(recipe, Path(config.start_from))
-            print({k: v for k, v in recipe.run(step).items() if k != "stage"}, flush=True)
+            state.print({k: v for k, v in recipe.run(step).items() if k != "stage"}, flush=True)
+        state.wait_for_everyone()
     return Path(config.output)
 
 

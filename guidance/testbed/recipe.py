@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from numpy.lib.format import open_memmap
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -29,9 +29,19 @@ from guidance.io import atomic_path, read_json, write_json
 
 from . import models
 from .patch_pca import PatchPCA, set_decoder, set_encoder
-from .render import render_scenes
+from .render import object_area, render_scenes
 from .scenes import ATTRIBUTES, sample_scene, scenes
-from .training import Stage, batch_indices, clip_loss, denoising_loss, fit, reconstruction_loss, to_float
+from .training import (
+    Stage,
+    batch_indices,
+    clip_loss,
+    denoising_loss,
+    fit,
+    jitter,
+    reconstruction_loss,
+    to_float,
+    world,
+)
 
 STEPS = ("data", "vae", "clip", "judge_classifier", "judge_clip", "unet")
 _CHUNK = 500
@@ -65,6 +75,7 @@ class Recipe:
     workers: int = 2
     unet_channels: tuple[int, int, int] = (32, 64, 128)
     caption_dropout: float = 0.1
+    emphasis: float = 3.0  # weight added to the named object's surroundings in the denoising loss
     latent_noise: float = 0.05  # noise on the latents the decoder is trained on: sampled ones are not exact
 
     def run(self, step: str) -> dict[str, Any]:
@@ -76,7 +87,8 @@ class Recipe:
             return read_json(done)
         method: Callable[[], dict[str, Any]] = getattr(self, step)
         record = method()
-        write_json(done, record)
+        if world()[0] == 0:
+            write_json(done, record)
         return record
 
     # ---- data -------------------------------------------------------------------------------------------------
@@ -133,8 +145,9 @@ class Recipe:
         return tokens.input_ids, np.array([where[c] for c in self.captions])
 
     def batch(self, step: int, stage: Stage, salt: int) -> np.ndarray:
-        """Indices of a batch."""
-        return batch_indices(self.num_scenes, stage.batch_size, step, self.seed + salt)
+        """Indices of this process's share of a batch."""
+        rank, size = world()
+        return batch_indices(self.num_scenes, stage.batch_size, step, self.seed + salt)[rank::size]
 
     def pixels(self, index: np.ndarray) -> Float[Tensor, "b 3 h w"]:
         """Images of these indices, floats in -1..1."""
@@ -144,12 +157,14 @@ class Recipe:
         result = fit(
             name, model, loss, self.stages[name], self.work, seed=self.seed + salt, device=self.device
         )
-        with atomic_path(self.work / f"{name}-final.safetensors") as temporary:
-            save_model(model, str(temporary))
+        rank, size = world()
+        if rank == 0:
+            with atomic_path(self.work / f"{name}-final.safetensors") as temporary:
+                save_model(model, str(temporary))
         hardware = (
             torch.cuda.get_device_name()
             if self.device == "cuda"
-            else f"{torch.get_num_threads()} CPU threads"
+            else f"{size * torch.get_num_threads()} CPU threads"
         )
         return dataclasses.asdict(result) | {
             "hardware": hardware,
@@ -233,6 +248,7 @@ class Recipe:
         if earlier:
             load_model(unet, str(start))
         scheduler, run = models.build_scheduler(), self._compiled(unet)
+        areas = self.object_areas()
 
         def loss(step: int, g: torch.Generator) -> Tensor:
             index = self.batch(step, stage, 5)
@@ -240,7 +256,9 @@ class Recipe:
             drop = torch.rand(len(index), generator=g, device=self.device) < self.caption_dropout
             captions = torch.where(drop.cpu(), len(text) - 1, torch.from_numpy(captions))
             states = text[captions].to(self.device).float()
-            return denoising_loss(run, scheduler, latents[index].to(self.device).float(), states, g)
+            emphasis = self.emphasis / 255 * areas[index].to(self.device).float()
+            x0 = latents[index].to(self.device).float()
+            return denoising_loss(run, scheduler, x0, states, g, emphasis=emphasis)
 
         return self._fit("unet", unet, loss, 5) | earlier
 
@@ -266,6 +284,15 @@ class Recipe:
                 np.save(temporary, torch.cat(parts).half().numpy())
         return torch.from_numpy(np.load(path))
 
+    def object_areas(self) -> UInt8[Tensor, "n 16 16"]:
+        """:func:`object_area` of all training scenes in steps of 1/255 (cached in ``areas.npy``)."""
+        path = self.work / "areas.npy"
+        if not path.exists():
+            areas = [object_area(s) for s in tqdm(self.scenes, desc="object areas")]
+            with atomic_path(path) as temporary:
+                np.save(temporary, (np.stack(areas) * 255 + 0.5).astype(np.uint8))
+        return torch.from_numpy(np.load(path))
+
     @torch.no_grad()
     def text_states(self) -> tuple[Float[Tensor, "u n d"], np.ndarray]:
         """Text-encoder states of the different captions (the last row: empty prompt), index of each scene's."""
@@ -273,16 +300,6 @@ class Recipe:
         ids, which = self.unique
         states = [clip.text_model(input_ids=part.to(self.device))[0].cpu() for part in ids.split(256)]
         return torch.cat(states), which
-
-
-def jitter(x: Float[Tensor, "b 3 h w"], g: torch.Generator) -> Float[Tensor, "b 3 h w"]:
-    """Mild augmentation for classifiers and CLIPs: shifts up to 3 pixels, noise, and blur of half of the images."""
-    dx, dy = (int(torch.randint(-3, 4, (), generator=g, device=g.device)) for _ in range(2))
-    x = F.pad(x, (3, 3, 3, 3), mode="replicate")[..., 3 + dy : 67 + dy, 3 + dx : 67 + dx]
-    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    mix = torch.rand(len(x), 1, 1, 1, generator=g, device=x.device).mul(2).sub(1).clamp(min=0)
-    noise = 0.06 * torch.rand(len(x), 1, 1, 1, generator=g, device=x.device)
-    return x + mix * (soft - x) + noise * torch.randn(x.shape, generator=g, device=x.device)
 
 
 def describe(work: Path) -> dict[str, Any]:

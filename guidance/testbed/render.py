@@ -63,6 +63,28 @@ def render_scenes(scenes: Iterable[Scene]) -> NDArray[np.uint8]:
     return np.stack([render(scene) for scene in scenes])
 
 
+def object_area(scene: Scene, size: int = 16, margin: float = 2.0) -> NDArray[np.float32]:
+    """Where the named object (the first one) stands: the share of each cell that its surroundings cover, 0..1.
+
+    The square depends on the layout alone, not on the kind of object: a loss weighted by it favours no shape.
+
+    Args:
+        scene: Any scene.
+        size: Cells a side; 16 is the testbed's latent size.
+        margin: Pixels (at 64x64) around the extent of the largest object.
+
+    Returns:
+        Shape ``(size, size)``.
+    """
+    u = np.random.default_rng([scene.seed, 7]).random(64)
+    x, y, scale = _place(scene, 34.0 + 8.0 * u[0], u)
+    reach = 12.5 * scale + margin
+    middle = y + (3.0 if scene.object in FLYING else -12.0) * scale
+    canvas = Canvas(4 * size, tilt=scene.tilt)
+    inside = (np.abs(canvas.x - x) < reach) & (np.abs(canvas.y - middle) < reach)
+    return inside.reshape(size, 4, size, 4).mean((1, 3), dtype=np.float32)
+
+
 def _sky(canvas: Canvas, time: str, horizon: float, u: Array) -> None:
     zenith, low, _, orb, (height,) = (np.array(c, np.float32) for c in SKIES[time])
     g = np.clip(canvas.y / horizon, 0, 1)[..., None] ** 1.3
@@ -129,9 +151,7 @@ def _ground(canvas: Canvas, scene: Scene, horizon: float, light: Array, u: Array
 
 
 def _objects(canvas: Canvas, scene: Scene, horizon: float, light: Array, haze: Array, u: Array) -> None:
-    side = {"left": -1.0, "right": 1.0}.get(scene.place, 0.0)
-    x = 32 + (side * (12 + 5 * u[40]) if side else (u[40] - 0.5) * 26)
-    scale = 0.9 + 0.25 * u[41]
+    x, foot, scale = _place(scene, horizon, u)
     # the object's own light: coloured by the hour, but never so dark that its colour is lost
     lamp = 0.52 + 0.48 * light
     air = 0.35 * scene.haze
@@ -139,8 +159,14 @@ def _objects(canvas: Canvas, scene: Scene, horizon: float, light: Array, haze: A
         other = x + (22 + 4 * u[42]) * (-1 if x > 32 else 1)
         y = _stand(scene.second_object, scene.terrain, horizon, u[43])
         draw_object(canvas, scene.second_object, scene.second_colour, other, y, 0.55 * scale, lamp, haze, air)
-    y = _stand(scene.object, scene.terrain, horizon, u[44])
-    draw_object(canvas, scene.object, scene.colour, x, y, scale, lamp, haze, air)
+    draw_object(canvas, scene.object, scene.colour, x, foot, scale, lamp, haze, air)
+
+
+def _place(scene: Scene, horizon: float, u: Array) -> tuple[float, float, float]:
+    """The first object's x, the y of its foot (its centre, when it flies), and its scale."""
+    side = {"left": -1.0, "right": 1.0}.get(scene.place, 0.0)
+    x = 32 + (side * (12 + 5 * u[40]) if side else (u[40] - 0.5) * 26)
+    return x, _stand(scene.object, scene.terrain, horizon, u[44]), 0.9 + 0.25 * u[41]
 
 
 def _stand(obj: str, terrain: str, horizon: float, u: float) -> float:
