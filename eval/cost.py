@@ -1,7 +1,8 @@
 """What guidance costs: guided against unguided steps, and encoder-only against full-forward feature capture.
 
-    python -m eval.cost                                   # sd-2.1-base shape, random weights, 512 px, batch 1, CFG
-    python -m eval.cost model=sd-1.5 pixels=256 repeats=5
+    python -m eval.cost                       # sd-2.1-base shape, random weights, 512 px (64x64 latents), batch 1
+    python -m eval.cost model=sd-1.5 latent_size=32 repeats=9
+    python -m eval.cost model=testbed
 
 Runs alternate, so that a drifting machine hits all of them; times are CPU times of the process on a CPU and wall
 times on a GPU.  The floor is counted: FLOPs of the guided step over FLOPs of the unguided one.
@@ -9,7 +10,9 @@ times on a GPU.  The floor is counted: FLOPs of the guided step over FLOPs of th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +26,9 @@ from guidance.config import friendly_errors, option, parse_config
 class CostConfig:
     """What is timed."""
 
-    model: str = option("sd-2.1-base", "architecture with random weights, see guidance/architectures.py")
-    pixels: int = option(512, "side of the image; latents are an eighth of it")
+    model: str = option("sd-2.1-base", "architecture with random weights, the testbed, a folder or a hub id")
+    latent_size: int = option(0, "side of the latents, 64 for 512 px in Stable Diffusion; 0: the model's own")
+    batch_size: int = option(1, "images a step; each is two samples with classifier-free guidance")
     repeats: int = option(5, "alternating repeats of each method, after one warm-up")
     device: str = option("cpu", "cpu or cuda")
     output: str = option("runs/cost", "folder of cost.json")
@@ -41,21 +45,29 @@ def measure_cost(config: CostConfig) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
     from guidance.apply import apply_guidance, cfg_parts
-    from guidance.architectures import build_unet
+    from guidance.architectures import ARCHITECTURES, build_unet
     from guidance.guides import MidBlockGuide
     from guidance.heads import HeadConfig, build_head
     from guidance.io import write_json
+    from guidance.pipelines import load_pipeline
     from guidance.taps import capture, encode_features
 
-    pipe = _Parts(build_unet(config.model).to(config.device))
-    unet = pipe.unet
-    side = config.pixels // 8
+    if config.model in ARCHITECTURES:
+        pipe = _Parts(build_unet(config.model).to(config.device))
+    else:
+        pipe = load_pipeline(config.model, device=config.device)
+    unet, b = pipe.unet, config.batch_size
+    pipe.scheduler.set_timesteps(25)
+    side = config.latent_size or unet.config.sample_size
     torch.manual_seed(0)
-    x = torch.randn(2, 4, side, side, device=config.device)
-    text = torch.randn(2, 77, unet.config.cross_attention_dim, device=config.device)
+    x = torch.randn(2 * b, unet.config.in_channels, side, side, device=config.device)
+    text = torch.randn(2 * b, 77, unet.config.cross_attention_dim, device=config.device)
     t = pipe.scheduler.timesteps[3]
-    head = build_head(HeadConfig(kind="conv", in_channels=1280, time_conditioned=False)).to(config.device)
-    guide = MidBlockGuide(head, 1.0)
+    channels = unet.config.block_out_channels[-1]
+    predicts = pipe.scheduler.config.prediction_type
+    shape = HeadConfig("conv", in_channels=channels, time_conditioned=False, prediction_type=predicts)
+    head = build_head(shape).to(config.device)
+    guide = MidBlockGuide(head, 1.0, start=0, stop=1)
 
     @torch.no_grad()
     def step() -> None:
@@ -65,30 +77,27 @@ def measure_cost(config: CostConfig) -> dict[str, Any]:
         finally:
             cfg_parts.reset(token)
 
-    def guided() -> None:
-        with apply_guidance(pipe, [guide]):
-            step()
-
     @torch.no_grad()
     def full_capture() -> None:
         with capture(unet):
-            unet(x[:1], t, encoder_hidden_states=text[:1])
+            unet(x[:b], t, encoder_hidden_states=text[:b])
 
     def encoder_only() -> None:
-        encode_features(unet, x[:1], t, text[:1])
+        encode_features(unet, x[:b], t, text[:b])
 
-    methods = {
-        "unguided": step,
-        "mid-u": guided,
-        "capture, full": full_capture,
-        "capture, encoder": encoder_only,
+    guided = functools.partial(apply_guidance, pipe, [guide])
+    methods: dict[str, tuple[Callable[[], Any], Callable[[], None]]] = {  # (context, what is timed in it)
+        "unguided": (contextlib.nullcontext, step),
+        "mid-u": (guided, step),
+        "capture, full": (contextlib.nullcontext, full_capture),
+        "capture, encoder": (contextlib.nullcontext, encoder_only),
     }
     baselines = {"mid-u": "unguided", "capture, encoder": "capture, full"}
-    flops = {name: _flops(run) for name, run in methods.items()}
+    flops = {name: _flops(*method) for name, method in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in methods}
     for _ in tqdm(range(config.repeats), desc="repeat"):
-        for name, run in methods.items():
-            times[name].append(_time(run, config.device))
+        for name, method in methods.items():
+            times[name].append(_time(*method, config.device))
     rows = {}
     for name, seconds in times.items():
         base = baselines.get(name)
@@ -104,7 +113,7 @@ def measure_cost(config: CostConfig) -> dict[str, Any]:
             "floor": flops[name] / flops[base] if base else None,
         }
     result = {"config": dataclasses.asdict(config), "threads": torch.get_num_threads(), "rows": rows}
-    write_json(Path(config.output) / f"{config.model}-{config.pixels}.json", result)
+    write_json(Path(config.output) / f"{Path(config.model).name}-{side}.json", result)
     return result
 
 
@@ -116,7 +125,6 @@ class _Parts:
 
         self.unet = unet
         self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        self.scheduler.set_timesteps(25)
 
 
 class _Whole:
@@ -131,7 +139,7 @@ class _Whole:
         pass
 
 
-def _flops(run: Callable[[], None]) -> int:
+def _flops(context: Callable[[], Any], run: Callable[[], None]) -> int:
     """Count FLOPs of one call (this is also its warm-up)."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,23 +147,24 @@ def _flops(run: Callable[[], None]) -> int:
     counter.mod_tracker = (
         _Whole()
     )  # the per-module tracker cannot follow autograd.grad with respect to an input
-    with counter:
+    with context(), counter:
         run()
     return counter.get_total_flops()
 
 
-def _time(run: Callable[[], None], device: str) -> float:
+def _time(context: Callable[[], Any], run: Callable[[], None], device: str) -> float:
     import torch
 
-    if device == "cpu":
-        begun = time.process_time()
+    on_cpu = device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    with context():
+        if not on_cpu:
+            torch.cuda.synchronize()
+        begun = clock()
         run()
-        return time.process_time() - begun
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
+        if not on_cpu:
+            torch.cuda.synchronize()
+        return clock() - begun
 
 
 def cost_table(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -71,6 +72,20 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before long work whether `path` can be written at its end; leave nothing behind.
+
+    Raises:
+        UserError: If one of its parents is a file.
+        OSError: If the file system refuses (read-only, full, no permission).
+    """
+    parent = next(p for p in Path(path).absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"Expected a folder at '{parent}', found a file; choose another path.")
+    with tempfile.TemporaryFile(dir=parent) as file:
+        file.write(b"\0")
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -62,11 +62,13 @@ def train_head(config: HeadTrainConfig) -> Head:
     from guidance.head_setup import prepare_head
     from guidance.head_training import HeadTrainer
     from guidance.heads import load_head
+    from guidance.io import check_writable
     from guidance.tracking import start_tracking, stop_tracking
 
     finished = _finished_head(config)
     if finished is not None:
         return finished
+    check_writable(config.output)
     work = Path(f"{config.output}.training")
     accelerator = _accelerator(config, work)
     sources, settings = _features(config, accelerator)

@@ -1,0 +1,165 @@
+"""The evaluation scripts and the demo for real: on scenes of known truth, and on random pipelines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval import cost
+from eval import testbed as measure
+from eval.arms import as_dict, compare_arms, markdown_table
+from eval.frechet import moments
+from guidance.errors import UserError
+from guidance.heads import HeadConfig, build_head, save_head
+from guidance.pipelines import TESTBED_FOLDER, fingerprint, load_pipeline
+from guidance.records import RecordStore
+from guidance.testbed.judges import load_judges
+from guidance.testbed.render import render, render_scenes
+from guidance.testbed.scenes import scenes
+from guidance.testbed.truth import truth_score
+from sample import demo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def save_random_head(pipe, folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = HeadConfig(
+        kind="conv",
+        in_channels=pipe.unet.config.block_out_channels[-1],
+        hidden=16,
+        base_fingerprint=fingerprint(pipe.unet),
+        prediction_type=pipe.scheduler.config.prediction_type,
+    )
+    save_head(build_head(config), folder)
+    return folder
+
+
+def refused(main, words: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(words)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tiny_head(tiny_pipe, tmp_path_factory) -> Path:
+    return save_random_head(tiny_pipe, tmp_path_factory.mktemp("heads") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return load_judges()
+
+
+@pytest.fixture(scope="module")
+def reference(judges):
+    return moments(judges.features(render_scenes(scenes("test", 300))))
+
+
+@pytest.fixture
+def clear_and_hazy(tiny_pipe, tiny_head, tmp_path) -> tuple[Path, list, list]:
+    """A run folder whose images are replaced: unguided ones by hazy scenes, guided ones by clear ones."""
+    from guidance.heads import load_head
+    from guidance.prompts import Prompt
+    from guidance.run import list_jobs, midblock_arms, sample_arms
+
+    clear = [dataclasses.replace(s, haze=0.0, saturation=1.2, exposure=0.0) for s in scenes("test", 24)]
+    hazy = [dataclasses.replace(s, haze=0.6, saturation=0.5, exposure=-0.4) for s in clear]
+    prompts = [Prompt(str(i), s.caption) for i, s in enumerate(clear)]
+    store = RecordStore(tmp_path / "run")
+    arms = midblock_arms(load_head(tiny_head), [1.0], head_path=str(tiny_head))
+    sample_arms(tiny_pipe, list_jobs(prompts, 1, 0), arms, store, model="tiny", num_steps=1, batch_size=24)
+    for record in store.load():
+        scene = (hazy if record.arm == "unguided" else clear)[int(record.prompt_id)]
+        store.append(record, render(scene))
+    return store.folder, clear, hazy
+
+
+def test_arms_of_known_images(clear_and_hazy, judges, reference) -> None:
+    folder, clear, hazy = clear_and_hazy
+    base, guided = compare_arms(folder, judges, reference)
+    assert (base.arm, base.truth, base.n) == ("unguided", None, 24)
+    before, after = (truth_score(render_scenes(s)) for s in (hazy, clear))
+    assert base.truth_mean == pytest.approx(before.mean()) and guided.truth.mean_diff == pytest.approx(
+        after.mean()
+    )
+    assert guided.truth.mean_diff == pytest.approx((after - before).mean())
+    assert guided.truth.share_improved == np.mean(after > before)
+    assert min(guided.agreement.values()) > 0.9 and guided.frechet < base.frechet
+    table = markdown_table([base, guided]).splitlines()
+    assert len(table) == 4 and f"{after.mean():+.2f}" in table[3]
+    assert json.loads(json.dumps(as_dict([base, guided])))[1]["n"] == 24
+    with pytest.raises(UserError, match="Expected an arm 'cfg'"):
+        compare_arms(folder, judges, reference, baseline="cfg")
+
+
+def test_cost_counts_and_times(tiny_folder, tmp_path, capsys) -> None:
+    words = [f"model={tiny_folder}", "repeats=2", f"output={tmp_path}", "latent_size=8"]
+    assert cost.main(words) == 0
+    rows = json.loads((tmp_path / f"{tiny_folder.name}-8.json").read_text())["rows"]
+    assert rows["mid-u"]["against"] == "unguided" and 1.05 < rows["mid-u"]["floor"] < 1.6
+    assert 0.2 < rows["capture, encoder"]["floor"] < 0.8
+    for row in rows.values():
+        assert 0 < row["min"] <= row["median"] <= row["max"]
+    assert "| mid-u |" in capsys.readouterr().out
+    refused(cost.main, ["model=sd-9"], "sd-9", capsys)
+
+
+def test_quality_and_the_model_card(tiny_folder, tmp_path, capsys) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    shutil.copy(TESTBED_FOLDER / "training.json", model)
+    words = [f"model={model}", f"output={tmp_path}/out"]
+    refused(measure.main, [*words, "part=card"], "part=quality first", capsys)
+    small = ["num_images=6", "cfg_scales=[2,3]", "reference=300", "batch_size=4"]
+    assert measure.main([*words, "part=quality", *small]) == 0
+    result = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert [r["cfg_scale"] for r in result["rows"]] == [2, 3]
+    assert result["judge_on_test_scenes"]["object"] > 0.95  # the judges are the shipped ones
+    assert all(0 <= v <= 1 for r in result["rows"] for v in r["agreement"].values())
+    assert 0 < result["frechet_between_halves"] < min(r["frechet"] for r in result["rows"])
+    assert measure.main([*words, "part=card"]) == 0
+    assert "6 test captions" in (model / "README.md").read_text()
+
+
+def test_guidance_is_measured_in_every_setting_and_resumes(
+    tiny_folder, tiny_head, tmp_path, capsys, monkeypatch
+) -> None:
+    words = [f"model={tiny_folder}", f"head={tiny_head}", f"output={tmp_path}/out", "part=guidance"]
+    words += ["num_prompts=3", "steps=[25]", "schedulers=[euler]", "reference=300", "batch_size=3", "scale=2"]
+    assert measure.main(words) == 0
+    summary = json.loads((tmp_path / "out" / "guidance.json").read_text())
+    assert {k: [a["arm"] for a in v] for k, v in summary.items()}.keys() == {"ddim-25", "euler-25"}
+    assert (
+        len(summary["ddim-25"]) == 4 and len(summary["euler-25"]) == 2
+    )  # with the negative scale and plain CFG
+    assert any("CFG 8" in a["arm"] for a in summary["ddim-25"])
+    text = (tmp_path / "out" / "guidance.md").read_text()
+    monkeypatch.setattr("guidance.run.sample_latents", None)  # nothing is sampled again
+    assert measure.main(words) == 0
+    assert (tmp_path / "out" / "guidance.md").read_text() == text
+
+
+def test_the_demo_from_head_to_table(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(demo, "_train", lambda head: save_random_head(load_pipeline("testbed"), Path(head)))
+    words = ["num_prompts=4", "num_steps=2", "scales=[1,-1]", "reference=300"]
+    words += [f"output={tmp_path}/a demo", f"head={tmp_path}/head"]
+    assert demo.main(words) == 0
+    folder = tmp_path / "a demo"
+    assert {"grid.png", "table.md", "summary.json"} <= {p.name for p in folder.iterdir()}
+    assert len(RecordStore(folder).load(check="sha256")) == 12
+    assert (folder / "table.md").read_text().count("\n") == 5
+    assert "[3/3" in capsys.readouterr().out
+
+
+def test_the_demo_says_when_its_head_cannot_be_trained(tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("no folder")
+    refused(
+        demo.main, [f"head={tmp_path}/file/head", f"output={tmp_path}/out"], "train/head.py failed", capsys
+    )
+    assert not (tmp_path / "out").exists()
