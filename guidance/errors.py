@@ -91,6 +91,8 @@ def _disk_message(error: Exception) -> str | None:
         # safetensors (Rust) and pyarrow carry the number in the text only.
         match = re.search(r"(?:os error|Errno) (\d+)", str(error))
         number = int(match.group(1)) if match else None
+        if number is None and re.search(r"\d+ requested and \d+ written", str(error)):  # NumPy's tofile
+            number = errno.ENOSPC
     if number not in _DISK_ADVICE:
         return None
     filename = getattr(error, "filename", None)

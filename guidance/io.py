@@ -84,8 +84,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     parent = next(p for p in Path(path).absolute().parents if p.exists())
     if not parent.is_dir():
         raise UserError(f"Expected a folder at '{parent}', found a file; choose another path.")
-    with tempfile.TemporaryFile(dir=parent) as file:
-        file.write(b"\0")
+    try:
+        with tempfile.TemporaryFile(dir=parent) as file:
+            file.write(b"\0")
+    except OSError as error:
+        error.filename = str(path)  # the name the user knows
+        raise
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -254,6 +254,7 @@ def test_the_module_imports_nothing_heavy() -> None:
         (OSError(errno.EROFS, os.strerror(errno.EROFS), "a/b.png"), 2, "'a/b.png': the disk is read-only"),
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a"), 2, "'a': permission denied"),
         (OSError("I/O error: (os error 28)"), 2, "job: error: the disk is full"),
+        (OSError("40960 requested and 36800 written"), 2, "job: error: the disk is full"),
     ],
 )
 def test_user_errors_become_one_line(

@@ -86,7 +86,9 @@ def test_arms_of_known_images(clear_and_hazy, judges, reference) -> None:
     base, guided = compare_arms(folder, judges, reference)
     assert (base.arm, base.truth, base.n) == ("unguided", None, 24)
     before, after = (truth_score(render_scenes(s)) for s in (hazy, clear))
-    assert base.truth_mean == pytest.approx(before.mean()) and guided.truth_mean == pytest.approx(after.mean())
+    assert base.truth_mean == pytest.approx(before.mean()) and guided.truth_mean == pytest.approx(
+        after.mean()
+    )
     assert guided.truth.mean_diff == pytest.approx((after - before).mean())
     assert guided.truth.share_improved == np.mean(after > before)
     assert min(guided.agreement.values()) > 0.9 and guided.frechet < base.frechet

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from guidance.errors import UserError
-from guidance.io import atomic_dir, atomic_path, read_json, write_json
+from guidance.io import atomic_dir, atomic_path, check_writable, read_json, write_json
 
 FAILURES = [ValueError("no"), KeyboardInterrupt(), SystemExit(1)]
 
@@ -159,3 +161,19 @@ def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
 def test_missing_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.json"):
         read_json(tmp_path / "none.json")
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="found a file; choose another path"):
+        check_writable(tmp_path / "file" / "head")
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, "read-only", f"{dir}/tmp123")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError) as info:
+        check_writable(tmp_path / "head")
+    assert info.value.filename == str(tmp_path / "head")
