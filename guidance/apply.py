@@ -107,7 +107,7 @@ class _GuidedForward:
         self.pipe, self.unet, self.handle = pipe, pipe.unet, handle
         self.original: Callable[..., Any] = pipe.unet.forward
         self.guides = list(guides)
-        key = lambda g: (str(g.strength.normalize), g.strength.space, *_interval(g))  # noqa: E731
+        key = lambda g: (hasattr(g, "direction"), *_kind(g))  # noqa: E731
         self.groups = [Group(list(gs)) for _, gs in itertools.groupby(sorted(self.guides, key=key), key)]
         functools.update_wrapper(self, self.original, updated=())  # keeps the signature
         self.last_t = -math.inf
@@ -159,6 +159,6 @@ class _GuidedForward:
         return guided_step
 
 
-def _interval(guide: Guide) -> tuple[float, float, int]:
+def _kind(guide: Guide) -> tuple[str, str, float, float, int]:
     s = guide.strength
-    return s.start, s.stop, s.every
+    return str(s.normalize), s.space, s.start, s.stop, s.every

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from guidance.errors import UserError
 from guidance.guides.base import Guide, rms, unit_rms
-from guidance.lockstep import lockstep, split_parts
-from guidance.schedule import NoiseSchedule
+from guidance.lockstep import lockstep, plain, split_parts
 from guidance.taps import forward_with_gradient
 
 
@@ -40,11 +39,16 @@ class StepRecord:
 
 @dataclasses.dataclass
 class Group:
-    """Guides that share one backward pass: same normalisation and space."""
+    """Guides that share one backward pass, or that all need none: same normalisation, space and interval."""
 
     guides: list[Guide]
     direction: Tensor | None = None  # kept for `every`: the last shift (raw) or direction (normalised)
     size: Tensor | float = 1.0
+
+    @property
+    def direct(self) -> bool:
+        """Whether its guides give directions of the latents by themselves, without a gradient."""
+        return hasattr(self.guides[0], "direction")
 
 
 @dataclasses.dataclass
@@ -67,25 +71,31 @@ class GuidedStep:
                 f"Expected a batch of {self.parts} guidance parts, got {batch} samples; check the pipeline."
             )
         due = [g for g in self.groups if g.direction is None or self.index % g.guides[0].strength.every == 0]
-        predictions, gradients, output = self._denoise(due)
-        schedule: NoiseSchedule = self.owner.schedule
+        record = StepRecord(self._time)
+        if due:
+            self.owner.handle.records.append(record)
+        predictions, gradients, output = self._denoise([g for g in due if not g.direct], record)
         t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[:1]
-        _, sigma = (v.to(torch.float32) for v in schedule.alpha_sigma(t[0]))
-        reference = self._reference(predictions, schedule, t[0])
-        record = self.owner.handle.records[-1] if due else StepRecord(float(t[0]))
+        _, sigma = (v.to(torch.float32) for v in self.owner.schedule.alpha_sigma(t[0]))
+        reference = self._reference(predictions, t[0])
         shift: Tensor | float = 0.0
         for group in self.groups:
             if group in due:
-                self._renew(group, gradients.pop(0), record)
+                push = self._direct(group, predictions) if group.direct else gradients.pop(0)
+                self._renew(group, push, record)
             shift = shift + self._shift(group, reference, sigma)
         if isinstance(shift, Tensor):
             record.shift_rms = rms(shift).flatten().cpu()
-            shift = shift * schedule.shift_factor(t[0]).to(shift.dtype)
+            shift = shift * self.owner.schedule.shift_factor(t[0]).to(shift.dtype)
             predictions = [_add(p, shift) for p in predictions]
         whole = torch.cat(predictions)
         return (whole,) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
 
     # ---- parts of the batch -----------------------------------------------------------------------------------
+    @property
+    def _time(self) -> float:
+        return float(torch.as_tensor(self.timestep).reshape(-1)[0])
+
     @property
     def _conditional(self) -> int:
         """Index of the fully conditional part: last of [uncond, cond], first of InstructPix2Pix's three."""
@@ -103,29 +113,25 @@ class GuidedStep:
     def _unconditional(self) -> list[int]:
         return [p for p in range(self.parts) if p != self._conditional]
 
-    def _denoise(self, due: list[Group]) -> tuple[list[Tensor], list[Tensor], Any]:
+    def _denoise(self, due: list[Group], record: StepRecord) -> tuple[list[Tensor], list[Tensor], Any]:
         """The prediction of every part, one gradient a group that is due, and the denoiser's own output."""
         call, c = self.owner.original, self._conditional
         if not due:
             output = call(self.sample, self.timestep, *self.args, **self.kwargs)
             return list(_prediction(output).chunk(self.parts)), [], output
-        record = StepRecord(float(torch.as_tensor(self.timestep).reshape(-1)[0]))
-        self.owner.handle.records.append(record)
         parts = [self._part(p) for p in range(self.parts)]
-        x, t, _, _ = parts[c]
-        times = torch.as_tensor(t, device=x.device).reshape(-1).float().expand(x.shape[0])
+        x, times = parts[c][0], self._times()
         targets = [_target(group, times, record) for group in due]
         taps = list(dict.fromkeys(g.tap for group in due for g in group.guides))
-        in_step = (
-            x.device.type == "cpu"
-        )  # there reading and unpacking weights costs more than Python's overhead
+        in_step = x.device.type == "cpu"  # weights are read once: there that is worth more than Python's time
 
         def forward(leaf: Tensor) -> Any:
             own = (leaf, *parts[c][1:])
             x, t, args, kwargs = lockstep([*parts[:c], own, *parts[c + 1 :]], c) if in_step else own
             return call(x, t, *args, **kwargs)
 
-        output, gradients = forward_with_gradient(forward, self.owner.unet, x, taps, targets)
+        unet = self.owner.unet
+        output, gradients = forward_with_gradient(forward, unet, x, taps, targets, self._predict_x0)
         predictions = split_parts(_prediction(output), c)
         for p in self._unconditional() if len(predictions) < self.parts else ():
             x, t, args, kwargs = parts[p]
@@ -133,19 +139,53 @@ class GuidedStep:
                 predictions.insert(p, _prediction(call(x, t, *args, **kwargs)))
         return predictions, gradients, output
 
-    def _reference(self, predictions: list[Tensor], schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    def _times(self) -> Float[Tensor, " b"]:
+        """Timesteps of the conditional part's samples."""
+        x, t, _, _ = self._part(self._conditional)
+        return torch.as_tensor(t, device=x.device).reshape(-1).float().expand(x.shape[0])
+
+    def _predict_x0(self, output: Any, x: Tensor, through: bool) -> Tensor:
+        """x0 of the conditional part, float32; not ``through``: with eps held fixed, so that dx0/dx = 1/alpha."""
+        schedule, t = self.owner.schedule, self._times()
+        x, prediction = (
+            x[:, : self._channels].float(),
+            plain(_prediction(output))[:, : self._channels].float(),
+        )
+        if through:
+            return schedule.to_x0(prediction, x, t)
+        alpha, sigma = (rearrange(v.to(x.dtype), "b -> b 1 1 1") for v in schedule.alpha_sigma(t))
+        eps = schedule.to_eps(prediction.detach(), x.detach(), t)
+        return (x - sigma * eps) / alpha.clamp(min=1e-3)
+
+    @property
+    def _channels(self) -> int:
+        """Channels of the latents: inpainting UNets take more, learned variances follow in the prediction."""
+        return min(self.owner.unet.config.out_channels, self.sample.shape[1])
+
+    def _reference(self, predictions: list[Tensor], t: Tensor) -> Tensor:
         """Per-sample RMS of what classifier-free guidance works with, in eps units."""
-        cond = predictions[self._conditional].float()
+        schedule, cond = self.owner.schedule, predictions[self._conditional].float()
         others = self._unconditional()
         if others:
             difference = cond - predictions[others[-1]].float()
             return rms(difference) / schedule.shift_factor(t).abs().to(difference.dtype)
         return rms(schedule.to_eps(cond, self._part(self._conditional)[0].float()[:, : cond.shape[1]], t))
 
+    def _direct(self, group: Group, predictions: list[Tensor]) -> Tensor:
+        """The weighted sum of the directions that guides give without a gradient."""
+        x = self._part(self._conditional)[0][:, : self._channels].float()
+        prediction, t = predictions[self._conditional][:, : self._channels].float(), self._times()
+        schedule = self.owner.schedule
+        seen = x, schedule.to_eps(prediction, x, t), schedule.to_x0(prediction, x, t), t
+        with torch.no_grad():
+            pushes = [g.strength.guidance_scale * unit_rms(g.direction(*seen)) for g in group.guides]
+        total = torch.stack(pushes).sum(0)
+        group.size = rms(total)
+        return total
+
     # ---- the shift --------------------------------------------------------------------------------------------
     def _renew(self, group: Group, gradient: Tensor, record: StepRecord) -> None:
-        channels = self.owner.unet.config.out_channels
-        gradient = gradient[:, :channels]  # inpainting UNets take mask and image as further channels
+        gradient = gradient[:, : self._channels]
         finite = gradient.flatten(1).isfinite().all(1)
         if not finite.all():
             record.skipped = int((~finite).sum())
@@ -185,6 +225,10 @@ def _prediction(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
 
 
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _add(prediction: Tensor, shift: Float[Tensor, "b c y x"]) -> Tensor:
     """Add a shift to the first channels of a prediction (others: learned variances)."""
     out = prediction.clone()
@@ -207,7 +251,7 @@ def _target(
         sizes: dict[str, Tensor] = {}
         for guide in group.guides:
             leaf = features[guide.tap].detach()
-            leaf = (leaf if leaf.dtype == torch.float64 else leaf.float()).requires_grad_(True)
+            leaf = _precise(leaf).requires_grad_(True)
             with torch.enable_grad():
                 score = guide.score(leaf, times)
                 (g,) = torch.autograd.grad(score.sum(), leaf)

@@ -23,6 +23,12 @@ from guidance.lockstep import plain
 
 MID_BLOCK = "mid_block"
 
+#: Taps that are no module: the prediction of x0, its gradient carried through the denoiser or not.
+X0, X0_THROUGH_UNET = "x0", "x0/unet"
+
+#: ``f(model output, x, through) -> x0`` of the conditional part, see :func:`forward_with_gradient`.
+PredictX0 = Callable[[Any, Tensor, bool], Tensor]
+
 #: ``f(features by tap) -> d score / d features by tap``, for :func:`forward_with_gradient`.
 FeatureGradient = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -149,6 +155,7 @@ def forward_with_gradient(
     x: Float[Tensor, "b c y x"],
     taps: Sequence[str],
     feature_gradients: Sequence[FeatureGradient],
+    predict_x0: PredictX0 | None = None,
 ) -> tuple[Any, list[Float[Tensor, "b c y x"]]]:
     """Run one forward and take gradients with respect to its input at the last tap.
 
@@ -160,9 +167,11 @@ def forward_with_gradient(
         forward: ``forward(x) -> model output``; must call ``model`` exactly once.
         model: Denoiser that owns the taps; its parameters should not require gradients (saves memory).
         x: Model input; any dtype.
-        taps: Names of the tapped modules.
+        taps: Names of the tapped modules; :data:`X0` and :data:`X0_THROUGH_UNET` mean the prediction of x0, and
+            then gradients are taken after the forward, the latter's through the whole model.
         feature_gradients: One or more pull-back targets; see :data:`FeatureGradient`.  Features are given as
             detached, contiguous leaves (GroupNorm's CPU backward can crash on channels-last features).
+        predict_x0: ``f(output, x, through) -> x0``, for the x0 taps; not ``through``: with eps held fixed.
 
     Returns:
         The forward's output, and one gradient (float32 or float64, shape of ``x``) per feature gradient.
@@ -178,6 +187,8 @@ def forward_with_gradient(
     leaf = x.detach().clone().requires_grad_(True)
     live: dict[str, Tensor] = {}
     gradients: list[Tensor] = []
+    modules = [tap for tap in dict.fromkeys(taps) if tap not in (X0, X0_THROUGH_UNET)]
+    at_the_end = len(modules) < len(set(taps))
 
     def finish() -> None:
         store = {tap: h.detach().contiguous() for tap, h in live.items()}
@@ -191,16 +202,23 @@ def forward_with_gradient(
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             h = _features(output)
             live[tap] = plain(h)
-            if len(live) < len(taps):
+            if len(live) < len(modules) or X0_THROUGH_UNET in taps:
                 return None
-            finish()
+            if not at_the_end:
+                finish()
             torch.set_grad_enabled(False)  # for the rest of this forward; the enclosing context restores it
             return (h.detach(), *output[1:]) if isinstance(output, tuple) else h.detach()
 
         return hook
 
-    with _hooks(model, {tap: hook_for(tap) for tap in dict.fromkeys(taps)}), torch.enable_grad():
+    needs_graph = bool(modules) or X0_THROUGH_UNET in taps
+    with _hooks(model, {tap: hook_for(tap) for tap in modules}), torch.set_grad_enabled(needs_graph):
         output = forward(leaf)
+        if at_the_end and predict_x0 is not None and len(live) == len(modules):
+            with torch.enable_grad():
+                virtual = [tap for tap in (X0, X0_THROUGH_UNET) if tap in taps]
+                live |= {tap: predict_x0(output, leaf, tap == X0_THROUGH_UNET) for tap in virtual}
+            finish()
     if not gradients:
         raise UserError(
             f"Expected the taps {', '.join(taps)} to run in one forward of {type(model).__name__}."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.errors import UserError
+
+#: Prompts of the conditional part of the batch, set by our own loop; None inside other pipelines.
+run_prompts: ContextVar[tuple[str, ...] | None] = ContextVar("run_prompts", default=None)
 
 SPACES = ("eps", "x")
 NORMALIZE = ("cfg", None)
@@ -66,7 +70,14 @@ class Strength:
 
 @runtime_checkable
 class Guide(Protocol):
-    """Scores features at a tap; everything :func:`guidance.apply_guidance` needs."""
+    """Scores features at a tap; everything :func:`guidance.apply_guidance` needs.
+
+    ``tap`` is the name of a module of the denoiser, or :data:`guidance.taps.X0` (the features are the x0 predicted
+    by the conditional part, in the model's latent space; their gradient is taken there, as MPGD does), or
+    :data:`guidance.taps.X0_THROUGH_UNET` (the same with the exact gradient).  Instead of ``score`` a guide may have
+    a method ``direction(x_t, eps, x0, t)`` that returns a direction of the latents itself, (b, c, y, x), without
+    any gradient.
+    """
 
     name: str
     tap: str
