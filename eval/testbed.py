@@ -116,12 +116,13 @@ def measure_guidance(config: MeasureConfig) -> str:
     """
     from eval.arms import as_dict, compare_arms, markdown_table
     from eval.frechet import moments
+    from guidance.arms import Arm, midblock_arms
     from guidance.heads import load_head
     from guidance.io import atomic_path, write_json
     from guidance.pipelines import load_pipeline
     from guidance.prompts import load_prompts
     from guidance.records import RecordStore
-    from guidance.run import Arm, list_jobs, midblock_arms, sample_arms
+    from guidance.run import list_jobs, sample_arms
     from guidance.testbed.judges import load_judges
     from guidance.testbed.render import render_scenes
     from guidance.testbed.scenes import scenes

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,13 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidance.apply import StepRecord
+from guidance.arms import Arm
 from guidance.errors import UserError
-from guidance.guides import Guide, MidBlockGuide
-from guidance.heads import Head
-from guidance.objectives import Target
 from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
-from guidance.records import UNGUIDED, Record, RecordStore, noise_hash, toolkit_version
+from guidance.records import Record, RecordStore, noise_hash, toolkit_version
 from guidance.sampling import decode_latents, initial_noise, sample_latents, using_scheduler
 
 #: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
@@ -39,23 +36,6 @@ class Job:
     seed: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """A method of a comparison.
-
-    Attributes:
-        name: Also the name of its image folder.
-        guides: Empty for plain sampling.
-        descriptions: One plain dict per guide, for the records.
-        head: Path of the head; "" without one.
-    """
-
-    name: str
-    guides: tuple[Guide, ...] = ()
-    descriptions: tuple[dict[str, Any], ...] = ()
-    head: str = ""
-
-
 def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> list[Job]:
     """Give draw ``j`` of prompt ``i`` the seed ``seed + 1000 i + j``; draws of a prompt are neighbours."""
     if not 1 <= seeds_per_prompt <= SEED_STRIDE:
@@ -63,66 +43,6 @@ def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> li
     return [
         Job(p, seed + SEED_STRIDE * i + j) for i, p in enumerate(prompts) for j in range(seeds_per_prompt)
     ]
-
-
-def arm_name(scale: float) -> str:
-    """Name the arm of a scale.
-
-    >>> [arm_name(s) for s in (0, 1.0, -0.5)]
-    ['unguided', 'scale=1', 'scale=-0.5']
-    """
-    return UNGUIDED if scale == 0 else f"scale={scale:.10g}"
-
-
-def list_scales(scales: Sequence[float]) -> list[float]:
-    """Return the scales in order, each once, 0 first: the unguided images are always sampled.
-
-    Raises:
-        UserError: If a scale is not a finite number.
-    """
-    for scale in scales:
-        if not math.isfinite(scale):
-            raise UserError(f"Expected finite scales, got {scale}; 0 samples without guidance.")
-    named = {arm_name(scale): float(scale) for scale in scales}
-    named.pop(UNGUIDED, None)
-    return [0.0, *named.values()]
-
-
-def midblock_arms(
-    head: Head | None,
-    scales: Sequence[float],
-    *,
-    head_path: str = "",
-    objective: str | None = None,
-    target: Target = None,
-    normalize: str | None = "cfg",
-    start: float | None = None,
-    stop: float | None = None,
-    every: int = 1,
-    space: str = "eps",
-) -> list[Arm]:
-    """Make the unguided arm and one of :class:`MidBlockGuide` per other scale; arguments as there.
-
-    Raises:
-        UserError: If an option is out of range, or a scale other than 0 comes without a head.
-    """
-    arms = []
-    for scale in list_scales(scales):
-        if scale == 0:
-            arms.append(Arm(UNGUIDED))
-            continue
-        if head is None:
-            raise UserError(
-                f"Expected a head for scale {scale:g}, got none; give one with head=FOLDER (train it with "
-                "'accelerate launch train/head.py'), or set scales=[0]."
-            )
-        options: dict[str, Any] = {"objective": objective, "target": target, "normalize": normalize}
-        guide = MidBlockGuide(head, scale, **options, start=start, stop=stop, every=every, space=space)
-        described = {"method": "midblock", "name": guide.name, **dataclasses.asdict(guide.strength)}
-        described |= {"objective": objective, "target": target}
-        described |= {"head": head_path, "head_fingerprint": fingerprint(head)}
-        arms.append(Arm(arm_name(scale), (guide,), (described,), head_path))
-    return arms
 
 
 def check_sampling(

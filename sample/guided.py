@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from guidance.config import friendly_errors, option, parse_config
+from guidance.config import friendly_errors, option, parse_config_and_args
 from guidance.errors import UserError
 
 #: Options that may change when a folder is continued: no image depends on them; new scales are added.
@@ -36,6 +36,7 @@ class GuidedConfig:
     seed: int = option(0, "first seed, and choice of the prompts")
     scales: list[float] = option([1.0], "guidance scales; 0, unguided, is always sampled too")
     head: str | None = option("runs/heads/testbed-aesthetic", "folder of the head; null with scales=[0]")
+    guides: list[str] = option([], "guides instead of the head: NAME:key=value,... or a file; see --explain")
     objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
     target: str | None = option(None, "label or threshold of the objective, where it needs one")
     normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
@@ -74,11 +75,13 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     Raises:
         UserError: If something in the config cannot be used, or the folder belongs to another config.
     """
+    from guidance.arms import guide_arms, list_scales, midblock_arms
+    from guidance.guide_specs import read_guide
     from guidance.heads import load_head
     from guidance.pipelines import load_pipeline
     from guidance.prompts import load_prompts
     from guidance.records import RecordStore
-    from guidance.run import check_sampling, list_jobs, list_scales, midblock_arms, sample_arms
+    from guidance.run import check_sampling, list_jobs, sample_arms
     from guidance.run_folder import move_aside, read_settings, write_grid, write_settings
 
     # everything that can be wrong is checked before the first file is written
@@ -88,10 +91,13 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     folder = Path(config.output or default_output(config))
     made = None if config.fresh else read_settings(folder, _settings(config), free=FREE)
     scales = list_scales([*made["scales"], *scales]) if made else scales
-    guide_options = {k: getattr(config, k) for k in ("objective", "target", "normalize", "start", "stop")}
-    guide_options |= {"every": config.every, "space": config.space, "head_path": config.head or ""}
-    head = load_head(config.head) if config.head and scales != [0] else None
-    arms = midblock_arms(head, scales, **guide_options)
+    options = {k: getattr(config, k) for k in ("objective", "target", "normalize", "start", "stop")}
+    options |= {"every": config.every, "space": config.space, "head_path": config.head or ""}
+    if config.guides:
+        arms = guide_arms([read_guide(text) for text in config.guides], scales)
+    else:
+        head = load_head(config.head) if config.head and scales != [0] else None
+        arms = midblock_arms(head, scales, **options)
     _say(progress, f"Loading {config.model} ...")
     pipe = load_pipeline(config.model, revision=config.revision, **_placement(config))
     sampling = {k: getattr(config, k) for k in ("num_steps", "scheduler", "batch_size")}
@@ -148,13 +154,16 @@ def read_words(argv: Sequence[str]) -> list[str]:
     >>> read_words(["a red boat", "--head", "my/head", "seed=1"])
     ['head=my/head', 'seed=1', 'prompts=["a red boat"]']
     """
-    words, rest, texts = iter(argv), [], []
+    words, rest, texts, guides = iter(argv), [], [], []
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        if word.startswith("--") and name not in ("config", "print-config", "help"):
+        if word.startswith("--") and name not in ("config", "print-config", "help", "explain"):
             value = value if equals else next(words, None)
             if value is None:
                 raise UserError(f"Expected a value after '{word}', got none.")
+            if name == "guide":
+                guides.append(value)
+                continue
             rest.append(f"{name.replace('-', '_')}={value}")
         elif word == "--config":
             rest += [word, *itertools.islice(words, 1)]
@@ -165,20 +174,42 @@ def read_words(argv: Sequence[str]) -> list[str]:
         else:
             texts.append(word)
     # YAML reads this JSON as it is
-    return rest + [f"prompts={json.dumps(texts, ensure_ascii=False)}"] * bool(texts)
+    lists = {"prompts": texts, "guides": guides}
+    return rest + [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in lists.items() if value]
+
+
+def _explain(config: GuidedConfig) -> str:
+    from guidance.guide_specs import MidBlockSpec, explain, read_guide
+
+    names = ("head", "objective", "target", "normalize", "start", "stop", "every", "space")
+    specs = [read_guide(text) for text in config.guides] or [
+        MidBlockSpec(**{k: getattr(config, k) for k in names})
+    ]
+    scales = ", ".join(f"{s:g}" for s in config.scales)
+    scheduler = config.scheduler or "the model's scheduler"
+    return (
+        f"{config.num_steps} steps of {scheduler}, CFG {config.cfg_scale:g}, "
+        f"unguided and at scales {scales}, each times the guides' own:\n{explain(specs)}"
+    )
 
 
 @friendly_errors("sample/guided.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
-    config = parse_config(
+    config, arguments = parse_config_and_args(
         GuidedConfig,
         read_words(sys.argv[1:] if argv is None else argv),
         prog="python -m sample.guided",
         description="Sample guided and unguided images from the same noise. Words without '=' are prompts; "
-        "--NAME VALUE works for every option.",
+        "--NAME VALUE works for every option, and --guide can be given several times.",
         default_config="configs/sample/testbed.yaml",
+        extra=lambda parser: parser.add_argument(
+            "--explain", action="store_true", help="say what each guide reads and costs, and stop"
+        ),
     )
+    if arguments.explain:
+        print(_explain(config))
+        return
     folder = sample_guided(config)
     from guidance.records import RecordStore
     from guidance.run_folder import GRID_FILE, summarise

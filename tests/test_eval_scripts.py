@@ -65,9 +65,10 @@ def reference(judges):
 @pytest.fixture
 def clear_and_hazy(tiny_pipe, tiny_head, tmp_path) -> tuple[Path, list, list]:
     """A run folder whose images are replaced: unguided ones by hazy scenes, guided ones by clear ones."""
+    from guidance.arms import midblock_arms
     from guidance.heads import load_head
     from guidance.prompts import Prompt
-    from guidance.run import list_jobs, midblock_arms, sample_arms
+    from guidance.run import list_jobs, sample_arms
 
     clear = [dataclasses.replace(s, haze=0.0, saturation=1.2, exposure=0.0) for s in scenes("test", 24)]
     hazy = [dataclasses.replace(s, haze=0.6, saturation=0.5, exposure=-0.4) for s in clear]

@@ -16,11 +16,12 @@ import torch
 import yaml
 from PIL import Image
 
+from guidance.arms import midblock_arms
 from guidance.heads import HeadConfig, build_head, save_head
 from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
 from guidance.records import RecordStore, audit_pairs
-from guidance.run import list_jobs, midblock_arms, sample_arms
+from guidance.run import list_jobs, sample_arms
 from guidance.sampling import sample_images
 from sample.guided import GuidedConfig, default_output, main, read_words, sample_guided
 

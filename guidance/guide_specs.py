@@ -1,0 +1,225 @@
+"""Guides by name and options: what a command line, a YAML file and a record say of a guide.
+
+``midblock:head=runs/heads/colour,target=red`` or a file of ``configs/guides/`` is read by :func:`read_guide`; each kind
+of guide is one dataclass below.  Plain data with help texts: nothing heavy is imported before :meth:`GuideSpec.build`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from guidance.config import load_config
+from guidance.errors import UserError, nearest
+from guidance.options import option
+
+CONFIGS = Path("configs/guides")
+
+
+@dataclasses.dataclass
+class GuideSpec:
+    """Options that all guides share; the scale multiplies the scale of the arm."""
+
+    method: ClassVar[str]
+    floor: ClassVar[str]  # what a guided step costs where it is active
+
+    guidance_scale: float = option(1.0, "factor of the arm's scale; negative pushes away")
+    start: float | None = option(None, "fraction of the steps where guidance begins; null: the guide's own")
+    stop: float | None = option(None, "fraction of the steps where guidance ends; null: the guide's own")
+    every: int = option(1, "take a gradient each so many steps")
+
+    def build(self, scale: float) -> Any:
+        """The guide at a scale; heavy parts are loaded once and shared."""
+        raise NotImplementedError
+
+    def describe(self, guide: Any) -> dict[str, Any]:
+        """What a record says of the guide: method, name, strength, and these options."""
+        own = {
+            k: v for k, v in dataclasses.asdict(self).items() if k not in ("guidance_scale", "start", "stop")
+        }
+        return {"method": self.method, "name": guide.name, **dataclasses.asdict(guide.strength), **own}
+
+    def explain(self) -> str:
+        """One line for ``--explain``, before anything is loaded."""
+        chosen = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
+        return f"{self.method}: tap {self.where}; a guided step costs {self.floor}; {', '.join(chosen)}"
+
+    @property
+    def where(self) -> str:
+        """Where the guide reads the denoiser."""
+        return "as its head says"
+
+    def _interval(self) -> dict[str, float]:
+        return {k: v for k in ("start", "stop") if (v := getattr(self, k)) is not None}
+
+
+@dataclasses.dataclass
+class MidBlockSpec(GuideSpec):
+    """A head on mid-block features: rating, class, number, or real against generated."""
+
+    method: ClassVar[str] = "midblock"
+    floor: ClassVar[str] = "about 1.19 unguided ones (counted, Stable Diffusion at 512 px with CFG)"
+
+    head: str = option("runs/heads/testbed-aesthetic", "folder of the head")
+    objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
+    target: str | None = option(None, "label or threshold of the objective, where it needs one")
+    normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
+    space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
+
+    @functools.cached_property
+    def loaded(self) -> Any:
+        """The head."""
+        from guidance.heads import load_head
+
+        return load_head(self.head)
+
+    def build(self, scale: float) -> Any:
+        """See :class:`guidance.guides.MidBlockGuide`."""
+        from guidance.guides import MidBlockGuide
+
+        options: dict[str, Any] = {k: getattr(self, k) for k in ("objective", "target", "normalize", "space")}
+        return MidBlockGuide(self.loaded, scale, every=self.every, **self._interval(), **options)
+
+    def describe(self, guide: Any) -> dict[str, Any]:
+        """With the fingerprint of the head."""
+        from guidance.pipelines import fingerprint
+
+        return super().describe(guide) | {"head_fingerprint": fingerprint(self.loaded)}
+
+
+@dataclasses.dataclass
+class ClipSpec(GuideSpec):
+    """CLIP on the decoded prediction of x0."""
+
+    method: ClassVar[str] = "clip"
+    floor: ClassVar[str] = (
+        "one backward through CLIP and the decoder, and with through=unet through the UNet, more"
+    )
+
+    clip: str = option("testbed", "CLIP or SigLIP: testbed, a folder or a hub id; not the one that judges")
+    texts: list[str] = option([], "texts to approach; empty: each image's own prompt")
+    images: list[str] = option([], "image files to approach")
+    weights: list[float] = option([], "one weight per text and image; negative pushes away; empty: all 1")
+    distance: Literal["spherical", "cosine"] = option("spherical", "distance of embeddings")
+    through: Literal["x0", "unet"] = option("x0", "stop the gradient at the prediction of x0, or carry it on")
+    cutouts: int = option(0, "random crops an image; 0 looks at the whole image")
+    decoder: str | None = option(None, "folder or hub id of an AutoencoderTiny; null: the model's VAE")
+    normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
+    seed: int = option(0, "seed of the cutouts")
+
+    @property
+    def where(self) -> str:
+        """At the prediction of x0."""
+        return "the prediction of x0" + (", through the UNet" if self.through == "unet" else "")
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        from guidance.clip import load_clip
+
+        if self.decoder is None:
+            return load_clip(self.clip), None
+        from diffusers import AutoencoderTiny
+
+        return load_clip(self.clip), AutoencoderTiny.from_pretrained(self.decoder, use_safetensors=True)
+
+    def build(self, scale: float) -> Any:
+        """See :class:`guidance.guides.ClipGuide`."""
+        from PIL import Image
+
+        from guidance.encoding import to_rgb
+        from guidance.guides.clip import ClipGuide
+
+        clip, decoder = self._parts
+        options: dict[str, Any] = {k: getattr(self, k) for k in ("distance", "through", "cutouts", "seed")}
+        options |= {
+            "texts": self.texts or None,
+            "images": [to_rgb(Image.open(i)) for i in self.images] or None,
+        }
+        options |= {"weights": self.weights or None, "normalize": self.normalize, "decoder": decoder}
+        return ClipGuide(clip, scale, every=self.every, **self._interval(), **options)
+
+
+@dataclasses.dataclass
+class AmortisedSpec(GuideSpec):
+    """An adapter that predicts the shift of a head, or of several, without a gradient."""
+
+    method: ClassVar[str] = "amortised"
+    floor: ClassVar[str] = "about 1.00 unguided ones (no backward pass)"
+
+    adapter: str = option("runs/adapters/testbed-aesthetic", "folder of the adapter")
+
+    @property
+    def where(self) -> str:
+        """None: the latents and the prediction."""
+        return "none (reads latents and prediction)"
+
+    @functools.cached_property
+    def _adapter(self) -> Any:
+        from guidance.adapter import load_adapter
+
+        return load_adapter(self.adapter)
+
+    def build(self, scale: float) -> Any:
+        """See :class:`guidance.guides.AmortisedGuide`."""
+        from guidance.guides.amortised import AmortisedGuide
+
+        return AmortisedGuide(self._adapter, scale, every=self.every, **self._interval())
+
+
+#: Guides by name.
+GUIDES: dict[str, type[GuideSpec]] = {s.method: s for s in (MidBlockSpec, ClipSpec, AmortisedSpec)}
+
+
+def read_guide(text: str) -> GuideSpec:
+    """Read a guide from ``NAME``, ``NAME:key=value,key=value`` or a YAML file with the line ``guide: NAME``.
+
+    A name that is no method is looked up as ``configs/guides/NAME.yaml``; options after the colon override it.
+
+    Raises:
+        UserError: If there is no such guide or option; the message names what there is and the nearest.
+
+    >>> read_guide("midblock:head=my/head,target=7").target
+    '7'
+    """
+    name, _, options = text.partition(":")
+    words, file = split_options(options), Path(name)
+    if name not in GUIDES and not name.endswith((".yaml", ".yml")):
+        file = CONFIGS / f"{name}.yaml"
+    if name not in GUIDES:
+        if not file.is_file():
+            known = [*GUIDES, *sorted(f.stem for f in CONFIGS.glob("*.yaml"))]
+            raise UserError(f"Expected the name of a guide or a file, got '{name}'.{nearest(name, known)}")
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        name = given.pop("guide", "") if isinstance(given, dict) else ""
+        if name not in GUIDES:
+            hint = nearest(str(name), GUIDES)
+            raise UserError(f"Expected a line 'guide: NAME' in '{file}', got '{name}'.{hint}")
+        words = [*(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()), *words]
+    return load_config(GUIDES[name], None, words)
+
+
+def split_options(text: str) -> list[str]:
+    """Split ``key=value,key=[a,b]`` at the commas that begin a new key.
+
+    >>> split_options("texts=[a boat, the sea],weights=[1,-0.5]")
+    ['texts=[a boat, the sea]', 'weights=[1,-0.5]']
+    """
+    words: list[str] = []
+    for piece in filter(None, text.split(",")):
+        open_list = words and words[-1].count("[") > words[-1].count("]")
+        if open_list:
+            words[-1] += f",{piece}"
+        else:
+            words.append(piece)
+    return words
+
+
+def explain(specs: Sequence[GuideSpec]) -> str:
+    """What will run, a line a guide."""
+    return "\n".join(spec.explain() for spec in specs) or "no guide: unguided sampling"

@@ -1,0 +1,97 @@
+"""Guides by name: from a command line, from a file, in records; mistakes name what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guidance.arms import guide_arms, midblock_arms
+from guidance.errors import UserError
+from guidance.guide_specs import GUIDES, ClipSpec, MidBlockSpec, explain, read_guide
+from guidance.heads import HeadConfig, build_head, save_head
+from sample.guided import main, read_words
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def head(tmp_path) -> Path:
+    save_head(build_head(HeadConfig("conv", in_channels=8, hidden=16)), tmp_path / "head")
+    return tmp_path / "head"
+
+
+def test_a_guide_is_read_from_words() -> None:
+    spec = read_guide("clip:texts=[a boat, the sea],weights=[1,-0.5],through=unet,every=2")
+    assert isinstance(spec, ClipSpec) and spec.texts == ["a boat", "the sea"] and spec.weights == [1, -0.5]
+    assert (spec.through, spec.every, spec.guidance_scale) == ("unet", 2, 1.0)
+    assert read_guide("midblock").head == "runs/heads/testbed-aesthetic"
+
+
+def test_a_guide_is_read_from_a_file_and_words_override_it(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("guide: midblock\nhead: my/head\ntarget: '7'\nguidance_scale: -2\n")
+    spec = read_guide(f"{file}:target=8,start=0.5")
+    assert (spec.head, spec.target, spec.guidance_scale, spec.start) == ("my/head", "8", -2.0, 0.5)
+    monkeypatch.chdir(ROOT)
+    assert read_guide("colour:target=blue").target == "blue"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "guides").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_shipped_guide_is_read_and_explained(file: Path) -> None:
+    spec = read_guide(str(file))
+    assert spec.method in GUIDES and spec.method in explain([spec])
+    assert f"--guide {file.stem}" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("midblok", "Did you mean 'midblock'"),
+        ("clip:text=[a]", "Did you mean 'texts'"),
+        ("midblock:every=often", "every"),
+        ("midblock:guidance_scale=nan", "guidance_scale"),
+        ("clip:through=vae", "through"),
+    ],
+)
+def test_mistakes_name_what_there_is(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_guide(text)
+
+
+def test_a_file_without_a_guide_is_refused(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("head: x\n")
+    with pytest.raises(UserError, match="Expected a line 'guide: NAME'"):
+        read_guide(str(tmp_path / "a.yaml"))
+
+
+def test_arms_hold_all_guides_each_by_its_own_factor(head: Path) -> None:
+    specs = [
+        MidBlockSpec(head=str(head)),
+        MidBlockSpec(head=str(head), guidance_scale=-0.5, target="9", objective="class"),
+    ]
+    plain, arm = guide_arms(specs, [2.0])
+    assert plain.guides == () and plain.name == "unguided" and arm.name == "scale=2"
+    assert [g.strength.guidance_scale for g in arm.guides] == [2.0, -1.0]
+    assert [d["method"] for d in arm.descriptions] == ["midblock"] * 2 and arm.descriptions[1][
+        "target"
+    ] == "9"
+    assert all("head_fingerprint" in d for d in arm.descriptions) and arm.head == str(head)
+
+
+def test_one_head_is_described_alike_by_options_and_by_a_guide(head: Path) -> None:
+    from guidance.heads import load_head
+
+    by_options = midblock_arms(load_head(head), [1.5], head_path=str(head), every=2)
+    by_guide = guide_arms([read_guide(f"midblock:head={head},every=2")], [1.5])
+    assert by_options[1].descriptions == by_guide[1].descriptions
+
+
+def test_explain_loads_nothing(capsys) -> None:
+    assert read_words(["--guide", "a:b=1", "--guide=c", "--explain"]) == [
+        "--explain",
+        'guides=["a:b=1", "c"]',
+    ]
+    main(["--explain", "--guide", "midblock:head=no/such/head", "--guide", "clip"])
+    out = capsys.readouterr().out
+    assert "midblock: tap" in out and "clip: tap the prediction of x0" in out and "CFG 4" in out
