@@ -11,11 +11,13 @@ import torch
 from guidance.encoding import FeatureEncoder
 from guidance.errors import UserError
 from guidance.features import FeatureCache, LiveFeatures, cache_features, describe_features
+from guidance.head_embeddings import CLIP_PREFIX, clip_name, describe_embedders, load_embedders
 from guidance.pipelines import TESTBED, fingerprint, load_pipeline
 from guidance.recipes import FeatureRecipe
 from guidance.sources import SPLITS, load_examples
 
-_RECORDED = ("dataset", "train", "validation", "test", "image_column", "caption_column", "group_column")
+#: What a manifest tells of the examples.
+RECORDED = ("dataset", "train", "validation", "test", "image_column", "caption_column", "group_column")
 
 
 def build_cache(
@@ -40,7 +42,7 @@ def build_cache(
     Raises:
         UserError: As :func:`guidance.features.cache_features` and :func:`guidance.sources.load_examples`.
     """
-    examples = {split: _examples(recipe, split) for split in SPLITS}  # refused before the model loads
+    examples = {split: load_split(recipe, split) for split in SPLITS}  # refused before the model loads
     pipe = load_model(recipe)
     return sum(
         cache_features(
@@ -55,11 +57,11 @@ def build_cache(
             batch_size=recipe.batch_size,
             shard_size=recipe.shard_size,
             base_model=recipe.model,
-            source={name: getattr(recipe, name) for name in _RECORDED},
+            source={name: getattr(recipe, name) for name in RECORDED},
             process_index=process_index,
             num_processes=num_processes,
             progress=progress,
-            **_encoding(recipe),
+            **encoding_options(recipe),
         )
         for split in SPLITS
     )
@@ -94,6 +96,7 @@ def open_cache(recipe: FeatureRecipe, folder: str | os.PathLike[str]) -> Feature
                 f"{recorded[field.name]}; choose another cache folder, or delete this one."
             )
     check_current(recipe, settings["base_model"], settings["base_fingerprint"], folder)
+    _check_clip(recipe, settings, folder)
     return cache
 
 
@@ -111,11 +114,25 @@ def check_current(
         )
 
 
+def _check_clip(recipe: FeatureRecipe, settings: dict[str, Any], folder: str | os.PathLike[str]) -> None:
+    """Refuse embeddings by other weights of the testbed's CLIP than the present ones."""
+    column = f"{CLIP_PREFIX}{TESTBED}"
+    if column not in recipe.target_columns:
+        return
+    present = describe_embedders(load_embedders([column], "cpu"))["clip"][TESTBED]
+    if settings.get("clip", {}).get(TESTBED) != present:
+        raise UserError(
+            f"Expected '{folder}' to hold embeddings by the testbed's present CLIP, but it holds another's; "
+            "delete the folder to make it again."
+        )
+
+
 def live_splits(recipe: FeatureRecipe) -> tuple[dict[str, LiveFeatures], dict[str, Any]]:
     """Return features that are computed when read, by split, and the settings a manifest would have."""
-    examples = {split: _examples(recipe, split) for split in SPLITS}
+    examples = {split: load_split(recipe, split) for split in SPLITS}
     pipe = load_model(recipe)
-    encoders = {split: FeatureEncoder(pipe, split=split, **_encoding(recipe)) for split in SPLITS}
+    encoders = {split: FeatureEncoder(pipe, split=split, **encoding_options(recipe)) for split in SPLITS}
+    embedders = load_embedders(recipe.target_columns, pipe.unet.device)
     live = {
         split: LiveFeatures(
             encoders[split],
@@ -124,10 +141,12 @@ def live_splits(recipe: FeatureRecipe) -> tuple[dict[str, LiveFeatures], dict[st
             caption_column=recipe.caption_column,
             draws=recipe.draws,
             batch_size=recipe.batch_size,
+            embedders=embedders,
         )
         for split in SPLITS
     }
-    return live, describe_features(encoders["train"], draws=recipe.draws, base_model=recipe.model)
+    settings = describe_features(encoders["train"], draws=recipe.draws, base_model=recipe.model)
+    return live, settings | describe_embedders(embedders)
 
 
 def load_model(recipe: FeatureRecipe) -> Any:
@@ -136,21 +155,23 @@ def load_model(recipe: FeatureRecipe) -> Any:
     return load_pipeline(recipe.model, device=recipe.device, dtype=dtype, revision=recipe.revision)
 
 
-def _examples(recipe: FeatureRecipe, split: str) -> Any:
+def load_split(recipe: FeatureRecipe, split: str) -> Any:
+    """Load the examples of a recipe's split; columns ``clip:NAME`` are computed later, from the images."""
     return load_examples(
         recipe.dataset,
         split,
         getattr(recipe, split),
         image_column=recipe.image_column,
         caption_column=recipe.caption_column,
-        target_columns=recipe.target_columns,
+        target_columns=[name for name in recipe.target_columns if clip_name(name) is None],
         rating_column=recipe.rating_column,
         group_column=recipe.group_column,
         seed=recipe.seed if recipe.dataset != TESTBED else 0,
     )
 
 
-def _encoding(recipe: FeatureRecipe) -> dict[str, Any]:
+def encoding_options(recipe: FeatureRecipe) -> dict[str, Any]:
+    """The options of :class:`FeatureEncoder` in a recipe."""
     return {
         "tap": recipe.tap,
         "noise": recipe.noise,

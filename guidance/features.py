@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance.encoding import FeatureEncoder
+from guidance.encoding import FeatureEncoder, fit_image
 from guidance.errors import UserError
 from guidance.feature_cache import (
     FORMAT_VERSION,
@@ -25,9 +26,10 @@ from guidance.feature_cache import (
     check_shard,
     shard_name,
 )
+from guidance.head_embeddings import clip_name, describe_embedders, load_embedders
 from guidance.io import atomic_dir, read_json, write_json
 from guidance.pipelines import fingerprint
-from guidance.sources import decode_image, require_columns
+from guidance.sources import column_array, decode_image, require_columns
 from guidance.taps import MID_BLOCK
 
 __all__ = ["FeatureCache", "FeatureSource", "LiveFeatures", "cache_features", "describe_features"]
@@ -42,6 +44,8 @@ class LiveFeatures:
         image_column, caption_column: Their columns; None for a dataset without captions.
         draws: Noise draws per example and epoch: each counts as a row.
         batch_size: Rows per forward.
+        latents: Clean latents (n, c, y, x) of the examples, where they are at hand: no image is read then.
+        embedders: The CLIPs of columns ``clip:NAME``, see :func:`guidance.head_embeddings.load_embedders`.
     """
 
     def __init__(
@@ -53,7 +57,10 @@ class LiveFeatures:
         caption_column: str | None = "caption",
         draws: int = 1,
         batch_size: int = 64,
+        latents: NDArray[np.float32] | None = None,
+        embedders: Mapping[str, Any] | None = None,
     ) -> None:
+        self.clean, self.embedders = latents, embedders or {}
         self.encoder, self.dataset, self.draws, self.batch_size = encoder, dataset, draws, batch_size
         self.image_column, self.caption_column = image_column, caption_column
 
@@ -61,8 +68,26 @@ class LiveFeatures:
         return len(self.dataset) * self.draws
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return all values of a dataset column, repeated for each draw, (n, ...)."""
+        """Return all values of a column, of the dataset or ``clip:NAME``, repeated for each draw, (n, ...)."""
+        if name in self.embedders:
+            return self.embed(name, np.arange(len(self)))
         return np.repeat(column_array(self.dataset, name), self.draws, axis=0)
+
+    def embed(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Compute the unit-length CLIP embeddings of the clean images of rows, (b, d).
+
+        CLIP is shown what the model is: upright RGB, cropped to the model's size.
+        """
+        examples, inverse = np.unique(rows // self.draws, return_inverse=True)
+        size, parts = self.encoder.image_size, []
+        for i in range(0, len(examples), self.batch_size):
+            images = self._images(examples[i : i + self.batch_size])
+            parts.append(self.embedders[name].embed_pil([fit_image(image, size) for image in images]))
+        return torch.cat(parts).to("cpu", torch.float16).numpy()[inverse]
+
+    def _images(self, examples: NDArray[np.int64]) -> list[Image.Image]:
+        cells = self.dataset[examples][self.image_column]
+        return [decode_image(cell, int(i)) for i, cell in zip(examples, cells, strict=True)]
 
     def read(
         self, rows: Sequence[int] | NDArray[np.int64], epoch: int = 0
@@ -76,12 +101,13 @@ class LiveFeatures:
 
     def _encode(self, rows: NDArray[np.int64], epoch: int) -> tuple[Tensor, Tensor]:
         examples, inverse = np.unique(rows // self.draws, return_inverse=True)  # each image is encoded once
-        picked = self.dataset[examples]
-        images = [
-            decode_image(cell, int(i)) for i, cell in zip(examples, picked[self.image_column], strict=True)
-        ]
-        captions = picked[self.caption_column] if self.caption_column else [""] * len(images)
-        x0 = self.encoder.latents(images)[inverse]
+        captions = [""] * len(examples)
+        if self.caption_column:
+            captions = self.dataset.select_columns(self.caption_column)[examples][self.caption_column]
+        if self.clean is None:
+            x0 = self.encoder.latents(self._images(examples))[inverse]
+        else:
+            x0 = torch.from_numpy(self.clean[examples]).to(self.encoder.pipe.unet.device)[inverse]
         text = self.encoder.text([text or "" for text in captions])[inverse]
         keys = [(int(row // self.draws), int(epoch * self.draws + row % self.draws)) for row in rows]
         return self.encoder.encode(x0, text, keys)
@@ -106,6 +132,7 @@ def cache_features(
     seed: int = 0,
     base_model: str | None = None,
     source: dict[str, Any] | None = None,
+    latents: NDArray[np.float32] | None = None,
     process_index: int = 0,
     num_processes: int = 1,
     progress: bool = True,
@@ -120,7 +147,8 @@ def cache_features(
         dataset: Examples as :func:`guidance.sources.load_examples` returns them.
         folder: The cache.
         image_column, caption_column: Columns of the dataset; None for a dataset without captions.
-        target_columns: Columns to store: numbers, text (class labels by name), or equal-length vectors.
+        target_columns: Columns to store: numbers, text (class labels by name), or equal-length vectors; and
+            ``clip:NAME``, the embedding of the clean image by that CLIP, float16 (n, d).
         split: Name of the split: a part of the cache, and of the seed of the noise.
         noise: "random": latents noised at uniformly random t; "none": clean latents at t = 0.
         draws: Noise draws, hence rows, per image.
@@ -132,6 +160,7 @@ def cache_features(
         seed: Seed of the noise.
         base_model: Name of the model, for the manifest; None takes the pipeline's own.
         source: What else to record about the examples in the manifest (JSON).
+        latents: Clean latents of the examples in place of their images, for example generated ones.
         process_index, num_processes: Which shards are this process's: every ``num_processes``-th.
         progress: Show a progress bar.
 
@@ -146,7 +175,8 @@ def cache_features(
         raise UserError(
             f"Expected draws, batch_size and shard_size above 0, got {draws}, {batch_size}, {shard_size}."
         )
-    columns = [image_column, *([caption_column] if caption_column else []), *target_columns]
+    stored = [name for name in target_columns if clip_name(name) is None]
+    columns = [image_column, *([caption_column] if caption_column else []), *stored]
     require_columns(dataset, columns, split)
     encoder = FeatureEncoder(
         pipe, tap=tap, noise=noise, caption=caption, timesteps=timesteps, seed=seed, split=split
@@ -155,33 +185,22 @@ def cache_features(
         "target_columns": list(target_columns),
         "source": source or {},
     }
+    embedders = load_embedders(target_columns, pipe.unet.device)
+    settings |= describe_embedders(embedders)
     per_shard = max(1, shard_size // draws) * draws
-    live = LiveFeatures(
-        encoder,
-        dataset,
-        image_column=image_column,
-        caption_column=caption_column,
-        draws=draws,
-        batch_size=batch_size,
-    )
-    _write_manifest(Path(folder), settings, split, len(live), per_shard, write=process_index == 0)
-    targets = {name: live.column(name) for name in target_columns}
-    starts = range(0, len(live), per_shard)
-    mine = {
-        Path(folder) / shard_name(split, k): s
-        for k, s in enumerate(starts)
-        if k % num_processes == process_index
-    }
-    todo = {
-        path: start
-        for path, start in mine.items()
-        if not _is_whole(path, len(live), start, per_shard, targets)
-    }
-    rows = sum(min(per_shard, len(live) - start) for start in todo.values())
+    columns_of: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
+    more: dict[str, Any] = {"latents": latents, "embedders": embedders}
+    live = LiveFeatures(encoder, dataset, draws=draws, batch_size=batch_size, **columns_of, **more)
+    write_manifest(Path(folder), settings, split, len(live), per_shard, write=process_index == 0)
+    targets = {name: live.column(name) for name in stored}
+    starts = range(process_index * per_shard, len(live), num_processes * per_shard)
+    mine = [(Path(folder) / shard_name(split, start // per_shard), start) for start in starts]
+    todo = [(p, s) for p, s in mine if not _is_whole(p, len(live), s, per_shard, target_columns)]
+    rows = sum(min(per_shard, len(live) - start) for _, start in todo)
     with tqdm(
         total=rows, desc=f"cache {split} features", unit="row", disable=not progress or not rows
     ) as bar:
-        for path, start in todo.items():
+        for path, start in todo:
             order = np.arange(start, min(start + per_shard, len(live)))
             _write_shard(path, live, order, targets, bar)
     return rows
@@ -207,36 +226,7 @@ def describe_features(
     }
 
 
-def column_array(dataset: Any, name: str) -> NDArray[Any]:
-    """Return a dataset column as an array that ``numpy.save`` stores without pickling.
-
-    Whole numbers become int64, others float64 (missing ones NaN), text fixed-width Unicode, lists of numbers
-    float32 rows; class labels are given by their names.
-
-    Raises:
-        UserError: If the column holds something else, or lists of several lengths.
-    """
-    values = list(dataset[name])
-    feature = dataset.features[name]
-    if hasattr(feature, "int2str"):
-        return np.asarray([feature.int2str(value) if value is not None else "" for value in values])
-    known = [value for value in values if value is not None]
-    if all(isinstance(value, bool | int) for value in known) and len(known) == len(values):
-        return np.asarray(values, np.int64)
-    if all(isinstance(value, bool | int | float) for value in known):
-        return np.asarray([np.nan if value is None else value for value in values], np.float64)
-    if all(isinstance(value, str) for value in known):
-        return np.asarray([value or "" for value in values])
-    try:
-        return np.asarray(values, np.float32)
-    except (TypeError, ValueError):
-        raise UserError(
-            f"Expected numbers, text or vectors of one length in the column '{name}', got {feature}; "
-            "leave it out of target_columns."
-        ) from None
-
-
-def _write_manifest(
+def write_manifest(
     folder: Path, settings: dict[str, Any], split: str, rows: int, per_shard: int, *, write: bool
 ) -> None:
     """Record the plan of a split before its first shard, or check that it is the plan already recorded."""
@@ -258,9 +248,7 @@ def _write_manifest(
         write_json(folder / MANIFEST, manifest)
 
 
-def _is_whole(
-    path: Path, total: int, start: int, per_shard: int, columns: Sequence[str] | dict[str, Any]
-) -> bool:
+def _is_whole(path: Path, total: int, start: int, per_shard: int, columns: Sequence[str]) -> bool:
     """Tell whether a shard is there and usable; remove what a killed run of this shard left."""
     for leftover in path.parent.glob(f"{path.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -292,3 +280,6 @@ def _write_shard(
         np.save(temporary / "t.npy", torch.cat(t).numpy())
         for name, values in targets.items():
             np.save(temporary / f"{name}.npy", values[order])
+        for name in live.embedders:  # a hub id has a slash: its folder
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            np.save(temporary / f"{name}.npy", live.embed(name, order))

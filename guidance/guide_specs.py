@@ -130,9 +130,6 @@ class ClipSpec(GuideSpec):
 
     def build(self, scale: float) -> Any:
         """See :class:`guidance.guides.ClipGuide`."""
-        from PIL import Image
-
-        from guidance.encoding import to_rgb
         from guidance.guides.clip import ClipGuide
 
         clip, decoder = self._parts
@@ -143,6 +140,36 @@ class ClipSpec(GuideSpec):
         }
         options |= {"weights": self.weights or None, "normalize": self.normalize, "decoder": decoder}
         return ClipGuide(clip, scale, every=self.every, **self._interval(), **options)
+
+
+@dataclasses.dataclass
+class EmbeddingSpec(GuideSpec):
+    """A head that predicts the CLIP image embedding: CLIP guidance without decoding."""
+
+    method: ClassVar[str] = "embedding"
+    floor: ClassVar[str] = MidBlockSpec.floor
+
+    head: str = option("runs/heads/testbed-clip", "folder of the head")
+    clip: str = option("testbed", "the CLIP that the head was trained on: testbed, a folder or a hub id")
+    texts: list[str] = option([], "texts to approach; empty: each image's own prompt")
+    images: list[str] = option([], "image files to approach")
+    normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """The head and its CLIP."""
+        from guidance.clip import load_clip
+        from guidance.heads import load_head
+
+        return load_head(self.head), load_clip(self.clip)
+
+    def build(self, scale: float) -> Any:
+        """See :class:`guidance.guides.embedding.EmbeddingGuide`."""
+        from guidance.guides.embedding import EmbeddingGuide
+
+        options: dict[str, Any] = {"texts": self.texts or None, "images": _open(self.images) or None}
+        options |= {"normalize": self.normalize, "every": self.every}
+        return EmbeddingGuide(*self.loaded, scale, **self._interval(), **options)
 
 
 @dataclasses.dataclass
@@ -173,7 +200,20 @@ class AmortisedSpec(GuideSpec):
 
 
 #: Guides by name.
-GUIDES: dict[str, type[GuideSpec]] = {s.method: s for s in (MidBlockSpec, ClipSpec, AmortisedSpec)}
+GUIDES: dict[str, type[GuideSpec]] = {
+    s.method: s for s in (MidBlockSpec, EmbeddingSpec, ClipSpec, AmortisedSpec)
+}
+
+
+def _open(files: Sequence[str]) -> list[Any]:
+    from PIL import Image
+
+    from guidance.encoding import to_rgb
+
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise UserError(f"Expected an image file at '{missing[0]}', found none; check the path.")
+    return [to_rgb(Image.open(file)) for file in files]
 
 
 def read_guide(text: str) -> GuideSpec:

@@ -34,6 +34,8 @@ class HeadConfig:
         timesteps: Lowest and highest timestep trained on, inclusive.
         noise: "random" (features of noised latents) or "none" (of clean latents at t = 0).
         caption: "caption" or "empty": the prompt the features were computed with.
+        clip, clip_fingerprint: Of an embedding head, the CLIP whose image embeddings it predicts: its name and
+            the fingerprint of its weights; "" for other heads.
         start, stop: Fractions of the sampling steps (0 the first, at the highest t) where the head beats
             chance.
         temperature: One divisor of the logits per timestep bin (:data:`NUM_BINS`); empty for none.
@@ -57,6 +59,8 @@ class HeadConfig:
     timesteps: list[int] = dataclasses.field(default_factory=lambda: [0, 999])
     noise: Literal["random", "none"] = "random"
     caption: Literal["caption", "empty"] = "caption"
+    clip: str = ""
+    clip_fingerprint: str = ""
     start: float = 0.0
     stop: float = 1.0
     temperature: list[float] = dataclasses.field(default_factory=list)

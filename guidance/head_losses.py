@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guidance.errors import UserError
+from guidance.head_embeddings import embedding_loss
 from guidance.heads import Head
 from guidance.recipes import HeadRecipe
 
@@ -23,7 +24,8 @@ def encode_targets(values: NDArray[Any], task: str, labels: list[str], column: s
     Args:
         values: Column of n values.
         task: "rating": class probabilities (n, 10), a fraction shared between its two neighbours; "class":
-            indices (n,) int64; "regression": numbers (n, 1).
+            indices (n,) int64; "regression": numbers (n, 1); "binary": 0 or 1, (n,) int64; "embedding":
+            unit-length vectors (n, d).
         labels: Names of the classes.
         column: Name for messages.
 
@@ -40,8 +42,12 @@ def encode_targets(values: NDArray[Any], task: str, labels: list[str], column: s
                 "add training examples of it or leave it out."
             )
         return torch.tensor([index[name] for name in names])
+    if task == "embedding":
+        return _unit_vectors(values, column)
     if values.dtype.kind not in "fiu":
         raise UserError(f"Expected numbers in '{column}' for task={task}, got text; use task=class.")
+    if task == "binary":
+        return _zero_or_one(values, column)
     y = torch.from_numpy(values.astype(np.float64))
     bad = ~y.isfinite() if task == "regression" else ~((y >= 1) & (y <= len(labels)))
     if bad.any():
@@ -59,6 +65,43 @@ def encode_targets(values: NDArray[Any], task: str, labels: list[str], column: s
     return ((1 - share) * lower + share * upper).float()
 
 
+def _unit_vectors(values: NDArray[Any], column: str) -> Tensor:
+    if values.dtype.kind != "f" or values.ndim != 2:
+        raise UserError(
+            f"Expected vectors in '{column}' for task=embedding, got {values.dtype} of shape {values.shape}; "
+            "use a target such as clip:testbed."
+        )
+    y = torch.from_numpy(values.astype(np.float32))
+    bad = ~(y.isfinite().all(1) & (y.norm(dim=1) > 0))
+    if bad.any():
+        raise UserError(
+            f"Expected finite vectors other than 0 in '{column}', got another in row {int(bad.nonzero()[0])} "
+            f"and {int(bad.sum())} bad rows in all; remove these images, or run CLIP in float32."
+        )
+    return F.normalize(y, dim=1)
+
+
+def _zero_or_one(values: NDArray[Any], column: str) -> Tensor:
+    y = torch.from_numpy(values.astype(np.float64))
+    if set(y.unique().tolist()) != {0.0, 1.0}:
+        found = ", ".join(f"{value:g}" for value in y.unique().tolist()[:5])
+        raise UserError(
+            f"Expected both 0 and 1, and nothing else, in '{column}' for task=binary, got {found}."
+        )
+    return y.long()
+
+
+def two_class_logits(outputs: Float[Tensor, "b 1"]) -> Float[Tensor, "b 2"]:
+    """Write log-odds ``z`` as the logits (0, z) of two classes, for ``softmax((0, z))_1 = sigmoid(z)``.
+
+    So losses, temperatures and calibration of classes serve a binary head too.
+
+    >>> two_class_logits(torch.zeros(1, 1)).softmax(1)
+    tensor([[0.5000, 0.5000]])
+    """
+    return torch.cat([torch.zeros_like(outputs), outputs], dim=1)
+
+
 def class_labels(values: NDArray[Any], column: str = "target") -> list[str]:
     """Return the sorted classes of a column, numbers by value."""
     labels = [str(value) for value in np.unique(values)]
@@ -70,7 +113,11 @@ def class_labels(values: NDArray[Any], column: str = "target") -> list[str]:
 def head_loss(
     outputs: Float[Tensor, "b outputs"], target: Tensor, head: Head, recipe: HeadRecipe, scale: float = 1.0
 ) -> Float[Tensor, ""]:
-    """Cross entropy, with ``expected_weight ((E[rating] - rating) / scale)^2`` for ratings; or squared error.
+    """The loss of the head's task.
+
+    Ratings and classes: cross entropy, for ratings with ``expected_weight ((E[rating] - rating) / scale)^2``.
+    Binary: ``-log d`` of real and ``-log(1 - d)`` of generated rows, ``d = sigmoid(output)``.  Regression: the
+    squared error.  Embedding: see :func:`guidance.head_embeddings.embedding_loss`.
 
     Args:
         outputs: Outputs of the head.
@@ -81,6 +128,10 @@ def head_loss(
     """
     if head.config.task == "regression":
         return F.mse_loss(outputs / scale, target / scale)
+    if head.config.task == "embedding":
+        return embedding_loss(outputs, target, recipe.contrastive_weight, chunk=recipe.batch_size)
+    if head.config.task == "binary":
+        outputs = two_class_logits(outputs)
     loss = F.cross_entropy(outputs, target, label_smoothing=recipe.label_smoothing)
     if head.config.task == "rating" and recipe.expected_weight:
         ratings = torch.arange(1, outputs.shape[1] + 1, device=outputs.device, dtype=outputs.dtype)

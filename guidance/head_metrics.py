@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guidance.head_config import NUM_BINS, HeadConfig, timestep_bins
+from guidance.head_embeddings import compare_embeddings
+from guidance.head_losses import two_class_logits
 from guidance.io import atomic_path
 
 #: The lower end of the 95% interval of the skill must reach this for a bin to count as useful.
@@ -69,7 +71,7 @@ def evaluate_head(
     """Measure a head over all rows and per timestep bin.
 
     Args:
-        outputs: Outputs of the head; calibrated logits, or numbers for regression.
+        outputs: Outputs of the head: calibrated logits, numbers, or embeddings.
         target: As :func:`guidance.head_losses.encode_targets` gives it.
         t: Timesteps.
         config: The head's config.
@@ -78,10 +80,16 @@ def evaluate_head(
     Returns:
         ``{"overall": {...}, "bins": [{"low", "high", "rows", ...}]}``.  Ratings and classes: accuracy, chance
         (the share of the most frequent class), ece, nll.  Ratings and numbers: spearman of the score with the
-        target and ``spearman_NAME`` with the compared columns.  Regression: mae.  ``skill`` is the lower end
-        of a 95% interval of Spearman's rho, or, for classes, of (accuracy - chance) / (1 - chance).
+        target and ``spearman_NAME`` with the compared columns.  Regression: mae.  Binary: auc beside what
+        classes have.  Embeddings: see :func:`guidance.head_embeddings.compare_embeddings`.  ``skill`` is the
+        lower end of a 95% interval of Spearman's rho, of 2 auc - 1 for a binary head, or, for classes and
+        embeddings, of (accuracy - chance) / (1 - chance).
     """
-    bins = timestep_bins(t, config.num_train_timesteps)
+    if config.task == "embedding":
+        found, candidates = compare_embeddings(outputs, target)
+        return _by_bin(lambda rows: _mean_comparison(found, rows, candidates), t, config)
+    if config.task == "binary":
+        outputs = two_class_logits(outputs)
     compared = {
         name: torch.as_tensor(np.asarray(values, np.float64)) for name, values in (compare or {}).items()
     }
@@ -89,6 +97,12 @@ def evaluate_head(
     def measure(rows: Tensor) -> dict[str, Any]:
         return _measure(outputs[rows], target[rows], config, {n: c[rows] for n, c in compared.items()})
 
+    return _by_bin(measure, t, config)
+
+
+def _by_bin(measure: Callable[[Tensor], dict[str, Any]], t: Tensor, config: HeadConfig) -> dict[str, Any]:
+    """Measure all rows, and those of each timestep bin; ``measure`` takes a mask of rows."""
+    bins = timestep_bins(t, config.num_train_timesteps)
     edges = [round(i * config.num_train_timesteps / NUM_BINS) for i in range(NUM_BINS + 1)]
     per_bin = [
         {"low": edges[i], "high": edges[i + 1] - 1, "rows": int((bins == i).sum())} | measure(bins == i)
@@ -99,6 +113,12 @@ def evaluate_head(
     return {"overall": {"rows": len(t)} | measure(everything), "bins": per_bin}
 
 
+def _mean_comparison(found: Mapping[str, Tensor], rows: Tensor, candidates: int) -> dict[str, Any]:
+    result = {name: float(values[rows].double().mean()) for name, values in found.items()}
+    chance, lower = 1 / candidates, _wilson_lower(result["retrieval"], int(rows.sum()))
+    return result | {"chance": chance, "skill": (lower - chance) / max(1 - chance, 1e-9)}
+
+
 def _measure(
     outputs: Tensor, target: Tensor, config: HeadConfig, compare: dict[str, Tensor]
 ) -> dict[str, Any]:
@@ -107,7 +127,8 @@ def _measure(
     result: dict[str, Any] = {}
     n = len(outputs)
     if config.task != "regression":
-        index = target if config.task == "class" else _score(target.clamp(min=1e-30).log()).round().long() - 1
+        given = config.task in ("class", "binary")
+        index = target if given else _score(target.clamp(min=1e-30).log()).round().long() - 1
         classes = outputs.shape[1]
         accuracy = float(MulticlassAccuracy(classes, average="micro")(outputs, index))
         chance = float(index.bincount(minlength=classes).max()) / n
@@ -117,6 +138,8 @@ def _measure(
             "ece": float(MulticlassCalibrationError(classes, n_bins=15)(outputs.softmax(1), index)),
             "nll": float(F.cross_entropy(outputs, target)),
         }
+        if config.task == "binary":
+            return result | _ranking(outputs[:, 1] - outputs[:, 0], index)
         if config.task == "class":
             lower = _wilson_lower(accuracy, n)
             return result | {"skill": (lower - chance) / max(1 - chance, 1e-9)}
@@ -130,6 +153,23 @@ def _measure(
     return result | {
         "skill": math.tanh(math.atanh(min(rho, 0.999999)) - 1.96 * 1.03 / math.sqrt(max(n - 3, 1)))
     }
+
+
+def _ranking(score: Tensor, label: Tensor) -> dict[str, float]:
+    """Area under the ROC curve, and the lower end of its 95% interval as skill (0 at 0.5, 1 at 1).
+
+    Reference:
+        Hanley and McNeil, "The Meaning and Use of the Area under a ROC Curve", Radiology 1982.
+    """
+    from torchmetrics.functional.classification import binary_auroc
+
+    n1, n0 = int((label == 1).sum()), int((label == 0).sum())
+    if not n1 or not n0:
+        return {"auc": 0.5, "skill": -1.0}
+    auc = float(binary_auroc(score.double().sigmoid(), label))
+    q1, q2 = auc / (2 - auc), 2 * auc * auc / (1 + auc)
+    variance = auc * (1 - auc) + (n1 - 1) * (q1 - auc * auc) + (n0 - 1) * (q2 - auc * auc)
+    return {"auc": auc, "skill": 2 * (auc - 1.96 * math.sqrt(max(variance, 0) / (n1 * n0))) - 1}
 
 
 def _score(logits: Tensor) -> Tensor:
@@ -184,7 +224,8 @@ def plot_metrics(metrics: Mapping[str, Mapping[str, Any]], config: HeadConfig, p
     """
     from matplotlib.figure import Figure
 
-    wanted = ("accuracy", "spearman", "spearman_truth", "ece", "nll", "mae", "skill")
+    wanted = ("accuracy", "auc", "cosine", "retrieval")
+    wanted = (*wanted, "spearman", "spearman_truth", "ece", "nll", "mae", "skill")
     found = metrics["test"]["bins"][0] if metrics["test"]["bins"] else {}
     names = [name for name in wanted if name in found]
     figure = Figure(figsize=(3.6 * max(len(names), 1), 3.2), layout="constrained")
@@ -193,7 +234,7 @@ def plot_metrics(metrics: Mapping[str, Mapping[str, Any]], config: HeadConfig, p
         for split, result in metrics.items():
             t = [(entry["low"] + entry["high"]) / 2 for entry in result["bins"]]
             axis.plot(t, [entry[name] for entry in result["bins"]], "o-", label=split)
-        if name == "accuracy":
+        if name in ("accuracy", "retrieval"):
             chance = [entry["chance"] for entry in metrics["test"]["bins"]]
             axis.plot(t, chance, "k:", label="chance")
         T = config.num_train_timesteps

@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from guidance.feature_cache import FeatureSource
-from guidance.head_config import timestep_bins
+from guidance.head_config import HeadConfig, timestep_bins
+from guidance.head_losses import two_class_logits
 from guidance.head_metrics import evaluate_head, fit_temperatures, plot_metrics, useful_range
 from guidance.head_training import FitState, predict
 from guidance.heads import Head, check_replaceable, write_head
 from guidance.io import atomic_dir, write_json
 
-_HEADLINES = ("accuracy", "chance", "ece", "spearman", "spearman_truth", "mae", "skill")
+_HEADLINES = ("cosine", "cosine_other", "retrieval", "accuracy", "chance", "auc", "ece")
+_HEADLINES += ("spearman", "spearman_truth", "mae", "skill")
 
 
 def measure_head(
@@ -36,7 +38,7 @@ def measure_head(
         sources: "validation" and "test" features.
         targets: Their targets, see :func:`guidance.head_losses.encode_targets`.
         accelerator: Shares the rows among processes.
-        calibrate: Fit temperatures (of ratings and classes).
+        calibrate: Fit temperatures (of logits: ratings, classes, binary).
         compare: Further numeric columns of the sources to rank the score against.
 
     Returns:
@@ -44,14 +46,16 @@ def measure_head(
     """
     config = head.config
     config.temperature, config.metrics = [], {}
+    calibrate = calibrate and config.task not in ("regression", "embedding")
     results: dict[str, Any] = {}
     for split in ("validation", "test"):
         outputs, t = predict(head, sources[split], accelerator)
         columns = {name: sources[split].column(name) for name in compare}
         raw = evaluate_head(outputs, targets[split], t, config, columns)
-        if calibrate and config.task != "regression":
+        if calibrate:
             if split == "validation":
-                temperature = fit_temperatures(outputs, targets[split], t, config.num_train_timesteps)
+                logits = two_class_logits(outputs) if config.task == "binary" else outputs
+                temperature = fit_temperatures(logits, targets[split], t, config.num_train_timesteps)
             bins = timestep_bins(t, config.num_train_timesteps)
             outputs = outputs / outputs.new_tensor(temperature)[bins][:, None]
         results[split] = evaluate_head(outputs, targets[split], t, config, columns)
@@ -60,7 +64,7 @@ def measure_head(
         ):
             if "ece" in before:
                 entry["ece_uncalibrated"] = before["ece"]
-    if calibrate and config.task != "regression":
+    if calibrate:
         config.temperature = temperature
     if config.noise == "random":  # a head on clean latents was never shown the other noise levels
         config.start, config.stop = useful_range(results["validation"], config.num_train_timesteps)
@@ -111,13 +115,7 @@ def model_card(
         f"A {config.kind} head that reads `{config.target}` ({config.task}) off `{config.tap}` of "
         f"`{config.base_model}` (weights {config.base_fingerprint}, {config.prediction_type}).",
         "",
-        "```python",
-        "from guidance import MidBlockGuide, apply_guidance, load_head, load_pipeline",
-        "",
-        f'pipe = load_pipeline("{config.base_model}")',
-        f'with apply_guidance(pipe, [MidBlockGuide(load_head("{name}"))]):',
-        '    image = pipe("a prompt").images[0]',
-        "```",
+        *_usage(config, name),
         "",
         f"- outputs: {', '.join(config.labels) or config.outputs}",
         f"- features: noise {config.noise}, timesteps {config.timesteps[0]} to {config.timesteps[1]}, "
@@ -140,6 +138,29 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _usage(config: HeadConfig, name: str) -> list[str]:
+    """The lines of code that guide with a head."""
+    imports = ["from guidance import MidBlockGuide, apply_guidance, load_head, load_pipeline"]
+    guide = f'MidBlockGuide(load_head("{name}"))'
+    if config.task == "embedding":
+        imports = [
+            "from guidance import apply_guidance, load_head, load_pipeline",
+            "from guidance.clip import load_clip",
+            "from guidance.guides.embedding import EmbeddingGuide",
+        ]
+        texts = 'texts=["a prompt"]'
+        guide = f'EmbeddingGuide(load_head("{name}"), load_clip("{config.clip}"), {texts})'
+    return [
+        "```python",
+        *imports,
+        "",
+        f'pipe = load_pipeline("{config.base_model}")',
+        f"with apply_guidance(pipe, [{guide}]):",
+        '    image = pipe("a prompt").images[0]',
+        "```",
+    ]
 
 
 def _cell(value: float | int) -> str:

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from guidance.errors import UserError
 from guidance.feature_cache import FeatureSource
+from guidance.head_embeddings import clip_name
 from guidance.head_losses import class_labels, encode_targets
 from guidance.heads import Head, HeadConfig, build_head
 from guidance.recipes import HeadRecipe
@@ -31,8 +33,8 @@ def prepare_head(
         The untrained head and its targets by split.
     """
     columns = {split: source.column(recipe.target) for split, source in sources.items()}
-    labels = {"rating": [str(k) for k in range(1, 11)], "regression": []}.get(recipe.task)
-    labels = class_labels(columns["train"], recipe.target) if labels is None else labels
+    ratings = [str(k) for k in range(1, 11)] if recipe.task == "rating" else []
+    labels = class_labels(columns["train"], recipe.target) if recipe.task == "class" else ratings
     targets = {s: encode_targets(values, recipe.task, labels, recipe.target) for s, values in columns.items()}
     described = (
         "tap",
@@ -45,7 +47,7 @@ def prepare_head(
     config = HeadConfig(
         kind=recipe.kind,
         in_channels=sources["train"].read([0])[0].shape[1],
-        outputs=len(labels) or 1,
+        outputs=targets["train"].shape[1] if recipe.task == "embedding" else len(labels) or 1,
         time_conditioned=recipe.time_conditioned,
         hidden=recipe.hidden,
         target=recipe.target,
@@ -53,6 +55,7 @@ def prepare_head(
         labels=labels,
         noise=settings["noise"],
         caption=settings["caption"],
+        **_clip_of(recipe, settings),
         **{name: settings[name] for name in described},
     )
     torch.manual_seed(recipe.seed)
@@ -61,6 +64,19 @@ def prepare_head(
         kaiming_init(head)
     set_statistics(head, sources["train"], targets["train"], recipe)
     return head, targets
+
+
+def _clip_of(recipe: HeadRecipe, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Which CLIP an embedding head is to predict, as the cache recorded it."""
+    if recipe.task != "embedding":
+        return {}
+    name = clip_name(recipe.target)
+    if name is None:
+        raise UserError(
+            f"Expected a target clip:NAME for task=embedding, got target={recipe.target}; for example "
+            "target=clip:testbed."
+        )
+    return {"clip": name, "clip_fingerprint": settings["clip"][name]}
 
 
 def kaiming_init(head: Head) -> None:

@@ -98,7 +98,8 @@ class HeadTrainer:
             )
         self.steps_per_epoch = len(train) // self.batch_size
         self.total = self.steps_per_epoch * recipe.epochs
-        self.scale = 1.0 if head.config.task == "class" else max(self._target_std(), 1e-6)
+        scaled = head.config.task in ("rating", "regression")
+        self.scale = max(self._target_std(), 1e-6) if scaled else 1.0
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         optimizer = kinds[recipe.optimizer](head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(head, optimizer)

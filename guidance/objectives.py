@@ -117,8 +117,10 @@ def build_objective(config: HeadConfig, name: str | None = None, target: Target 
     """
     if name is None:
         if config.task not in _DEFAULTS:
-            choices = nearest("", OBJECTIVES)
-            raise UserError(f"Expected an objective for a head of task '{config.task}', got none.{choices}")
+            raise UserError(
+                f"Expected an objective for a head of task '{config.task}', got none; an embedding has a score "
+                "only beside a target: use guidance.guides.embedding.EmbeddingGuide."
+            )
         name = _DEFAULTS[config.task]
     if name not in OBJECTIVES:
         raise UserError(f"Expected a known objective, got '{name}'.{nearest(name, OBJECTIVES)}")

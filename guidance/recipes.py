@@ -48,8 +48,10 @@ class HeadRecipe:
     """What a head predicts, its network, and how it is trained."""
 
     target: str = option("rating", "dataset column to predict")
-    task: Literal["rating", "class", "regression"] = option(
-        "rating", "ten classes 1..10, the classes found in the data, or a number"
+    task: Literal["rating", "class", "regression", "embedding", "binary"] = option(
+        "rating",
+        "ten classes 1..10, the classes found in the data, a number, a CLIP embedding (target=clip:NAME), or "
+        "real against generated (target=real)",
     )
     kind: Literal["conv", "linear", "attention"] = option("conv", "network; conv is the report's")
     hidden: int = option(256, "width of the network")
@@ -64,6 +66,7 @@ class HeadRecipe:
     schedule: Literal["one-cycle", "cosine", "constant"] = option("one-cycle", "learning rate over the steps")
     label_smoothing: float = option(0.0, "probability mass spread over all classes, 0..1")
     expected_weight: float = option(0.0, "rating: weight of the squared error of the expected rating")
+    contrastive_weight: float = option(1.0, "embedding: weight of the contrastive loss beside the cosine")
     patience: int | None = option(
         2, "epochs without a better validation loss before stopping at the best; null keeps the last"
     )
@@ -75,3 +78,29 @@ class HeadRecipe:
                 raise UserError(f"Expected {name} above 0, got {getattr(self, name)}.")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"Expected label_smoothing from 0 to below 1, got {self.label_smoothing}.")
+        if not self.contrastive_weight >= 0:
+            raise UserError(f"Expected contrastive_weight of at least 0, got {self.contrastive_weight}.")
+
+
+@dataclasses.dataclass
+class GenerationRecipe:
+    """The generated images that a discriminator tells from real ones: their number and how they are sampled."""
+
+    folder: str | None = option(None, "folder of their latents and features; null for none")
+    train: int | None = option(None, "images with training captions; null for one per real image")
+    validation: int | None = option(None, "images with validation captions; null for one per real image")
+    test: int | None = option(None, "images with test captions; null for one per real image")
+    cfg_scale: float = option(4.0, "weight of classifier-free guidance; 1 is off")
+    num_steps: int = option(25, "sampling steps")
+    scheduler: str | None = option(None, "ddim, dpm++, euler or ddpm; null keeps the model's own")
+    seed: int = option(0, "seed of the initial noise")
+    batch_size: int = option(32, "images sampled at once")
+    shard_size: int = option(256, "images per file; a kill loses one file of work at most")
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "shard_size"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"Expected generated.{name} above 0, got {getattr(self, name)}.")
+        for name in ("train", "validation", "test"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"Expected generated.{name} above 0 or null, got {getattr(self, name)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from tqdm.auto import tqdm
 
 from guidance.apply import StepRecord, apply_guidance, cfg_parts
 from guidance.errors import UserError, nearest
-from guidance.guides.base import Guide
+from guidance.guides.base import Guide, run_prompts
+from guidance.start import FromNoise, Start
 
 SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -26,7 +28,8 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 #: ``callback(step, latents, record)``; the record holds per-sample scores and gradient norms, None if unguided.
-Callback = Callable[[int, Tensor, StepRecord | None], None]
+#: Latents it returns replace the current ones; None keeps them.
+Callback = Callable[[int, Tensor, StepRecord | None], Tensor | None]
 
 
 def build_scheduler(name: str, like: Any) -> Any:
@@ -62,6 +65,8 @@ def sample_latents(
     cfg_scale: float = 4.0,
     negative_prompt: str = "",
     scheduler: str | None = None,
+    eta: float = 0.0,
+    start: Start | None = None,
     guides: Sequence[Guide] = (),
     callback: Callback | None = None,
     progress: bool = False,
@@ -78,12 +83,17 @@ def sample_latents(
         cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.
         negative_prompt: What the unconditional part sees.
         scheduler: Key of :data:`SCHEDULERS`; None keeps the pipeline's.
+        eta: DDIM's noise (Song et al. 2021, equation 16): 0 is deterministic, 1 draws as much as DDPM.
+        start: :class:`~guidance.start.FromImage` or :class:`~guidance.start.FromMask`; None starts from noise.
         guides: Guides to apply.
-        callback: Called after every step.
+        callback: Called after every step; may return other latents to go on with.
         progress: Show a progress bar over the steps.
 
     Returns:
         Final latents as the VAE's decoder expects them times ``scaling_factor``.
+
+    Raises:
+        UserError: If seeds or start do not fit the prompts, or the scheduler takes no eta and it is not 0.
     """
     if len(prompts) != len(seeds):
         raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
@@ -91,24 +101,25 @@ def sample_latents(
         text = encode_prompts(pipe, prompts, negative_prompt, cfg_scale)
         pipe.scheduler.set_timesteps(num_steps, device=pipe.unet.device)
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        x = initial_noise(pipe, generators) * pipe.scheduler.init_noise_sigma
+        extra = step_options(pipe.scheduler, generators, eta)
+        run = (start or FromNoise()).begin(pipe, initial_noise(pipe, generators), num_steps)
+        x = run.x
         parts = len(text) // len(prompts)
-        token = cfg_parts.set(parts)
+        tokens = cfg_parts.set(parts), run_prompts.set(tuple(prompts))
         try:
-            for i, t in enumerate(
-                tqdm(pipe.scheduler.timesteps, disable=not progress, desc="sample", leave=False)
-            ):
-                x_in = pipe.scheduler.scale_model_input(torch.cat([x] * parts), t)
+            for i, t in enumerate(tqdm(run.timesteps, disable=not progress, desc="sample", leave=False)):
+                x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * parts), t))
                 output = pipe.unet(x_in, t, encoder_hidden_states=text, return_dict=False)[0]
                 if parts == 2:  # classifier-free guidance (Ho and Salimans 2022)
                     uncond, cond = output.chunk(2)
                     output = uncond + cfg_scale * (cond - uncond)
-                extra = {"generator": generators} if _draws_noise(pipe.scheduler) else {}
-                x = pipe.scheduler.step(output, t, x, return_dict=False, **extra)[0]
+                x = run.after_step(pipe.scheduler.step(output, t, x, return_dict=False, **extra)[0], i)
                 if callback is not None:
-                    callback(i, x, handle.records[-1] if handle.records else None)
+                    other = callback(i, x, handle.records[-1] if handle.records else None)
+                    x = x if other is None else other
         finally:
-            cfg_parts.reset(token)
+            cfg_parts.reset(tokens[0])
+            run_prompts.reset(tokens[1])
     return x
 
 
@@ -130,10 +141,25 @@ def initial_noise(pipe: Any, generators: Sequence[torch.Generator]) -> Float[Ten
     return torch.cat(noise).to(pipe.unet.device)
 
 
-def _draws_noise(scheduler: Any) -> bool:
-    import inspect
+def takes_eta(scheduler: Any) -> bool:
+    """Tell whether a scheduler's step takes DDIM's eta."""
+    return "eta" in inspect.signature(type(scheduler).step).parameters
 
-    return "generator" in inspect.signature(type(scheduler).step).parameters
+
+def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:
+    """What this scheduler's step takes beside output, timestep and latents."""
+    if not 0 <= eta <= 1:
+        raise UserError(
+            f"Expected eta in 0..1, got {eta}; 0 is deterministic, 1 draws as much noise as DDPM."
+        )
+    if eta and not takes_eta(scheduler):
+        raise UserError(
+            f"Expected eta=0 with {type(scheduler).__name__}, which has none, got {eta}; use scheduler='ddim'."
+        )
+    options: dict[str, Any] = {"eta": eta} if eta else {}
+    if "generator" in inspect.signature(type(scheduler).step).parameters:
+        options["generator"] = list(generators)
+    return options
 
 
 @torch.no_grad()
@@ -150,6 +176,7 @@ def sample_images(
     seeds: Sequence[int],
     *,
     batch_size: int = 32,
+    start: Start | None = None,
     progress: bool = False,
     **options: Any,
 ) -> NDArray[np.uint8]:
@@ -162,6 +189,7 @@ def sample_images(
     with tqdm(total=len(prompts), disable=not progress, unit="image", desc="sample") as bar:
         for i in range(0, len(prompts), batch_size):
             part = slice(i, i + batch_size)
+            options["start"] = None if start is None else start.at(part)
             images.append(decode_latents(pipe, sample_latents(pipe, prompts[part], seeds[part], **options)))
             bar.update(len(images[-1]))
     return np.concatenate(images)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from guidance.errors import UserError, nearest
@@ -143,6 +144,35 @@ def decode_image(value: Any, row: int = 0) -> Image.Image:
         kind = type(value).__name__
         raise UserError(f"Expected an image in row {row}, got {kind}; choose another image column.")
     return value
+
+
+def column_array(dataset: Any, name: str) -> NDArray[Any]:
+    """Return a dataset column as an array that ``numpy.save`` stores without pickling.
+
+    Whole numbers become int64, others float64 (missing ones NaN), text fixed-width Unicode, lists of numbers
+    float32 rows; class labels are given by their names.
+
+    Raises:
+        UserError: If the column holds something else, or lists of several lengths.
+    """
+    values = list(dataset[name])
+    feature = dataset.features[name]
+    if hasattr(feature, "int2str"):
+        return np.asarray([feature.int2str(value) if value is not None else "" for value in values])
+    known = [value for value in values if value is not None]
+    if all(isinstance(value, bool | int) for value in known) and len(known) == len(values):
+        return np.asarray(values, np.int64)
+    if all(isinstance(value, bool | int | float) for value in known):
+        return np.asarray([np.nan if value is None else value for value in values], np.float64)
+    if all(isinstance(value, str) for value in known):
+        return np.asarray([value or "" for value in values])
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"Expected numbers, text or vectors of one length in the column '{name}', got {feature}; "
+            "leave it out of target_columns."
+        ) from None
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,8 @@
 
     accelerate launch train/head.py                       # the testbed's aesthetic head
     accelerate launch train/head.py --config configs/head/midu-report.yaml
+    accelerate launch train/head.py --config configs/head/testbed-clip.yaml           # predicts CLIP embeddings
+    accelerate launch train/head.py --config configs/head/testbed-discriminator.yaml  # samples the fakes first
     python -m train.head task=class target=colour output=runs/heads/testbed-colour
 
 Features are cached first where the cache is absent. A killed run goes on when the same command is given
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from guidance.config import friendly_errors, load_config, option, parse_config, to_yaml
 from guidance.errors import UserError
-from guidance.recipes import FeatureRecipe, HeadRecipe
+from guidance.recipes import FeatureRecipe, GenerationRecipe, HeadRecipe
 
 if TYPE_CHECKING:
     from guidance.features import FeatureSource
@@ -35,6 +37,7 @@ class HeadTrainConfig(HeadRecipe):
         "runs/cache/testbed", "folder of cached features; null computes them on the fly"
     )
     data: FeatureRecipe = option(FeatureRecipe, "where features come from when the cache is absent")
+    generated: GenerationRecipe = option(GenerationRecipe, "task=binary: images to tell from the real ones")
     calibrate: bool = option(True, "fit a temperature per timestep bin on validation rows")
     compare: list[str] = option([], "further numeric columns to rank the head's score against")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the training")
@@ -65,6 +68,7 @@ def train_head(config: HeadTrainConfig) -> Head:
     from guidance.io import check_writable
     from guidance.tracking import start_tracking, stop_tracking
 
+    _check_target(config)
     finished = _finished_head(config)
     if finished is not None:
         return finished
@@ -104,6 +108,29 @@ def train_head(config: HeadTrainConfig) -> Head:
     return load_head(config.output)
 
 
+def _check_target(config: HeadTrainConfig) -> None:
+    """Refuse a target that does not suit the task, before any work."""
+    from guidance.head_embeddings import CLIP_PREFIX, clip_name
+
+    if (clip_name(config.target) is not None) != (config.task == "embedding"):
+        raise UserError(
+            f"Expected task=embedding with a target such as {CLIP_PREFIX}testbed, and no other task with one, got "
+            f"task={config.task} and target={config.target}; change one of them."
+        )
+    if config.task != "binary":
+        return
+    if config.generated.folder is None:
+        raise UserError(
+            "Expected settings of generated images for task=binary, got generated.folder=null; start from "
+            "--config configs/head/testbed-discriminator.yaml."
+        )
+    if config.target != "real" or config.cache is None or config.compare:
+        raise UserError(
+            "Expected target=real, a cache and no columns to compare for task=binary, got "
+            f"target={config.target}, cache={config.cache} and compare={config.compare}; change them."
+        )
+
+
 def _finished_head(config: HeadTrainConfig) -> Head | None:
     """Return the head in the output folder if this config made it; refuse to replace another one."""
     from guidance.heads import check_replaceable
@@ -135,6 +162,11 @@ def _plain(config: HeadTrainConfig) -> dict[str, Any]:
         del values[name]
     for name in ("device", "shard_size", "batch_size"):
         del data[name]
+    generated = values.pop("generated")
+    for name in ("folder", "batch_size", "shard_size"):
+        del generated[name]
+    if config.task == "binary":
+        values |= {f"generated.{name}": value for name, value in generated.items()}
     return values | {f"data.{name}": value for name, value in data.items()}
 
 
@@ -165,10 +197,11 @@ def _features(
     from guidance.caching import build_cache, live_splits, open_cache
     from guidance.features import FeatureCache
 
+    binary = config.task == "binary"
     given = [] if config.data.target_columns == FeatureRecipe().target_columns else config.data.target_columns
     recipe = dataclasses.replace(
         config.data,
-        target_columns=list(dict.fromkeys([*given, config.target, *config.compare])),
+        target_columns=list(dict.fromkeys([*given, *([] if binary else [config.target]), *config.compare])),
         rating_column=config.target if config.task == "rating" else None,
     )
     if config.cache is None:
@@ -185,7 +218,14 @@ def _features(
         )
         accelerator.wait_for_everyone()
         cache = FeatureCache(config.cache)
-    return {split: cache.select(split) for split in cache.splits}, cache.manifest["settings"]
+    splits = {split: cache.select(split) for split in cache.splits}
+    if binary:
+        from guidance.generated import pair_with_generated
+
+        folder = str(config.generated.folder)
+        paired = pair_with_generated(splits, recipe, config.generated, folder, accelerator=accelerator)
+        return paired, cache.manifest["settings"]
+    return splits, cache.manifest["settings"]
 
 
 def _identity(config: HeadTrainConfig, settings: Mapping[str, Any]) -> str:

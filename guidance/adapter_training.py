@@ -1,0 +1,290 @@
+"""Train an adapter: record teacher pairs into shards, fit, measure on held-out prompts.
+
+A pair is what the adapter will see in a denoiser call, ``(x_t, eps, x0, t)``, and the direction in which
+:func:`guidance.apply_guidance` pushes there for the teacher.  Pairs lie in the shards of a
+:class:`~guidance.feature_cache.FeatureCache`, ``h = [x_t, eps, x0, direction]``; a shard is one recorded run and a
+function of (seed, split, index) alone, so a killed recording goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from guidance.adapter import Adapter, direction_loss
+from guidance.apply import apply_guidance, cfg_parts
+from guidance.errors import UserError
+from guidance.feature_cache import FORMAT_VERSION, MANIFEST, FeatureCache, check_shard, shard_name
+from guidance.guides.amortised import PairRecorder, guided_steps
+from guidance.guides.base import Guide
+from guidance.head_config import NUM_BINS, timestep_bins
+from guidance.io import atomic_dir, read_json, write_json
+from guidance.sampling import sample_latents, using_scheduler
+from guidance.testbed.training import FitResult, Stage, batch_indices, fit
+
+SPLITS = ("train", "test")
+_STATISTICS_ROWS = 2048
+
+
+@contextmanager
+def recording(pipe: Any, teacher: Sequence[Guide], recorder: PairRecorder) -> Iterator[None]:
+    """Record every denoiser call in the ``with`` block; leave nothing behind."""
+    guides: list[Any] = [*teacher, recorder]
+    with apply_guidance(pipe, guides):
+        pipe.unet.forward = recorder.wrap(pipe.unet.forward)  # apply_guidance takes both off again
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledStates:
+    """States of sampling runs under the teacher: those an adapter visits.
+
+    Attributes:
+        prompts: Texts by split; none is in both.
+        scales: Multiples of the teacher's shift, drawn per sample; 0 is unguided sampling.
+        num_steps: Lowest and highest number of sampling steps, drawn per run.
+        cfg_scales: Classifier-free guidance weights, drawn per run.
+        scheduler: Key of :data:`guidance.sampling.SCHEDULERS`; None keeps the pipeline's.
+    """
+
+    prompts: Mapping[str, Sequence[str]]
+    scales: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0)
+    num_steps: tuple[int, int] = (12, 40)
+    cfg_scales: Sequence[float] = (4.0,)
+    scheduler: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides which pairs these are; the prompts by a checksum."""
+        texts = {split: zlib.crc32("\n".join(texts).encode()) for split, texts in self.prompts.items()}
+        return {"source": "sampling"} | dataclasses.asdict(self) | {"prompts": texts}
+
+    def record(
+        self, pipe: Any, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
+    ) -> PairRecorder:
+        """Record a random ``calls`` of the steps of one sampling run in which the teacher guides."""
+        low, high = self.num_steps
+        guided = {steps: guided_steps(teacher, steps) for steps in range(low, high + 1)}
+        choices = [steps for steps, found in guided.items() if len(found) >= calls]
+        if not choices:
+            raise UserError(
+                f"Expected num_steps with {calls} guided steps or more, got {low} to {high} (the teacher guides in "
+                f"at most {max(map(len, guided.values()), default=0)}); raise num_steps or lower calls_per_run."
+            )
+        steps = int(rng.choice(choices))
+        kept = rng.choice(guided[steps], calls, replace=False).tolist()
+        recorder = PairRecorder(rng.choice(self.scales, n).tolist(), kept)
+        texts = [self.prompts[split][i] for i in rng.integers(len(self.prompts[split]), size=n)]
+        seeds = rng.integers(2**48, size=n).tolist()
+        options: dict[str, Any] = {"num_steps": steps, "cfg_scale": float(rng.choice(self.cfg_scales))}
+        with recording(pipe, teacher, recorder):
+            sample_latents(pipe, texts, seeds, scheduler=self.scheduler, **options)
+        return recorder
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisedLatents:
+    """Noised latents of a dataset's images, one full forward each: no sampling, for large models.
+
+    Attributes:
+        dataset: As :func:`guidance.sources.load_examples` takes it.
+        examples: Its splits, by "train" and "test".
+        image_column, caption_column: Their columns; None for a dataset without captions.
+    """
+
+    dataset: str
+    examples: Mapping[str, Any]
+    image_column: str = "image"
+    caption_column: str | None = "caption"
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides which pairs these are."""
+        sizes = {split: len(rows) for split, rows in self.examples.items()}
+        return {"source": "latents", "dataset": self.dataset, "examples": sizes}
+
+    @torch.no_grad()
+    def record(
+        self, pipe: Any, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
+    ) -> PairRecorder:
+        """Noise ``n`` random images at ``calls`` timesteps in which the teacher guides."""
+        from guidance.encoding import FeatureEncoder
+        from guidance.sources import decode_image
+
+        encoder, unet = FeatureEncoder(pipe), pipe.unet
+        rows = rng.integers(len(self.examples[split]), size=n)
+        picked = self.examples[split][rows]
+        cells = zip(picked[self.image_column], rows.tolist(), strict=True)
+        x0 = encoder.latents([decode_image(cell, row) for cell, row in cells])
+        captions = picked[self.caption_column] if self.caption_column else [""] * n
+        text = encoder.text([caption or "" for caption in captions])
+        total = encoder.schedule.num_train_timesteps
+        times = total - 1 - rng.choice(guided_steps(teacher, total), calls, replace=False)
+        recorder = PairRecorder([1.0] * n)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**48)))
+        token = cfg_parts.set(1)
+        try:
+            with using_scheduler(pipe, None), recording(pipe, teacher, recorder):
+                for t in torch.from_numpy(np.sort(times)[::-1].copy()):
+                    eps = torch.randn(x0.shape, generator=generator).to(x0)
+                    x_t = encoder.schedule.add_noise(x0, eps, t).to(unet.dtype)
+                    unet(x_t, t.to(unet.device), encoder_hidden_states=text, return_dict=False)
+        finally:
+            cfg_parts.reset(token)
+        return recorder
+
+
+PairSource = SampledStates | NoisedLatents
+
+
+def cache_pairs(
+    pipe: Any,
+    teacher: Sequence[Guide],
+    source: PairSource,
+    folder: str | os.PathLike[str],
+    *,
+    rows: Mapping[str, int],
+    described: Mapping[str, Any],
+    batch_size: int = 50,
+    calls_per_run: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+) -> FeatureCache:
+    """Record teacher pairs into shards, one run each; whole shards that are there are kept.
+
+    Args:
+        pipe: Pipeline to sample with, or to run the denoiser of.
+        teacher: Guides with ``every=1`` in eps space.
+        source: Where the pairs come from.
+        folder: The cache.
+        rows: Pairs by split ("train", "test"), rounded up to whole runs.
+        described: Model and teacher, for the manifest.
+        batch_size: Samples per run.
+        calls_per_run: Denoiser calls recorded of each run.
+        seed: Seed of prompts, noise, scales and steps.
+        progress: Show a progress bar.
+
+    Returns:
+        The finished cache.
+
+    Raises:
+        UserError: If the cache was recorded with other settings, or predictions are not finite.
+    """
+    folder, per_run = Path(folder), batch_size * calls_per_run
+    settings = {"target_columns": [], **described, **source.settings(), "seed": seed}
+    settings |= {"batch_size": batch_size, "calls_per_run": calls_per_run}
+    splits = {s: {"rows": math.ceil(rows[s] / per_run) * per_run, "rows_per_shard": per_run} for s in SPLITS}
+    manifest = {"format_version": FORMAT_VERSION, "settings": settings, "splits": splits}
+    _check_plan(folder, manifest)
+    shards = [(split, i) for split in SPLITS for i in range(splits[split]["rows"] // per_run)]
+    todo = [(s, i) for s, i in shards if not _is_whole(folder / shard_name(s, i), per_run)]
+    total = len(todo) * per_run
+    with tqdm(total=total, desc="record pairs", unit="pair", disable=not progress or not todo) as bar:
+        for split, i in todo:
+            rng = np.random.default_rng([seed, zlib.crc32(split.encode()), i])
+            recorder = source.record(pipe, teacher, split, batch_size, calls_per_run, rng)
+            write_json(folder / MANIFEST, manifest)  # not before: a run that is refused leaves nothing
+            with atomic_dir(folder / shard_name(split, i)) as temporary:
+                np.save(temporary / "h.npy", torch.cat(recorder.pairs).numpy())
+                np.save(temporary / "t.npy", torch.cat(recorder.times).numpy())
+            bar.update(per_run)
+    return FeatureCache(folder)
+
+
+def _check_plan(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a cache that was begun with other settings."""
+    if not (folder / MANIFEST).exists():
+        return
+    both = read_json(folder / MANIFEST), json.loads(json.dumps(manifest))
+    old, new = ({**m["settings"], **m["splits"]} for m in both)
+    differs = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differs:
+        raise UserError(
+            f"Expected teacher pairs of these settings in '{folder}', found {differs[0]}={old.get(differs[0])} "
+            f"instead of {new.get(differs[0])}; choose another folder with pairs=FOLDER, or delete this one."
+        )
+
+
+def _is_whole(path: Path, rows: int) -> bool:
+    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        return bool(check_shard(path, rows, []))
+    except UserError:
+        return False
+
+
+def read_pairs(pairs: FeatureCache, rows: Any, device: Any = "cpu") -> tuple[tuple[Tensor, ...], Tensor]:
+    """Read the inputs ``(x_t, eps, x0, t)`` of an adapter and the directions it should give, float32."""
+    h, t = (value.to(device, torch.float32) for value in pairs.read(rows))
+    x_t, eps, x0, direction = h.chunk(4, dim=1)
+    return (x_t, eps, x0, t), direction
+
+
+def fit_adapter(
+    adapter: Adapter,
+    pairs: FeatureCache,
+    stage: Stage,
+    work: Path,
+    *,
+    mse_weight: float = 0.1,
+    **options: Any,
+) -> FitResult:
+    """Train an adapter in place: AdamW, learning rate up and down once; resumes from its checkpoint in ``work``.
+
+    Args:
+        adapter: Built; its input statistics are set first.
+        pairs: The training split.
+        stage: Steps, batch size and learning rate.
+        work: Folder of the checkpoint.
+        mse_weight: See :func:`direction_loss`.
+        **options: ``seed``, ``device``, ``checkpoint_every`` of :func:`guidance.testbed.training.fit`.
+    """
+    rows = np.linspace(0, len(pairs) - 1, min(len(pairs), _STATISTICS_ROWS)).astype(np.int64)
+    adapter.standardize(*read_pairs(pairs, rows)[0][:3])
+    device, seed = options.get("device", "cpu"), options.get("seed", 0)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = batch_indices(len(pairs), stage.batch_size, step, seed)
+        inputs, wanted = read_pairs(pairs, rows, device)
+        value = direction_loss(adapter(*inputs), wanted, mse_weight)
+        if step % 20 == 0 and not value.isfinite():
+            raise UserError(f"Expected a finite loss, got {value.item()} at step {step}; lower the lr.")
+        return value
+
+    result = fit("adapter", adapter.train(), loss, stage, work, **options)
+    adapter.eval().requires_grad_(False)
+    return result
+
+
+@torch.no_grad()
+def measure_adapter(adapter: Adapter, pairs: FeatureCache, batch_size: int = 256) -> dict[str, Any]:
+    """Mean cosine between predicted and true directions, over all pairs and by timestep bin."""
+    cosines = torch.zeros(len(pairs))
+    known = torch.zeros(len(pairs), dtype=torch.bool)
+    for rows in np.array_split(np.arange(len(pairs)), math.ceil(len(pairs) / batch_size)):
+        inputs, wanted = read_pairs(pairs, rows, adapter.input_mean.device)
+        cosines[rows] = F.cosine_similarity(adapter(*inputs).flatten(1), wanted.flatten(1)).cpu()
+        known[rows] = wanted.flatten(1).any(1).cpu()
+    if not known.any():
+        raise UserError("Expected a teacher that pushes somewhere, got none; check its heads and scales.")
+    total = adapter.config.num_train_timesteps
+    index = timestep_bins(torch.from_numpy(pairs.column("t")), total)
+    bins = []
+    for k in range(NUM_BINS):
+        here = cosines[known & (index == k)]
+        row = {"low": k * total // NUM_BINS, "high": (k + 1) * total // NUM_BINS - 1, "rows": len(here)}
+        bins.append(row | {"cosine": float(here.mean()) if len(here) else None})
+    return {"cosine": float(cosines[known].mean()), "rows": int(known.sum()), "bins": bins}

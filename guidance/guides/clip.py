@@ -1,0 +1,279 @@
+"""CLIP guidance (Crowson 2021): the gradient of CLIP's similarity between the decoded x0 prediction and targets."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from guidance.clip import Clip
+from guidance.cutouts import cutouts as cut
+from guidance.errors import UserError, nearest
+from guidance.guides.base import Strength, run_prompts
+
+#: ``through`` -> tap: the gradient stops at the x0 prediction, or goes on through the denoiser to its input.
+TAPS = {"x0": "x0", "unet": "x0/unet"}
+
+
+def spherical_distance(u: Float[Tensor, "... d"], v: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
+    """Squared angle between unit vectors, halved: ``2 asin(|u - v| / 2)^2 = arccos(u . v)^2 / 2``.
+
+    Computed as ``2 atan2(|u - v|, |u + v|)^2``, the same number for unit vectors, whose gradient is finite also where
+    they are equal or opposite.
+
+    Returns:
+        0 for equal, ``pi^2 / 2`` for opposite vectors.
+
+    Reference:
+        K. Crowson, "CLIP guided diffusion", 2021 (``spherical_dist_loss``); W. Kahan, 2006, for the stable angle.
+
+    >>> u, v = torch.eye(2)
+    >>> round(spherical_distance(u, v).item(), 4), round(math.pi**2 / 8, 4)
+    (1.2337, 1.2337)
+    """
+    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)).square()
+
+
+def _minus_spherical(clip: Clip, u: Tensor, v: Tensor) -> Tensor:
+    return -spherical_distance(u, v)
+
+
+def _scaled_cosine(clip: Clip, u: Tensor, v: Tensor) -> Tensor:
+    return clip.logit_scale * (u * v).sum(-1)
+
+
+#: ``distance`` -> ``f(clip, image embeddings, target embeddings)``, larger is closer.
+SIMILARITIES: dict[str, Callable[[Clip, Tensor, Tensor], Tensor]] = {
+    "spherical": _minus_spherical,
+    "cosine": _scaled_cosine,
+}
+
+
+class ClipGuide:
+    """Push samples towards texts or images as CLIP sees them; the classic that mid-block guidance is compared with.
+
+    With ``u_j`` the embedding of cutout ``j`` of the decoded x0 prediction and ``v_k`` that of target ``k``::
+
+        score(x0) = mean_j sum_k w_k sim(u_j, v_k)
+        sim(u, v) = -2 asin(|u - v| / 2)^2         (distance="spherical")
+                  = exp(logit_scale) u . v         (distance="cosine")
+
+    The decoder and CLIP run in float32 whatever the pipeline's precision.
+
+    Args:
+        clip: See :func:`guidance.clip.load_clip`; do not grade with the same network.
+        guidance_scale: Strength; negative pushes away.
+        texts: One or more texts, the same for all samples.  None, without ``images``: each sample's own prompt
+            (in our own sampling loop only).
+        images: One or more images as targets, beside the texts.
+        weights: One weight per target, texts first; negative pushes away.  None: 1 each.
+        distance: "spherical" or "cosine".
+        through: "x0" takes the gradient at the x0 prediction and does not carry it through the UNet (MPGD), cheaper;
+            "unet" carries it through, exact.
+        cutouts: Random cutouts per image and step; 0 shows CLIP the whole image.
+        min_size: Smallest cutout, as a fraction of the image's shorter side.
+        decoder: Decodes latents instead of ``pipe.vae``, for example an ``AutoencoderTiny``.
+        seed: Of the cutouts, which depend on it and on the timestep, not on the batch.
+        normalize, start, stop, every: See :class:`~guidance.guides.base.Strength`.
+        name: Name in the records.
+
+    Raises:
+        UserError: If targets are missing or empty, weights do not fit them, or a choice is unknown.
+
+    Reference:
+        K. Crowson, "CLIP guided diffusion", 2021; Y. He et al., "Manifold Preserving Guided Diffusion", ICLR 2024.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        guidance_scale: float = 1.0,
+        *,
+        texts: str | Sequence[str] | None = None,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        weights: float | Sequence[float] | None = None,
+        distance: str = "spherical",
+        through: str = "x0",
+        cutouts: int = 0,
+        min_size: float = 0.5,
+        decoder: Any = None,
+        seed: int = 0,
+        normalize: str | None = "cfg",
+        start: float = 0.0,
+        stop: float = 1.0,
+        every: int = 1,
+        name: str = "clip",
+    ) -> None:
+        if not isinstance(clip, Clip):
+            raise UserError(f"Expected a Clip, got {type(clip).__name__}; load one with load_clip(...).")
+        if clip.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"Expected a CLIP in float32, got {clip.dtype}, whose gradients underflow; use load_clip(dtype=None)."
+            )
+        if through not in TAPS:
+            raise UserError(
+                f"Expected a place to take the gradient through, got {through!r}.{nearest(str(through), TAPS)}"
+            )
+        if distance not in SIMILARITIES:
+            raise UserError(
+                f"Expected a known distance, got {distance!r}.{nearest(str(distance), SIMILARITIES)}"
+            )
+        if cutouts < 0 or not 0 < min_size <= 1 or seed < 0:
+            raise UserError(
+                f"Expected cutouts >= 0, 0 < min_size <= 1 and seed >= 0, got {cutouts}, {min_size} and {seed}."
+            )
+        self.clip, self.name, self.tap = clip, name, TAPS[through]
+        self.strength = Strength(guidance_scale, normalize, start, stop, every)
+        self.similarity = functools.partial(SIMILARITIES[distance], clip)
+        self.cutouts, self.min_size, self.seed = cutouts, min_size, seed
+        self.decoder = decoder
+        self._source: Any = None  # the pipeline's part that _decoder was made from
+        self._decoder: Any = None
+        self._text_cache: dict[str, Tensor] = {}
+        self.targets = self._embed_targets(_listed(texts, str), _listed(images, Image.Image))
+        self.weights = _weights(weights, None if self.targets is None else len(self.targets))
+
+    # ---- targets ----------------------------------------------------------------------------------------------
+    def _embed_targets(self, texts: list[str], images: list[Image.Image]) -> Float[Tensor, "k d"] | None:
+        """Embeddings of the fixed targets, texts first; None where every sample's own prompt is the target."""
+        parts = ([self._embed_texts(texts)] if texts else []) + (
+            [self.clip.embed_pil(images)] if images else []
+        )
+        return torch.cat(parts) if parts else None
+
+    def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """Embed texts once; later calls read the cache."""
+        if not all(text.strip() for text in texts):
+            raise UserError(
+                "Expected texts to guide towards, got an empty one; give every target some words."
+            )
+        new = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
+        if new:
+            cut_off = sum(self.clip.truncated(new))
+            if cut_off:
+                warnings.warn(
+                    f"CLIP reads the first {self.clip.max_tokens} tokens only; {cut_off} of {len(new)} texts are "
+                    "longer and guide by their beginning.",
+                    stacklevel=3,
+                )
+            self._text_cache.update(zip(new, self.clip.embed_texts(new), strict=True))
+        return torch.stack([self._text_cache[text].to(self.clip.device) for text in texts])
+
+    def _targets_of(self, batch: int) -> Float[Tensor, "b k d"] | Float[Tensor, "1 k d"]:
+        if self.targets is not None:
+            return self.targets.to(self.clip.device)[None]
+        prompts = run_prompts.get()
+        if prompts is None:
+            raise UserError(
+                "Expected ClipGuide(texts=...) or images=..., got neither; each sample's own prompt is known inside "
+                "guidance.sample_latents and sample_images only."
+            )
+        if len(prompts) != batch:
+            raise UserError(
+                f"Expected one prompt per sample, got {len(prompts)} for {batch}; give ClipGuide(texts=...)."
+            )
+        return self._embed_texts(prompts)[:, None]
+
+    # ---- the protocol -----------------------------------------------------------------------------------------
+    def prepare(self, pipe: Any) -> None:
+        """Check that the pipeline's latents can be decoded; freeze the decoder, and move it and CLIP to the device.
+
+        A decoder in half precision is copied to float32, once; others are used as they are.
+        """
+        source: Any = self.decoder if self.decoder is not None else getattr(pipe, "vae", None)
+        _check_decoder(source, pipe)
+        if source is not self._source:
+            half = source.dtype not in (torch.float32, torch.float64)
+            self._decoder = copy.deepcopy(source).float() if half else source
+            self._source = source
+        self._decoder.to(pipe.unet.device).eval().requires_grad_(False)
+        self.clip.to(pipe.unet.device)
+
+    def score(self, x0: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Similarity of predicted clean latents, as the denoiser scales them, to the targets.
+
+        Raises:
+            UserError: Before :meth:`prepare`, or where a sample's own prompt is wanted and not known.
+        """
+        targets = self._targets_of(len(x0))
+        with torch.autocast(x0.device.type, enabled=False):
+            u = self._embed(self._decode(x0), t)
+            similarity = self.similarity(rearrange(u, "n b d -> n b 1 d"), targets)
+            weighted = similarity * similarity.new_tensor(self.weights)
+        return weighted.sum(-1).mean(0)
+
+    def _decode(self, x0: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
+        """Latents to images in -1..1, unclipped."""
+        if self._decoder is None:
+            raise UserError("Expected a prepared guide, got none; call guide.prepare(pipe) before score.")
+        config = self._decoder.config
+        z = x0.to(self._decoder.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self._decoder.decode(z, return_dict=False)[0]
+
+    def _embed(self, images: Float[Tensor, "b 3 h w"], t: Float[Tensor, " b"]) -> Float[Tensor, "n b d"]:
+        """Embeddings of every cutout of every image, or of the whole images."""
+        if self.cutouts == 0:
+            return self.clip.embed_images(images)[None]
+        if not (t == t[0]).all():  # samples at several timesteps: each gets the cutouts of its own
+            return torch.cat([self._embed(x[None], s[None]) for x, s in zip(images, t, strict=True)], 1)
+        state = np.random.SeedSequence([self.seed, round(1000 * float(t[0]))]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> 1))
+        size, mode = self.clip.image_size, self.clip.preprocess.mode
+        views = cut(images, self.cutouts, generator, self.min_size, size=size, mode=mode)
+        u = self.clip.embed_images(rearrange(views, "n b c h w -> (n b) c h w"))
+        return rearrange(u, "(n b) d -> n b d", n=self.cutouts)
+
+
+def _listed(value: Any, kind: type) -> list[Any]:
+    """One target or several as a list; None as an empty one."""
+    if value is None:
+        return []
+    values = [value] if isinstance(value, kind) else list(value)
+    if not values or not all(isinstance(v, kind) for v in values):
+        what = "texts" if kind is str else "PIL images"
+        raise UserError(
+            f"Expected one or more {what}, got {value!r}; leave it out for each sample's own prompt."
+        )
+    return values
+
+
+def _weights(weights: float | Sequence[float] | None, targets: int | None) -> list[float]:
+    """One finite weight per target; a sample's own prompt is one target."""
+    number = 1 if targets is None else targets
+    if weights is None:
+        return [1.0] * number
+    values = [float(w) for w in ([weights] if isinstance(weights, int | float) else weights)]
+    if len(values) != number or not all(map(math.isfinite, values)) or not any(values):
+        raise UserError(
+            f"Expected {number} finite weights, one per target and not all 0, got {values}; texts come before images."
+        )
+    return values
+
+
+def _check_decoder(decoder: Any, pipe: Any) -> None:
+    if decoder is None or not hasattr(decoder, "decode"):
+        raise UserError(
+            f"Expected a pipeline with a VAE, got {type(pipe).__name__} without one; pass ClipGuide(decoder=...)."
+        )
+    config, channels = decoder.config, pipe.unet.config.out_channels
+    latent = config.get("latent_channels")
+    if latent is None or channels not in (latent, 2 * latent):  # twice: with learned variances
+        raise UserError(
+            f"Expected a decoder of the denoiser's {channels} latent channels, got {type(decoder).__name__} with "
+            f"{latent}; choose the decoder of this model family."
+        )
+    if config.get("latents_mean") is not None or config.get("scaling_factor") is None:
+        raise UserError(
+            f"Expected latents that one scaling_factor maps to {type(decoder).__name__}, got per-channel statistics "
+            "or none; pass ClipGuide(decoder=...)."
+        )

@@ -1,0 +1,110 @@
+"""A guide's score at every sampling step without any gradient, and whether samples may be exchanged between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from guidance.apply import apply_guidance
+from guidance.errors import UserError
+from guidance.guides.base import Guide
+from guidance.lockstep import plain
+from guidance.sampling import step_options, takes_eta
+from guidance.schedule import NoiseSchedule
+from guidance.taps import X0, X0_THROUGH_UNET, capture
+
+
+@torch.no_grad()
+def check_resampling(pipe: Any, eta: float) -> None:
+    """Take one step on a dummy and refuse a sampler whose latents cannot be copied and exchanged between steps.
+
+    Refused are schedulers that remember earlier steps of each sample, or draw no noise (copies stay identical).
+    """
+    name, ends = type(pipe.scheduler).__name__, []
+    x = torch.ones(1, pipe.vae.config.latent_channels, 1, 1)
+    output = torch.ones(1, pipe.unet.config.out_channels, 1, 1)
+    for seed in (0, 1):
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(4)
+        t = scheduler.timesteps[0]
+        scheduler.scale_model_input(x, t)
+        extra = step_options(scheduler, [torch.Generator().manual_seed(seed)], eta)
+        ends.append(scheduler.step(output, t, x, return_dict=False, **extra)[0])
+    remembered = [
+        v for value in vars(scheduler).values() for v in (value if isinstance(value, list) else [value])
+    ]
+    if any(isinstance(v, Tensor) and v.ndim == x.ndim for v in remembered):
+        raise UserError(
+            f"Expected a scheduler without a memory of each sample, got {name}, whose earlier outputs would stay "
+            "behind when latents are copied; use scheduler='ddim' or 'ddpm'."
+        )
+    if torch.equal(*ends):
+        hint = "eta=1" if takes_eta(pipe.scheduler) else "scheduler='ddim' with eta=1, or 'ddpm'"
+        raise UserError(f"Expected a sampler that draws noise, got {name} with eta={eta:g}; use {hint}.")
+
+
+class StepScorer:
+    """Replacement of ``unet.forward`` that scores the conditional part in the first denoiser call of each step.
+
+    Guidance on a GPU runs the unconditional part by itself after the conditional one: later calls are not read.
+    """
+
+    def __init__(self, pipe: Any, guide: Guide, batch: int) -> None:
+        self.pipe, self.guide, self.batch, self.original = pipe, guide, batch, pipe.unet.forward
+        self.scores: Tensor | None = None
+        self.used: list[int] = []
+
+    def __call__(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.scores is not None:
+            return self.original(sample, timestep, *args, **kwargs)
+        module = [] if self.guide.tap in (X0, X0_THROUGH_UNET) else [self.guide.tap]
+        with capture(self.pipe.unet, module) as found:
+            output = self.original(sample, timestep, *args, **kwargs)
+        t = torch.as_tensor(timestep, device=sample.device).reshape(-1)[:1].float().expand(self.batch)
+        with torch.no_grad():
+            h = self._conditional(found[self.guide.tap]) if module else self._x0(output, sample, t)
+            self.scores = self.guide.score(h, t).float().cpu()
+        self.index = int((self.pipe.scheduler.timesteps.to(t) - t[0]).abs().argmin())
+        return output
+
+    def take(self) -> tuple[Tensor, int, list[int], int]:
+        """Scores of the step just taken, its index, the steps in the guide's range, and the number of steps."""
+        assert self.scores is not None
+        scores, self.scores = self.scores, None
+        s, total = self.guide.strength, len(self.pipe.scheduler.timesteps)
+        self.used = self.used or [i for i in range(self.index, total) if s.start <= i / total < s.stop]
+        if not self.used:
+            raise UserError(
+                f"Expected a sampling step in the guide's range {s.start:g}..{s.stop:g}, got none; widen it."
+            )
+        return scores, self.index, self.used, total
+
+    def _conditional(self, v: Tensor) -> Float[Tensor, "b c y x"]:
+        """The last part of the batch, the only one if guidance runs the parts in step or by themselves."""
+        return plain(v)[-self.batch :].detach().float().contiguous()
+
+    def _x0(self, output: Any, sample: Tensor, t: Tensor) -> Float[Tensor, "b c y x"]:
+        prediction = self._conditional(output[0] if isinstance(output, tuple) else output.sample)
+        c = min(prediction.shape[1], self.pipe.vae.config.latent_channels)
+        schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
+        return schedule.to_x0(prediction[:, :c], self._conditional(sample)[:, :c], t)
+
+
+@contextmanager
+def scoring(pipe: Any, guide: Guide, batch: int) -> Iterator[StepScorer]:
+    """Score each step of a run inside the ``with`` block; refuse a pipeline that is guided already."""
+    with apply_guidance(pipe, ()):
+        guide.prepare(pipe)
+    scorer, had = StepScorer(pipe, guide, batch), vars(pipe.unet).get("forward")
+    pipe.unet.forward = scorer
+    try:
+        yield scorer
+    finally:
+        del pipe.unet.forward
+        if had is not None:
+            pipe.unet.forward = had

@@ -1,0 +1,280 @@
+"""Train an adapter that predicts the directions of mid-u guidance, so that sampling needs no backward pass.
+
+    python -m train.amortise                                    # the testbed's aesthetic head is the teacher
+    python -m train.amortise 'teacher=[{head: runs/heads/testbed-colour, target: red}]' output=runs/adapters/red
+
+Teacher pairs are recorded first where they are absent. A killed run goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from guidance.config import friendly_errors, load_config, option, parse_config, to_yaml
+from guidance.errors import UserError
+
+if TYPE_CHECKING:
+    from guidance.adapter import Adapter
+    from guidance.adapter_training import NoisedLatents, SampledStates
+
+
+@dataclasses.dataclass
+class PairOptions:
+    """Where teacher pairs come from."""
+
+    source: Literal["sampling", "latents"] = option(
+        "sampling", "states of sampling runs under the teacher, or noised latents of images"
+    )
+    prompts: str = option("testbed:train", "sampling: a set of prompts or a file of them")
+    num_prompts: int | None = option(600, "sampling: how many; null for all of a file")
+    held_out: float = option(0.1, "sampling: share of the prompts kept for the test, above 0 and below 1")
+    scales: list[float] = option(
+        [-1.0, 0.0, 0.5, 1.0, 2.0], "sampling: multiples of the teacher's shift, drawn per sample"
+    )
+    num_steps: list[int] = option([12, 40], "sampling: lowest and highest number of steps, drawn per run")
+    cfg_scales: list[float] = option([4.0], "sampling: classifier-free guidance weights, drawn per run")
+    scheduler: str | None = option(None, "sampling: scheduler; null keeps the model's")
+    dataset: str = option("testbed", "latents: testbed, a data file, an image folder or a hub id")
+    image_column: str = option("image", "latents: dataset column of the images")
+    caption_column: str | None = option("caption", "latents: dataset column of the captions; null for none")
+    train: int = option(17_500, "pairs to train on, rounded up to whole runs")
+    test: int = option(2_000, "pairs of held-out prompts or images, rounded up to whole runs")
+    batch_size: int = option(50, "samples per run")
+    calls_per_run: int = option(10, "denoiser calls recorded of each run; a kill loses one run at most")
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test", "batch_size", "calls_per_run"):
+            if getattr(self, name) < 1:
+                raise UserError(f"Expected data.{name} of at least 1, got {getattr(self, name)}.")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"Expected data.held_out above 0 and below 1, got {self.held_out}.")
+        if not self.scales or not self.cfg_scales:
+            raise UserError("Expected at least one of data.scales and of data.cfg_scales, got an empty list.")
+        if len(self.num_steps) != 2 or not 1 <= self.num_steps[0] <= self.num_steps[1]:
+            raise UserError(f"Expected data.num_steps as [low, high] from 1 on, got {self.num_steps}.")
+
+
+@dataclasses.dataclass
+class AmortiseConfig:
+    """Options of this script."""
+
+    output: str = option("runs/adapters/testbed-aesthetic", "folder of the finished adapter")
+    overwrite: bool = option(False, "replace an adapter of another config in the output folder")
+    teacher: list[dict[str, Any]] = option(
+        [{"head": "runs/heads/testbed-aesthetic"}],
+        "heads to sum: a list of {head: FOLDER, guidance_scale: 1.0, objective: null, target: null}",
+    )
+    pairs: str = option("runs/pairs/testbed-aesthetic", "folder of recorded teacher pairs")
+    data: PairOptions = option(PairOptions, "where pairs come from when they are absent")
+    model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
+    device: str | None = option(None, "device of model and training; null picks CUDA, MPS or CPU")
+    width: int = option(32, "channels of the adapter's blocks")
+    depth: int = option(5, "number of the adapter's blocks")
+    steps: int = option(1500, "optimiser steps")
+    batch_size: int = option(128, "pairs per step")
+    lr: float = option(2e-3, "peak learning rate of AdamW: linear warm-up, then cosine to 2%")
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    mse_weight: float = option(0.1, "weight of the squared error beside 1 - cosine")
+    seed: int = option(0, "seed of recorded runs, first weights and data order")
+    checkpoint_every: float = option(30.0, "seconds between checkpoints of the training")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lr", "width", "depth"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"Expected {name} above 0, got {getattr(self, name)}.")
+        for name in ("warmup", "weight_decay", "mse_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"Expected {name} of 0 or more, got {getattr(self, name)}.")
+
+
+def amortise(config: AmortiseConfig) -> Adapter:
+    """Train an adapter, or return the one that this config has already trained.
+
+    Args:
+        config: Teacher, pairs, network, training, and where to put the result.
+
+    Returns:
+        The adapter, frozen, in eval mode on the CPU; it lies in ``config.output``.
+
+    Raises:
+        UserError: If teacher, model, prompts or output cannot be used.
+    """
+    import torch
+
+    from guidance.adapter import AdapterConfig, build_adapter, latent_channels, load_adapter, save_adapter
+    from guidance.adapter_training import cache_pairs, fit_adapter, measure_adapter
+    from guidance.guides.amortised import describe_teacher, read_teacher
+    from guidance.io import check_writable
+    from guidance.pipelines import fingerprint, load_pipeline
+    from guidance.schedule import NoiseSchedule
+    from guidance.testbed.training import Stage
+
+    terms = read_teacher(config.teacher)
+    if _is_finished(config):
+        return load_adapter(config.output)
+    check_writable(config.output)
+    guides, source = [term.guide() for term in terms], _source(config)
+    pipe = load_pipeline(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+    schedule, device = NoiseSchedule.from_scheduler(pipe.scheduler), pipe.unet.device
+    model = {
+        "base_model": config.model,
+        "base_fingerprint": fingerprint(pipe.unet),
+        "prediction_type": schedule.prediction_type,
+        "num_train_timesteps": schedule.num_train_timesteps,
+        "teacher": describe_teacher(terms, guides),
+    }
+    pairs = cache_pairs(
+        pipe,
+        guides,
+        source,
+        config.pairs,
+        rows={"train": config.data.train, "test": config.data.test},
+        described=model,
+        batch_size=config.data.batch_size,
+        calls_per_run=config.data.calls_per_run,
+        seed=config.seed,
+    )
+    t = pairs.column("t")
+    shape = AdapterConfig(latent_channels(pipe.unet), config.width, config.depth, **model)
+    shape.timesteps = [int(t.min()), int(t.max())]
+    shape.start, shape.stop = (
+        f(getattr(g.strength, n) for g in guides) for f, n in ((min, "start"), (max, "stop"))
+    )
+    adapter = build_adapter(shape, config.seed).to(device)
+    stage = Stage(config.steps, config.batch_size, config.lr, weight_decay=config.weight_decay)
+    stage.warmup = max(1, round(config.warmup * config.steps))
+    identity = json.dumps([_plain(config), pairs.manifest], sort_keys=True, default=str)
+    work = Path(f"{config.output}.training")
+    result = fit_adapter(
+        adapter,
+        pairs.select("train"),
+        stage,
+        work / hashlib.sha256(identity.encode()).hexdigest()[:12],
+        mse_weight=config.mse_weight,
+        seed=config.seed,
+        device=device,
+        checkpoint_every=config.checkpoint_every,
+    )
+    shape.metrics = measure_adapter(adapter, pairs.select("test"))
+    facts = {"pairs": len(pairs.select("train")), "steps": result.steps, "seconds": round(result.seconds, 1)}
+    save_adapter(adapter, config.output, _card(adapter, config.output, facts), train=to_yaml(config))
+    shutil.rmtree(work, ignore_errors=True)
+    return load_adapter(config.output)
+
+
+def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
+    """Make the source of the teacher pairs; its test part shares no prompt or image with the training part."""
+    from guidance.adapter_training import NoisedLatents, SampledStates
+    from guidance.prompts import load_prompts
+    from guidance.sources import load_examples
+
+    data = config.data
+    columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column}
+    if data.source == "latents":
+        splits = {"train": "train", "test": "validation"}
+        examples = {
+            s: load_examples(data.dataset, name, target_columns=(), **columns) for s, name in splits.items()
+        }
+        return NoisedLatents(data.dataset, examples, **columns)
+    prompts = [prompt.text for prompt in load_prompts(data.prompts, data.num_prompts, config.seed)]
+    if len(prompts) < 2:
+        raise UserError(f"Expected two prompts or more in '{data.prompts}', got one; one part is held out.")
+    cut = min(max(1, round(len(prompts) * (1 - data.held_out))), len(prompts) - 1)
+    split = {"train": prompts[:cut], "test": prompts[cut:]}
+    return SampledStates(split, data.scales, tuple(data.num_steps), data.cfg_scales, data.scheduler)
+
+
+def _is_finished(config: AmortiseConfig) -> bool:
+    """Tell whether this config made the adapter in the output folder; refuse to replace another one."""
+    from guidance.adapter import CONFIG_FILE, check_replaceable, load_adapter
+    from guidance.caching import check_current
+    from guidance.recipes import FeatureRecipe
+
+    check_replaceable(config.output)
+    record = Path(config.output) / "train.yaml"
+    if config.overwrite or not (Path(config.output) / CONFIG_FILE).is_file():
+        return False
+    old = _plain(load_config(AmortiseConfig, record)) if record.is_file() else {}
+    differs = [f"{k}: {old.get(k)} there, {v} here" for k, v in _plain(config).items() if old.get(k) != v]
+    if differs:
+        raise UserError(
+            f"Expected '{config.output}' to be new or trained with this config, but it holds an adapter of another "
+            f"({differs[0]}); choose another output, or set overwrite=true."
+        )
+    made = load_adapter(config.output).config
+    check_current(FeatureRecipe(model=config.model), made.base_model, made.base_fingerprint, config.output)
+    return True
+
+
+def _plain(config: AmortiseConfig) -> dict[str, Any]:
+    """The options that decide what an adapter is, as flat plain values."""
+    values = dataclasses.asdict(config)
+    for name in ("output", "overwrite", "pairs", "device", "checkpoint_every"):
+        del values[name]
+    return {k: v for k, v in values.items() if k != "data"} | {
+        f"data.{k}": v for k, v in values["data"].items()
+    }
+
+
+def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:
+    """Return the model card of an adapter as Markdown."""
+    config, metrics, bins = adapter.config, adapter.config.metrics, adapter.config.metrics["bins"]
+    terms = [f"{term['guidance_scale']:g} x `{term['predicts']}` ({term['head']})" for term in config.teacher]
+    cells = [
+        (b["low"], b["high"], b["rows"], "-" if b["cosine"] is None else f"{b['cosine']:.3f}") for b in bins
+    ]
+    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+    return f"""# {Path(output).name}
+
+An adapter that predicts the directions of mid-u guidance for `{config.base_model}` (weights
+{config.base_fingerprint}, {config.prediction_type}) without a backward pass.
+
+```python
+from guidance import apply_guidance, load_pipeline
+from guidance.adapter import load_adapter
+from guidance.guides.amortised import AmortisedGuide
+
+pipe = load_pipeline("{config.base_model}")
+with apply_guidance(pipe, [AmortisedGuide(load_adapter("{output}"))]):
+    image = pipe("a prompt").images[0]
+```
+
+- teacher: {" + ".join(terms)}; guides in the fractions {config.start} to {config.stop} of the steps
+- {sum(p.numel() for p in adapter.parameters()):,} parameters, width {config.width}, depth {config.depth}
+- trained: {", ".join(f"{key} {value}" for key, value in facts.items())}
+
+Cosine between predicted and true direction on {metrics["rows"]} held-out pairs: {metrics["cosine"]:.3f}. By timestep:
+
+| low | high | pairs | cosine |
+| ---: | ---: | ---: | ---: |
+{table}
+"""
+
+
+@friendly_errors("train/amortise.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script."""
+    config = parse_config(
+        AmortiseConfig,
+        argv,
+        prog="python -m train.amortise",
+        description="Train an adapter that predicts the directions of mid-u guidance.",
+        default_config="configs/amortise/testbed.yaml",
+    )
+    metrics = amortise(config).config.metrics
+    bins = ", ".join(f"{b['cosine']:.2f}" for b in metrics["bins"] if b["cosine"] is not None)
+    print(
+        f"{config.output}: cosine {metrics['cosine']:.3f} on held-out pairs; from t = 0 to the highest: {bins}"
+    )
+
+
+if __name__ == "__main__":
+    main()
