@@ -125,7 +125,7 @@ def parse_config_and_args(
     prog: str,
     description: str,
     default_config: str | None = None,
-    extra: Callable[[argparse.ArgumentParser], None] | None = None,
+    extra: Callable[[argparse.ArgumentParser], Any] | None = None,
 ) -> tuple[T, argparse.Namespace]:
     """Parse as `parse_config` does, with arguments of the script's own that `extra` adds to the parser.
 

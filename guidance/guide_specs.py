@@ -55,7 +55,7 @@ class GuideSpec:
         """Where the guide reads the denoiser."""
         return "as its head says"
 
-    def _interval(self) -> dict[str, float]:
+    def _interval(self) -> dict[str, Any]:
         return {k: v for k in ("start", "stop") if (v := getattr(self, k)) is not None}
 
 
@@ -136,7 +136,7 @@ class ClipSpec(GuideSpec):
         options: dict[str, Any] = {k: getattr(self, k) for k in ("distance", "through", "cutouts", "seed")}
         options |= {
             "texts": self.texts or None,
-            "images": [to_rgb(Image.open(i)) for i in self.images] or None,
+            "images": _open(self.images) or None,
         }
         options |= {"weights": self.weights or None, "normalize": self.normalize, "decoder": decoder}
         return ClipGuide(clip, scale, every=self.every, **self._interval(), **options)
@@ -169,7 +169,8 @@ class EmbeddingSpec(GuideSpec):
 
         options: dict[str, Any] = {"texts": self.texts or None, "images": _open(self.images) or None}
         options |= {"normalize": self.normalize, "every": self.every}
-        return EmbeddingGuide(*self.loaded, scale, **self._interval(), **options)
+        head, clip = self.loaded
+        return EmbeddingGuide(head, clip, scale, **self._interval(), **options)
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.errors import UserError
-from guidance.guides.base import Guide, rms, unit_rms
+from guidance.guides.base import rms, unit_rms
 from guidance.lockstep import lockstep, plain, split_parts
 from guidance.taps import forward_with_gradient
 
@@ -41,7 +41,7 @@ class StepRecord:
 class Group:
     """Guides that share one backward pass, or that all need none: same normalisation, space and interval."""
 
-    guides: list[Guide]
+    guides: list[Any]  # of Guide
     direction: Tensor | None = None  # kept for `every`: the last shift (raw) or direction (normalised)
     size: Tensor | float = 1.0
 

@@ -66,7 +66,7 @@ def prepare_head(
     return head, targets
 
 
-def _clip_of(recipe: HeadRecipe, settings: Mapping[str, Any]) -> dict[str, str]:
+def _clip_of(recipe: HeadRecipe, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Which CLIP an embedding head is to predict, as the cache recorded it."""
     if recipe.task != "embedding":
         return {}

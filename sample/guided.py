@@ -158,8 +158,8 @@ def read_words(argv: Sequence[str]) -> list[str]:
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and name not in ("config", "print-config", "help", "explain"):
-            value = value if equals else next(words, None)
-            if value is None:
+            value = value if equals else next(words, "")
+            if not value:
                 raise UserError(f"Expected a value after '{word}', got none.")
             if name == "guide":
                 guides.append(value)

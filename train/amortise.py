@@ -124,7 +124,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
     guides, source = [term.guide() for term in terms], _source(config)
     pipe = load_pipeline(config.model, device=config.device, dtype=getattr(torch, config.dtype))
     schedule, device = NoiseSchedule.from_scheduler(pipe.scheduler), pipe.unet.device
-    model = {
+    model: dict[str, Any] = {
         "base_model": config.model,
         "base_fingerprint": fingerprint(pipe.unet),
         "prediction_type": schedule.prediction_type,
@@ -189,7 +189,9 @@ def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
         raise UserError(f"Expected two prompts or more in '{data.prompts}', got one; one part is held out.")
     cut = min(max(1, round(len(prompts) * (1 - data.held_out))), len(prompts) - 1)
     split = {"train": prompts[:cut], "test": prompts[cut:]}
-    return SampledStates(split, data.scales, tuple(data.num_steps), data.cfg_scales, data.scheduler)
+    return SampledStates(
+        split, data.scales, (data.num_steps[0], data.num_steps[1]), data.cfg_scales, data.scheduler
+    )
 
 
 def _is_finished(config: AmortiseConfig) -> bool:

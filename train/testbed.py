@@ -85,7 +85,7 @@ def train_testbed(config: TestbedConfig) -> Path:
         device=config.device,
         compile=config.compile,
         workers=config.workers,
-        unet_channels=tuple(config.unet_channels),
+        unet_channels=tuple(config.unet_channels),  # type: ignore[arg-type]
         emphasis=config.emphasis,
     )
     state = PartialState(cpu=config.device == "cpu")
