@@ -224,7 +224,18 @@ def plot_metrics(metrics: Mapping[str, Mapping[str, Any]], config: HeadConfig, p
     """
     from matplotlib.figure import Figure
 
-    wanted = ["accuracy", "auc", "cosine", "retrieval", "spearman", "spearman_truth", "ece", "nll", "mae", "skill"]
+    wanted = [
+        "accuracy",
+        "auc",
+        "cosine",
+        "retrieval",
+        "spearman",
+        "spearman_truth",
+        "ece",
+        "nll",
+        "mae",
+        "skill",
+    ]
     found = metrics["test"]["bins"][0] if metrics["test"]["bins"] else {}
     names = [name for name in wanted if name in found]
     figure = Figure(figsize=(3.6 * max(len(names), 1), 3.2), layout="constrained")
