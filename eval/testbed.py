@@ -28,7 +28,7 @@ class MeasureConfig:
     num_images: int = option(1000, "quality: images per CFG weight")
     cfg_scales: list[float] = option([3.0, 4.0, 5.0], "quality: CFG weights")
     num_prompts: int = option(500, "guidance: test prompts, one seed each")
-    scale: float = option(3.0, "guidance: the one portable scale; its negative is measured too")
+    scale: float = option(2.4, "guidance: the one portable scale; its negative is measured too")
     cfg_scale: float = option(4.0, "guidance: CFG weight")
     steps: list[int] = option([15, 25, 50], "guidance: numbers of DDIM steps")
     cfg_matched: float = option(8.0, "guidance: plain CFG weight to show beside it, unguided; 0 for none")

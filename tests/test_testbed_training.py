@@ -1,5 +1,10 @@
 """The testbed's training: the linear encoder is exact, a killed run goes on to the same weights, the export loads."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +76,41 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, ema, optimizer)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", die_at=7)
     assert torch.equal(run(tmp_path / "b"), whole)
+
+
+_SHARED = """
+import sys, torch
+from pathlib import Path
+from accelerate import PartialState
+from torch import nn
+from guidance.testbed.training import Stage, batch_indices, fit, world
+PartialState(cpu=True)
+torch.manual_seed(0)
+model, x = nn.Linear(3, 1), torch.arange(60.0).reshape(20, 3) / 30
+def loss(step, g):
+    rank, size = world()
+    part = x[batch_indices(20, 8, step, 0)[rank::size]]
+    return (model(part) - part.sum(1, keepdim=True)).square().mean()
+fit("toy", model, loss, Stage(steps=6, batch_size=8, lr=0.1, warmup=1, ema=0.5), Path(sys.argv[1]))
+if world()[0] == 0:
+    print("WEIGHTS", world()[1], *model.weight.flatten().tolist(), model.bias.item())
+"""
+
+
+def test_two_processes_train_the_weights_of_one(tmp_path):
+    (tmp_path / "run.py").write_text(_SHARED)
+    root = Path(__file__).resolve().parents[1]
+    env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    found = {}
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+        command += [str(tmp_path / "run.py"), str(tmp_path / str(n))]
+        out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=True).stdout
+        _, size, *weights = next(line for line in out.splitlines() if line.startswith("WEIGHTS")).split()
+        assert int(size) == n
+        found[n] = [float(w) for w in weights]
+    assert found[2] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_muon_moves_convolutions_by_orthogonal_matrices_and_the_rest_by_adamw():

@@ -1,7 +1,8 @@
 """Train the testbed pipeline from nothing and export it in diffusers format.
 
 python -m train.testbed                                 # hours on two cores, resumable at any time
-python -m train.testbed device=cuda stages.unet.minutes=20 stages.unet.batch_size=512 compile=true
+python -m train.testbed device=cuda unet.minutes=20 unet.batch_size=512 compile=true
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m train.testbed          # two processes on two cores
 """
 
 from __future__ import annotations
