@@ -482,7 +482,7 @@ def test_the_script_trains_an_adapter(options, pipe, tmp_path: Path, capsys) -> 
         (["teacher=[{head: nowhere}]"], "Expected a head, head.safetensors"),
         (["data.prompts=nowhere.txt"], "found none called 'nowhere.txt'"),
         (["data.num_prompts=1"], "two prompts or more"),
-        (["data.calls_per_run=3", "pairs={tmp}/pairs"], "3 guided steps or more"),
+        (["data.calls_per_run=4", "pairs={tmp}/pairs"], "4 guided steps or more"),
     ],
 )
 def test_bad_input_gets_a_sentence_and_leaves_no_adapter(options, tmp_path, capsys, words, message) -> None:
