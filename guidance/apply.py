@@ -119,6 +119,11 @@ class _GuidedForward:
         """The scheduler's noise schedule, read at the first guided call."""
         return NoiseSchedule.from_scheduler(self.pipe.scheduler)
 
+    @functools.cached_property
+    def num_weights(self) -> int:
+        """Parameters of the denoiser."""
+        return sum(p.numel() for p in self.unet.parameters())
+
     # ---- the denoiser call ------------------------------------------------------------------------------------
     def __call__(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         index, total, t = self._position(timestep)

@@ -354,3 +354,14 @@ def test_bad_calls_get_a_sentence(tiny_pipe, head):
     with pytest.raises(UserError, match="with a unet"), apply_guidance(object(), []):
         pass
     assert isinstance(tiny_pipe, StableDiffusionPipeline)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: MeanGuide(guidance_scale=2.0), lambda: MeanGuide(guidance_scale=2.0, every=2)]
+)
+def test_parts_in_step_and_apart_give_the_same_run(tiny_pipe, monkeypatch, make):
+    runs = []
+    for weights in (0, 10**9):
+        monkeypatch.setattr("guidance.guided_step.IN_STEP_WEIGHTS", weights)
+        runs.append(sample_latents(tiny_pipe, PROMPTS, [0, 1], num_steps=4, guides=[make()]))
+    torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
