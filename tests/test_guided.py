@@ -186,8 +186,10 @@ def test_skipped_gradients_are_counted_per_image(tiny_pipe, head, tmp_path: Path
     records = {r.key[:2]: r for r in store.load()}
     assert [records["scale=2", p].nan_skipped for p in "ab"] == [3, 0]
     assert [records["scale=2", p].score is None for p in "ab"] == [True, False]
-    same = [records["unguided", p].sha256 == records["scale=2", p].sha256 for p in "ab"]
-    assert same == [True, False]
+    # The guided step runs the two parts of CFG apart: some CPUs then round in another order (one grey level).
+    images = {key: read_image(tmp_path / record.image).astype(int) for key, record in records.items()}
+    changes = [np.abs(images["unguided", p] - images["scale=2", p]).max() for p in "ab"]
+    assert changes[0] <= 1 < changes[1]
     assert [records["unguided", p].truncated for p in "ab"] == [False, True]
 
 
