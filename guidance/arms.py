@@ -16,6 +16,31 @@ from guidance.records import UNGUIDED
 
 
 @dataclasses.dataclass(frozen=True)
+class Steering:
+    """Steering without gradients, see :func:`guidance.steering.steer_latents` for the options.
+
+    Attributes:
+        guide: What scores the particles; its scale is not used.
+        particles, potential, lam, threshold, eta: As there; ``threshold=0, lam=0`` is best-of-N.
+    """
+
+    guide: Guide
+    particles: int = 4
+    potential: str = "diff"
+    lam: float = 1.0
+    threshold: float = 0.5
+    eta: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """All but the guide."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "guide"}
+
+    def describe(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {"guide": self.guide.name, **self.options()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Arm:
     """A method of a comparison.
 
@@ -24,12 +49,17 @@ class Arm:
         guides: Empty for plain sampling.
         descriptions: One plain dict per guide, for the records.
         head: Path of the head; "" without one.
+        conditioning: What the denoiser is told instead of the prompt, "" to leave it unconditional; guides follow the
+            prompt all the same.  None: the prompt.
+        steering: Particles and what selects among them; None: one sample an image.
     """
 
     name: str
     guides: tuple[Guide, ...] = ()
     descriptions: tuple[dict[str, Any], ...] = ()
     head: str = ""
+    conditioning: str | None = None
+    steering: Steering | None = None
 
 
 def arm_name(scale: float) -> str:

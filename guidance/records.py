@@ -57,6 +57,8 @@ class Record:
         truncated: Whether the prompt was longer than the tokenizer's limit.
         head: Path of the head; "" without one.
         version: Of this toolkit.
+        conditioning: What the denoiser was told instead of the prompt; None: the prompt.
+        steering: Particles and their potential; None: one sample an image.
     """
 
     prompt_id: str
@@ -83,6 +85,8 @@ class Record:
     truncated: bool
     head: str
     version: str
+    conditioning: str | None = None
+    steering: dict[str, Any] | None = None
 
     @property
     def scale(self) -> float:
@@ -266,17 +270,21 @@ def _digest(data: bytes) -> str:
 
 
 def _parse(line: bytes, where: str) -> Record:
-    names = {field.name for field in dataclasses.fields(Record)}
+    fields = dataclasses.fields(Record)
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
     try:
         values = json.loads(line)
     except ValueError as error:
         raise UserError(
             f"Expected a record, but {where} cannot be read; remove that line: its image is made again."
         ) from error
-    if not isinstance(values, dict) or values.keys() != names:
-        other = sorted(names ^ values.keys())[:3] if isinstance(values, dict) else ["an object"]
+    if not isinstance(values, dict) or not needed <= values.keys() <= names:
+        other = (
+            [*(needed - values.keys()), *(values.keys() - names)] if isinstance(values, dict) else ["type"]
+        )
         raise UserError(
             f"Expected a record of this version ({toolkit_version()}), but {where} differs in "
-            f"{', '.join(other)}; read the folder with the version that wrote it, or sample anew."
+            f"{', '.join(sorted(other)[:3])}; read the folder with the version that wrote it, or sample anew."
         )
     return Record(**values)

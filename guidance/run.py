@@ -23,6 +23,7 @@ from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
 from guidance.records import Record, RecordStore, noise_hash, toolkit_version
 from guidance.sampling import decode_latents, initial_noise, sample_latents, using_scheduler
+from guidance.steering import steer_latents
 
 #: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
 SEED_STRIDE = 1000
@@ -145,6 +146,8 @@ def _plan(pipe: Any, job: Job, arm: Arm, common: dict[str, Any]) -> Record:
         nan_skipped=0,
         truncated=_is_truncated(pipe, prompt.text),
         head=arm.head,
+        conditioning=arm.conditioning,
+        steering=None if arm.steering is None else arm.steering.describe(),
     )
 
 
@@ -162,6 +165,8 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
         "prompt",
         "noise_hash",
         "guides",
+        "conditioning",
+        "steering",
         "cfg_scale",
         "scheduler",
         "num_steps",
@@ -181,16 +186,36 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
 def _sample_batch(
     pipe: Any, batch: Sequence[Job], arm: Arm, planned: dict[tuple[str, Job], Record], options: dict[str, Any]
 ) -> Iterator[tuple[Job, Record, Any]]:
-    watch = _Watch(len(batch))
     begun = time.perf_counter()
     texts, seeds = [job.prompt.text for job in batch], [job.seed for job in batch]
-    latents = sample_latents(pipe, texts, seeds, guides=arm.guides, callback=watch, **options)
+    if arm.conditioning is not None:
+        options = options | {"guide_prompts": texts}
+        texts = [arm.conditioning] * len(texts)
+    latents, scores, skipped = _sample_arm(pipe, texts, seeds, arm, options)
     images = decode_latents(pipe, latents)  # ends on the CPU: the clock sees all of the device's work
     seconds = (time.perf_counter() - begun) / len(batch)
     for i, job in enumerate(batch):
         measured: dict[str, Any] = {"seconds": round(seconds, 5), "batch_size": len(batch)}
-        measured |= {"score": watch.scores[i], "nan_skipped": watch.skipped[i]}
+        measured |= {"score": scores[i], "nan_skipped": skipped[i]}
         yield job, dataclasses.replace(planned[arm.name, job], **measured), images[i]
+
+
+def _sample_arm(
+    pipe: Any, texts: Sequence[str], seeds: Sequence[int], arm: Arm, options: dict[str, Any]
+) -> tuple[Tensor, list[float | None], list[int]]:
+    """Latents of one batch, each sample's last score, and its number of skipped gradients."""
+    if arm.steering is None:
+        watch = _Watch(len(texts))
+        latents = sample_latents(pipe, texts, seeds, guides=arm.guides, callback=watch, **options)
+        return latents, watch.scores, watch.skipped
+    n = arm.steering.particles
+    watch = _Watch(len(texts) * n)
+    options = options | arm.steering.options() | {"guides": arm.guides, "callback": watch}
+    steered = steer_latents(pipe, texts, seeds, arm.steering.guide, **options)
+    assert steered.chosen is not None  # select="best"
+    best = steered.scores.gather(1, steered.chosen[:, None])[:, 0]
+    skipped = [max(watch.skipped[i * n : (i + 1) * n]) for i in range(len(texts))]
+    return steered.latents, [round(s, 6) for s in best.tolist()], skipped
 
 
 class _Watch:

@@ -68,6 +68,7 @@ def sample_latents(
     eta: float = 0.0,
     start: Start | None = None,
     guides: Sequence[Guide] = (),
+    guide_prompts: Sequence[str] | None = None,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "b c y x"]:
@@ -86,6 +87,7 @@ def sample_latents(
         eta: DDIM's noise (Song et al. 2021, equation 16): 0 is deterministic, 1 draws as much as DDPM.
         start: :class:`~guidance.start.FromImage` or :class:`~guidance.start.FromMask`; None starts from noise.
         guides: Guides to apply.
+        guide_prompts: What guides that follow each sample's prompt see; None: ``prompts``.
         callback: Called after every step; may return other latents to go on with.
         progress: Show a progress bar over the steps.
 
@@ -105,7 +107,7 @@ def sample_latents(
         run = (start or FromNoise()).begin(pipe, initial_noise(pipe, generators), num_steps)
         x = run.x
         parts = len(text) // len(prompts)
-        tokens = cfg_parts.set(parts), run_prompts.set(tuple(prompts))
+        tokens = cfg_parts.set(parts), run_prompts.set(tuple(guide_prompts or prompts))
         try:
             for i, t in enumerate(tqdm(run.timesteps, disable=not progress, desc="sample", leave=False)):
                 x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * parts), t))

@@ -181,13 +181,14 @@ def steer_latents(
     select: str = "best",
     scheduler: str | None = None,
     start: Start | None = None,
+    guide_prompts: Sequence[str] | None = None,
     callback: Callback | None = None,
     **options: Any,
 ) -> Steered:
     """Sample with Feynman-Kac steering towards a guide's score; no gradient is taken.
 
     Args:
-        pipe, prompts, seeds, scheduler, start: See :func:`guidance.sampling.sample_latents`.
+        pipe, prompts, seeds, scheduler, start, guide_prompts: See :func:`guidance.sampling.sample_latents`.
         guide: What scores the particles, in its own range of steps; its scale is not used.
         particles: Particles per prompt; the first has the plain seed.  All run in one batch.
         potential: "diff", "max" or "sum"; the last two push harder on the way, and pay with uneven final weights.
@@ -216,6 +217,7 @@ def steer_latents(
         population = Population(seeds, particles, lam, potential, threshold)
         watch = _Steering(scorer, population, resample_every, callback)
         options |= {"start": None if start is None else start.at(index), "scheduler": scheduler, "eta": eta}
+        options["guide_prompts"] = guide_prompts and [guide_prompts[i] for i in index]
         copies = [s for seed in seeds for s in particle_seeds(seed, particles)]
         x = sample_latents(pipe, [prompts[i] for i in index], copies, callback=watch, **options)
     return watch.result(x, select)

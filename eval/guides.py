@@ -1,0 +1,73 @@
+"""Measure guides on the testbed, a table a study, all paired on the same prompts, seeds and noise.
+
+python -m eval.guides classes            # a class head on the empty prompt, over all classes
+python -m eval.guides clip               # a CLIP-embedding head, and CLIP on images, beside conditioning
+python -m eval.guides discriminator      # Frechet distance, precision and recall with a discriminator
+python -m eval.guides steering           # particles: best-of-N, Feynman-Kac, with and without gradients
+python -m eval.guides amortised          # an adapter against the gradients it was taught by
+python -m eval.guides two_guides         # rating and class at once
+python -m eval.guides STUDY --help       # options of a study
+
+Settings are chosen with split=validation and reported with split=test.  A killed study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from guidance.config import friendly_errors, parse_config
+from guidance.errors import UserError, nearest
+
+#: Modules of :mod:`eval.studies`, each with a ``Config`` and ``run(bench, config) -> rows``.
+STUDIES = ("classes", "clip", "discriminator", "steering", "amortised", "two_guides")
+
+
+def measure(study: str, config: Any) -> str:
+    """Run a study.
+
+    Args:
+        study: One of :data:`STUDIES`.
+        config: Its ``Config``.
+
+    Returns:
+        The table, which is also written to ``output/SPLIT/STUDY.md`` with its rows in ``STUDY.json``.
+
+    Raises:
+        UserError: If a head is missing or does not fit, or an option is out of range.
+    """
+    from eval.studies.common import Bench, markdown
+    from guidance.io import atomic_path, check_writable, write_json
+
+    bench = Bench(config)
+    check_writable(bench.folder)
+    rows = importlib.import_module(f"eval.studies.{study}").run(bench, config)
+    table = markdown(rows)
+    write_json(bench.folder / f"{study}.json", {"config": dataclasses.asdict(config), "rows": rows})
+    with atomic_path(bench.folder / f"{study}.md") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+    return table
+
+
+@friendly_errors("eval.guides")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this script: the name of a study, then its options."""
+    study, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    if study in ("", "-h", "--help"):
+        print(__doc__)
+        return 0
+    if study not in STUDIES:
+        raise UserError(f"Expected the name of a study, got '{study}'.{nearest(study, STUDIES)}")
+    module = importlib.import_module(f"eval.studies.{study}")
+    config = parse_config(
+        module.Config, rest[:-1], prog=f"eval.guides {study}", description=module.__doc__ or ""
+    )
+    print(f"\n{measure(study, config)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""Amortised guidance against the gradients it was taught by, at equal drift from the unguided image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.studies.common import Bench, StudyConfig, agreement, drift, truth_change, with_interval
+from guidance.arms import Arm, guide_arms
+from guidance.errors import UserError
+from guidance.guide_specs import AmortisedSpec, GuideSpec, MidBlockSpec
+from guidance.options import option
+
+_RESAMPLES = 2000
+_FACTORS = (0.75, 1.0, 1.3)
+
+
+@dataclasses.dataclass
+class Config(StudyConfig):
+    """What is measured."""
+
+    head: str = option("runs/heads/testbed-aesthetic", "the teacher's head")
+    adapter: str = option("runs/adapters/testbed-aesthetic", "what it taught")
+    scale: float = option(2.4, "scale of the teacher")
+    samplers: list[str] = option(["ddim-15", "ddim-25", "ddim-50", "dpm++-25", "euler-25"], "SCHEDULER-STEPS")
+    cfg_scale: float = option(4.0, "weight of classifier-free guidance")
+
+
+def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+    """Sample with the teacher at one scale, and with the adapter at three around it.
+
+    The adapter's gain at the teacher's drift is interpolated between its three scales.
+
+    Returns:
+        One row per sampler and arm.
+    """
+    rows = []
+    for sampler in config.samplers:
+        scheduler, _, steps = sampler.rpartition("-")
+        if not (scheduler and steps.isdecimal()):
+            raise UserError(f"Expected samplers as SCHEDULER-STEPS, got '{sampler}'; for example ddim-25.")
+        teacher = _arms("gradient", MidBlockSpec(head=config.head), [config.scale])
+        student = _arms(
+            "amortised", AmortisedSpec(adapter=config.adapter), [f * config.scale for f in _FACTORS]
+        )
+        arms = [Arm("unguided"), *teacher, *student]
+        options = {"scheduler": scheduler, "num_steps": int(steps), "cfg_scale": config.cfg_scale}
+        sampled = bench.sample(f"amortised/{sampler}", bench.captions(), arms, **options)
+        base, taught = sampled["unguided"], sampled[teacher[0].name]
+        gains = np.stack([sampled[a.name].truth - base.truth for a in student])
+        drifts = np.stack([drift(base, sampled[a.name]) for a in student])
+        ratio = equal_drift_ratio(gains, drifts, taught.truth - base.truth, drift(base, taught))
+        for arm in arms:
+            s = sampled[arm.name]
+            rows.append(
+                {
+                    "sampler": sampler,
+                    "arm": arm.name,
+                    "truth, sd [95%]": truth_change(base, s),
+                    "drift, grey levels": f"{drift(base, s).mean():.1f}",
+                    "object / colour / time agree": agreement(bench, s),
+                    "gain at equal drift, % of gradient's [95%]": ratio if arm is student[1] else "",
+                    "time": f"{s.seconds / base.seconds:.2f}x",
+                }
+            )
+    return rows
+
+
+def _arms(name: str, spec: GuideSpec, scales: Sequence[float]) -> list[Arm]:
+    return [dataclasses.replace(a, name=f"{name}, {a.name}") for a in guide_arms([spec], scales)[1:]]
+
+
+def equal_drift_ratio(gains: np.ndarray, drifts: np.ndarray, gain: np.ndarray, wanted: np.ndarray) -> str:
+    """Gain interpolated at the teacher's mean drift, as a percentage of the teacher's, with a bootstrap interval.
+
+    Args:
+        gains, drifts: Of the student, (scales, images).
+        gain, wanted: Of the teacher, (images,).
+
+    >>> gains = np.outer([0.5, 1.0, 1.5], np.ones(4))
+    >>> equal_drift_ratio(gains, 10 * gains, np.ones(4), np.full(4, 8.0))
+    '80 [80, 80]'
+    """
+
+    def ratio(rows: np.ndarray) -> float:
+        x, y = drifts[:, rows].mean(1), gains[:, rows].mean(1)
+        order = np.argsort(x)
+        return 100 * float(np.interp(wanted[rows].mean(), x[order], y[order]) / gain[rows].mean())
+
+    n = len(gain)
+    draws = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
+    low, high = np.quantile([ratio(rows) for rows in draws], [0.025, 0.975])
+    outside = not drifts.mean(1).min() <= wanted.mean() <= drifts.mean(1).max()
+    note = " (drift outside the student's range)" if outside else ""
+    return with_interval(ratio(np.arange(n)), (float(low), float(high)), ".0f") + note

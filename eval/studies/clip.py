@@ -1,0 +1,67 @@
+"""CLIP guidance from the empty prompt: how much of what conditioning on the caption gives does guiding by it give?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.clip_score import clip_score
+from eval.paired import bootstrap_mean
+from eval.studies.common import Bench, Sampled, StudyConfig, agreement, with_interval
+from guidance.arms import Arm, guide_arms
+from guidance.guide_specs import ClipSpec, EmbeddingSpec, GuideSpec
+from guidance.options import option
+
+
+@dataclasses.dataclass
+class Config(StudyConfig):
+    """What is measured."""
+
+    head: str = option("runs/heads/testbed-clip", "CLIP-embedding head")
+    scales: list[float] = option([0.5], "scales of the head")
+    image_scales: list[float] = option([0.5], "scales of CLIP on decoded images; [] leaves it out")
+
+
+def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+    """Guide empty-prompt samples by captions, and set them beside conditional sampling.
+
+    Returns:
+        One row per method: judge CLIP score, and the share of the gain that conditioning (CFG 1 and 4) gives.
+    """
+    specs: list[tuple[str, GuideSpec, Sequence[float]]] = [
+        ("CLIP head", EmbeddingSpec(head=config.head), config.scales),
+        ("CLIP on images, x0", ClipSpec(through="x0"), config.image_scales),
+        ("CLIP on images, UNet", ClipSpec(through="unet"), config.image_scales),
+    ]
+    arms = [Arm("unguided", conditioning="")]
+    for name, spec, own in specs:
+        guided = guide_arms([spec], own)[1:]
+        arms += [dataclasses.replace(a, name=f"{name}, {a.name}", conditioning="") for a in guided]
+    jobs = bench.captions()
+    sampled = bench.sample("clip", jobs, [*arms, Arm("caption")], cfg_scale=1.0)
+    sampled |= bench.sample("clip", jobs, [Arm("caption, CFG 4")], cfg_scale=4.0)
+    texts = bench.judges.clip_embed_texts([job.prompt.text for job in jobs])
+    scores = {name: _scores(bench, s, texts) for name, s in sampled.items()}
+    gains = {name: s - scores["unguided"] for name, s in scores.items()}
+    rows = []
+    for name, s in sampled.items():
+        rows.append(
+            {
+                "arm": name,
+                "judge CLIP score [95%]": with_interval(
+                    scores[name].mean(), bootstrap_mean(scores[name]), ".1f"
+                ),
+                "of caption's gain": f"{100 * gains[name].mean() / gains['caption'].mean():.0f}%",
+                "of CFG 4's": f"{100 * gains[name].mean() / gains['caption, CFG 4'].mean():.0f}%",
+                "object / colour / time agree": agreement(bench, s),
+                "time": f"{s.seconds / sampled['unguided'].seconds:.2f}x",
+                "against CFG 4": f"{s.seconds / sampled['caption, CFG 4'].seconds:.2f}x",
+            }
+        )
+    return rows
+
+
+def _scores(bench: Bench, sampled: Sampled, texts: np.ndarray) -> np.ndarray:
+    return clip_score(bench.judges.clip_embed_images(sampled.images), texts)

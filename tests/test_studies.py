@@ -1,0 +1,193 @@
+"""The studies of guides for real on random pipelines; what arms say beyond guides; precision and recall."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval.guides import STUDIES, main
+from eval.precision_recall import precision_recall
+from guidance.adapter import AdapterConfig, build_adapter, save_adapter
+from guidance.arms import Arm, Steering
+from guidance.clip import load_clip
+from guidance.errors import UserError
+from guidance.guides import MidBlockGuide
+from guidance.heads import HeadConfig, build_head, load_head, save_head
+from guidance.pipelines import fingerprint
+from guidance.prompts import Prompt
+from guidance.records import RecordStore
+from guidance.run import list_jobs, sample_arms
+from guidance.sampling import decode_latents, sample_images
+from guidance.steering import best_of_n
+from guidance.testbed.scenes import TIMES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXTS = ["a red balloon over the sea at dusk", "a blue tree in the snow at night"]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_pipe, tmp_path_factory) -> dict[str, Path]:
+    """Random heads of every kind, and an adapter, for the tiny pipeline."""
+    root, unet = tmp_path_factory.mktemp("parts"), tiny_pipe.unet
+    clip = load_clip("testbed")
+    base: dict[str, Any] = {"base_fingerprint": fingerprint(unet)}
+    base |= {"prediction_type": tiny_pipe.scheduler.config.prediction_type}
+    channels = unet.config.block_out_channels[-1]
+    kinds: dict[str, dict[str, Any]] = {
+        "rating": {},
+        "time": {"task": "class", "target": "time", "labels": list(TIMES), "outputs": len(TIMES)},
+        "real": {"task": "binary", "target": "real", "labels": [], "outputs": 1},
+        "clip": {"task": "embedding", "target": "clip:testbed", "labels": [], "clip": "testbed"},
+    }
+    kinds["clip"] |= {"clip_fingerprint": clip.fingerprint, "outputs": clip.embed_texts(TEXTS).shape[1]}
+    for name, options in kinds.items():
+        torch.manual_seed(0)
+        config = HeadConfig(kind="conv", in_channels=channels, hidden=16, **(base | options))
+        save_head(build_head(config), root / name)
+    save_adapter(build_adapter(AdapterConfig(width=8, depth=1, **base)), root / "adapter")
+    return {path.name: path for path in root.iterdir()}
+
+
+def words(study: str, parts: dict[str, Path]) -> list[str]:
+    """Options of a study's smallest run."""
+    return {
+        "classes": [f"heads=[{parts['time']}]", "num_images=4", "scales=[1]"],
+        "clip": [f"head={parts['clip']}", "scales=[1]", "image_scales=[1]"],
+        "discriminator": [f"head={parts['real']}", "num_images=12", "cfg_scales=[1]", "blocks=2"],
+        "steering": [f"head={parts['rating']}", "particles=2"],
+        "amortised": [f"head={parts['rating']}", f"adapter={parts['adapter']}", "samplers=[ddim-2, euler-3]"],
+        "two_guides": [f"rating_head={parts['rating']}", f"class_head={parts['time']}", "num_images=8"],
+    }[study]
+
+
+def untimed(row: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in row.items() if key not in ("time", "against CFG 4")}
+
+
+ROWS = {"classes": 2, "clip": 6, "discriminator": 3, "steering": 7, "amortised": 10, "two_guides": 4}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.filterwarnings("ignore")  # few images, few features
+def test_a_study_runs_and_goes_on_where_it_was(study, parts, tiny_folder, tmp_path: Path, capsys) -> None:
+    options = [
+        f"model={tiny_folder}",
+        f"output={tmp_path}",
+        "num_images=4",
+        "num_steps=2",
+        "split=validation",
+    ]
+    command = [study, *options, *words(study, parts)]
+    assert main(command) == 0
+    table = (tmp_path / "validation" / f"{study}.md").read_text()
+    result = json.loads((tmp_path / "validation" / f"{study}.json").read_text())
+    assert len(result["rows"]) == len(table.splitlines()) - 2 == ROWS[study]
+    assert "nan" not in table and table in capsys.readouterr().out
+    images = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+    next(iter(images)).unlink()
+    assert main(command) == 0
+    remade = json.loads((tmp_path / "validation" / f"{study}.json").read_text())
+    assert [untimed(row) for row in remade["rows"]] == [untimed(row) for row in result["rows"]]
+    again = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+    assert again.keys() == images.keys() and sum(again[p] != images[p] for p in images) == 1
+
+
+def test_an_unknown_study_and_a_missing_head_are_refused(tmp_path: Path, capsys) -> None:
+    for command, message in (
+        (["steer"], "Did you mean 'steering'"),
+        (["classes", f"output={tmp_path}", "heads=[none]"], "Expected a head"),
+        (["amortised", "samplers=[ddim]", f"output={tmp_path}"], "SCHEDULER-STEPS"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "python -m eval.guides clip" in capsys.readouterr().out
+
+
+def test_an_unconditional_arm_shows_the_denoiser_nothing(tiny_pipe, tmp_path: Path) -> None:
+    """The guides see the prompt, the denoiser the arm's conditioning."""
+    seen = []
+
+    class Watching(MidBlockGuide):
+        def score(self, h, t):
+            from guidance.guides.base import run_prompts
+
+            seen.append(run_prompts.get())
+            return h.flatten(1).sum(1).double()
+
+    config = HeadConfig("conv", in_channels=64, hidden=8, prediction_type="v_prediction")
+    guide = Watching(build_head(config), 1e-9)
+    jobs = list_jobs([Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)], 1, 0)
+    arms = [
+        Arm("unguided", conditioning=""),
+        Arm("guided", (guide,), ({"guidance_scale": 1e-9},), conditioning=""),
+    ]
+    store = RecordStore(tmp_path)
+    sample_arms(tiny_pipe, jobs, arms, store, model="x", num_steps=2, cfg_scale=1.0, progress=False)
+    expected = sample_images(tiny_pipe, ["", ""], [job.seed for job in jobs], num_steps=2, cfg_scale=1.0)
+    for record in store.load():
+        i = int(record.prompt_id[1])
+        assert record.conditioning == "" and record.prompt == TEXTS[i]
+        assert np.abs(read(store, record) - expected[i].astype(int)).max() <= 1
+    assert set(seen) == {tuple(TEXTS)}
+    told = [dataclasses.replace(arm, conditioning=None) for arm in arms[:1]]
+    with pytest.raises(UserError, match="conditioning"):
+        sample_arms(tiny_pipe, jobs, told, store, model="x", num_steps=2, cfg_scale=1.0, progress=False)
+
+
+def test_a_steered_arm_is_the_steering_function(tiny_pipe, parts, tmp_path: Path) -> None:
+    guide = MidBlockGuide(load_head(parts["rating"]))
+    jobs = list_jobs([Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)], 1, 0)
+    arm = Arm("best", steering=Steering(guide, particles=2, lam=0.0, threshold=0.0))
+    store = RecordStore(tmp_path)
+    sample_arms(tiny_pipe, jobs, [arm], store, model="x", num_steps=3, progress=False)
+    steered = best_of_n(
+        tiny_pipe, TEXTS, [job.seed for job in jobs], guide, particles=2, eta=1.0, num_steps=3
+    )
+    expected = decode_latents(tiny_pipe, steered.latents)
+    for i, record in enumerate(sorted(store.load(), key=lambda r: r.prompt_id)):
+        assert np.array_equal(read(store, record), expected[i])
+        assert record.score == pytest.approx(steered.scores[i].max().item(), abs=1e-5)
+        assert record.steering is not None and record.steering["particles"] == 2
+    assert (
+        sample_arms(tiny_pipe, jobs, [arm], RecordStore(tmp_path), model="x", num_steps=3, progress=False)
+        == 0
+    )
+
+
+def read(store: RecordStore, record: Any) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(store.folder / record.image)).astype(int)
+
+
+def test_precision_and_recall_are_the_definition() -> None:
+    """Against the formula written out, pair by pair (Kynkaanniemi et al. 2019, equations 1 and 2)."""
+    rng = np.random.default_rng(0)
+    real, made = rng.normal(size=(60, 3)), rng.normal(loc=0.7, scale=0.6, size=(50, 3))
+
+    def covered(points: np.ndarray, centres: np.ndarray, k: int) -> float:
+        radii = [np.sort(np.linalg.norm(centres - c, axis=1))[k] for c in centres]
+        hits = [any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True)) for p in points]
+        return float(np.mean(hits))
+
+    for k in (1, 3):
+        found = precision_recall(real, made, k)
+        assert found.precision == pytest.approx(covered(made, real, k))
+        assert found.recall == pytest.approx(covered(real, made, k))
+    assert found.precision > found.recall  # narrow samples look real and miss most of the world
+    same = precision_recall(real, real)
+    assert same.precision == same.recall == 1
+    for bad, message in (
+        (made[:, :2], "features"),
+        (made[:3], "more rows than k"),
+        (made * np.nan, "finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            precision_recall(real, bad)
