@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from guidance.errors import UserError, nearest
 from guidance.head_networks import TimeFilm
 from guidance.io import atomic_dir, read_json, write_json
+from guidance.pipelines import latent_channels
 from guidance.schedule import NoiseSchedule
 
 FORMAT_VERSION = 1
@@ -283,8 +284,3 @@ def check_adapter_fits(
             f"model's ({fingerprint}); its directions may be off.",
             stacklevel=2,
         )
-
-
-def latent_channels(unet: Any) -> int:
-    """Channels of a denoiser's latents: inpainting models take more in, learned variances come out besides."""
-    return int(min(unet.config.in_channels, unet.config.out_channels))

@@ -14,6 +14,7 @@ from torch import Tensor
 from guidance.errors import UserError
 from guidance.guides.base import rms, unit_rms
 from guidance.lockstep import lockstep, plain, split_parts
+from guidance.pipelines import latent_channels
 from guidance.taps import forward_with_gradient
 
 #: On a CPU, models with more weights than this per number of their input run all parts in step
@@ -164,8 +165,7 @@ class GuidedStep:
 
     @property
     def _channels(self) -> int:
-        """Channels of the latents: inpainting UNets take more, learned variances follow in the prediction."""
-        return min(self.owner.unet.config.out_channels, self.sample.shape[1])
+        return latent_channels(self.owner.unet)
 
     def _reference(self, predictions: list[Tensor], t: Tensor) -> Tensor:
         """Per-sample RMS of what classifier-free guidance works with, in eps units."""

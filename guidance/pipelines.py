@@ -96,6 +96,11 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def latent_channels(unet: Any) -> int:
+    """Channels of a denoiser's latents: inpainting models take more in, learned variances come out besides."""
+    return int(min(unet.config.in_channels, unet.config.out_channels))
+
+
 def fingerprint(model: nn.Module) -> str:
     """Identify weights: 12 hex digits of a hash over names, shapes and a few numbers of every parameter.
 

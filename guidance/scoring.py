@@ -14,6 +14,7 @@ from guidance.apply import apply_guidance
 from guidance.errors import UserError
 from guidance.guides.base import Guide
 from guidance.lockstep import plain
+from guidance.pipelines import latent_channels
 from guidance.sampling import step_options, takes_eta
 from guidance.schedule import NoiseSchedule
 from guidance.taps import X0, X0_THROUGH_UNET, capture
@@ -90,7 +91,7 @@ class StepScorer:
 
     def _x0(self, output: Any, sample: Tensor, t: Tensor) -> Float[Tensor, "b c y x"]:
         prediction = self._conditional(output[0] if isinstance(output, tuple) else output.sample)
-        c = min(prediction.shape[1], self.pipe.vae.config.latent_channels)
+        c = latent_channels(self.pipe.unet)
         schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
         return schedule.to_x0(prediction[:, :c], self._conditional(sample)[:, :c], t)
 

@@ -109,11 +109,11 @@ def amortise(config: AmortiseConfig) -> Adapter:
     """
     import torch
 
-    from guidance.adapter import AdapterConfig, build_adapter, latent_channels, load_adapter, save_adapter
+    from guidance.adapter import AdapterConfig, build_adapter, load_adapter, save_adapter
     from guidance.adapter_training import cache_pairs, fit_adapter, measure_adapter
     from guidance.guides.amortised import describe_teacher, read_teacher
     from guidance.io import check_writable
-    from guidance.pipelines import fingerprint, load_pipeline
+    from guidance.pipelines import fingerprint, latent_channels, load_pipeline
     from guidance.schedule import NoiseSchedule
     from guidance.testbed.training import Stage
 
