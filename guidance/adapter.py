@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from guidance.errors import UserError, nearest
+from guidance.errors import UserError
 from guidance.head_networks import TimeFilm
-from guidance.io import atomic_dir, read_json, write_json
+from guidance.io import atomic_dir
+from guidance.model_folder import ModelFolder
 from guidance.pipelines import latent_channels
 from guidance.schedule import NoiseSchedule
 
 FORMAT_VERSION = 1
-WEIGHTS_FILE, CONFIG_FILE = "adapter.safetensors", "config.json"
 _LIMIT = (
     10.0  # standardised inputs are cut here: near pure noise an eps model's x0 is a hundred times too large
 )
@@ -181,6 +177,17 @@ def build_adapter(config: AdapterConfig, seed: int = 0) -> Adapter:
         return Adapter(config)
 
 
+ADAPTER_FOLDER: ModelFolder[Adapter] = ModelFolder(
+    kind="adapter",
+    weights="adapter.safetensors",
+    config=AdapterConfig,
+    required=frozenset({"channels", "width", "depth"}),
+    format_version=FORMAT_VERSION,
+    command="python -m train.amortise",
+    build=Adapter,
+)
+
+
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], card: str = "", **texts: str) -> None:
     """Save an adapter as a folder that :func:`load_adapter` reads; it appears as a whole or not at all.
 
@@ -195,21 +202,15 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], card: str = "
     """
     check_replaceable(folder)
     files = {f"{name}.yaml": text for name, text in texts.items()} | ({"README.md": card} if card else {})
-    tensors = {name: value.detach().cpu().contiguous() for name, value in adapter.state_dict().items()}
     with atomic_dir(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS_FILE, {"format": "pt"})
-        write_json(temporary / CONFIG_FILE, adapter.config)
+        ADAPTER_FOLDER.write(adapter, temporary)
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
     """Refuse to replace a folder that is not empty and holds no adapter."""
-    path = Path(folder)
-    if path.is_dir() and any(path.iterdir()) and not (path / WEIGHTS_FILE).exists():
-        raise UserError(
-            f"Expected '{folder}' to be new, empty or an adapter, but it has other files; choose another."
-        )
+    ADAPTER_FOLDER.check_replaceable(folder)
 
 
 def load_adapter(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Adapter:
@@ -222,34 +223,7 @@ def load_adapter(path: str | os.PathLike[str], device: str | torch.device = "cpu
     Raises:
         UserError: If there is no adapter (the message lists those beside it), or its files do not fit together.
     """
-    folder = Path(path)
-    if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
-        raise UserError(
-            f"Expected an adapter, {WEIGHTS_FILE} and {CONFIG_FILE}, in '{path}'.{_beside(folder)}"
-        )
-    values = read_json(folder / CONFIG_FILE)
-    known = {field.name for field in dataclasses.fields(AdapterConfig)}
-    if not isinstance(values, dict) or not {"channels", "width", "depth"} <= values.keys() <= known:
-        raise UserError(
-            f"Expected the config of an adapter of format {FORMAT_VERSION} in '{folder / CONFIG_FILE}', but its "
-            "keys differ; update this package, or train the adapter anew."
-        )
-    adapter = Adapter(AdapterConfig(**values))
-    try:
-        adapter.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"Expected weights of the adapter that '{folder / CONFIG_FILE}' describes, but {WEIGHTS_FILE} does "
-            f"not fit or is cut short ({str(error).splitlines()[0]}); train or copy the adapter again."
-        ) from error
-    return adapter.to(device).eval().requires_grad_(False)
-
-
-def _beside(folder: Path) -> str:
-    """Name the adapters in the same folder, for the message about a missing one."""
-    siblings = sorted(p.parent.name for p in folder.parent.glob(f"*/{WEIGHTS_FILE}"))
-    advice = " There is none beside it either: train one with 'python -m train.amortise'."
-    return nearest(folder.name, siblings) if siblings else advice
+    return ADAPTER_FOLDER.load(path, device)
 
 
 def check_adapter_fits(
@@ -268,19 +242,9 @@ def check_adapter_fits(
         UserError: If latent channels, prediction type or number of timesteps differ.
     """
     config = adapter.config
-    trained_on = (
-        f"; the adapter was trained on {config.base_model or 'another model'}: train one for this one"
-    )
     channels = latent_channels(unet)
     if channels != config.channels:
-        raise UserError(f"Expected latents of {config.channels} channels, got {channels}{trained_on}.")
-    for name in ("prediction_type", "num_train_timesteps"):
-        wanted, got = getattr(config, name), getattr(schedule, name)
-        if wanted != got:
-            raise UserError(f"Expected a model with {name} {wanted}, got {got}{trained_on}.")
-    if fingerprint and config.base_fingerprint and fingerprint != config.base_fingerprint:
-        warnings.warn(
-            f"The adapter was trained on other weights ({config.base_model}, {config.base_fingerprint}) than this "
-            f"model's ({fingerprint}); its directions may be off.",
-            stacklevel=2,
+        raise UserError(
+            f"Expected latents of {config.channels} channels, got {channels}{ADAPTER_FOLDER.trained_on(config)}."
         )
+    ADAPTER_FOLDER.check_base(config, schedule, fingerprint, name="The adapter", gives="directions")

@@ -196,8 +196,9 @@ def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
 
 def _is_finished(config: AmortiseConfig) -> bool:
     """Tell whether this config made the adapter in the output folder; refuse to replace another one."""
-    from guidance.adapter import CONFIG_FILE, check_replaceable, load_adapter
+    from guidance.adapter import check_replaceable, load_adapter
     from guidance.caching import check_current
+    from guidance.model_folder import CONFIG_FILE
     from guidance.recipes import FeatureRecipe
 
     check_replaceable(config.output)
