@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +66,19 @@ class ModelFolder(Generic[M]):
         if path.is_dir() and any(path.iterdir()) and not (path / self.weights).exists():
             raise UserError(
                 f"Expected '{folder}' to be new, empty or {self._one}, but it has other files; choose another."
+            )
+
+    def is_kept(self, folder: str | os.PathLike[str], overwrite: bool) -> bool:
+        """Tell whether a training's output folder holds a model already that is not to be replaced."""
+        self.check_replaceable(folder)
+        return not overwrite and (Path(folder) / CONFIG_FILE).is_file()
+
+    def check_same(self, folder: str | os.PathLike[str], differs: Sequence[str]) -> None:
+        """Refuse to take the model in a training's output folder for this training's if the config differs."""
+        if differs:
+            raise UserError(
+                f"Expected '{folder}' to be new or trained with this config, but it holds {self._one} of another "
+                f"({differs[0]}); choose another output, or set overwrite=true."
             )
 
     def load(self, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> M:

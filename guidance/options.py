@@ -8,7 +8,7 @@ import enum
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,26 @@ def list_options(cls: Any, prefix: str = "") -> Iterator[Option]:
             yield from list_options(nested, prefix=f"{key}.")
         else:
             yield Option(key, hint, default, field.metadata)
+
+
+def flat_options(config: Any, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """Return the values of a config by dotted key, its own before those of its groups.
+
+    Args:
+        config: An instance of a dataclass.
+        leave_out: Dotted keys, or names of whole groups, that are not wanted.
+    """
+    wanted = [o for o in list_options(config) if not {o.key, o.key.rpartition(".")[0]} & set(leave_out)]
+    return {item.key: item.default for item in sorted(wanted, key=lambda item: item.key.count("."))}
+
+
+def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say for every value of ``new`` that differs what it was.
+
+    >>> list_differences({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0})
+    ['lr: 0.1 there, 0.2 here']
+    """
+    return [f"{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
 
 
 def is_required(item: Option) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from guidance.config import friendly_errors, load_config, option, parse_config, to_yaml
 from guidance.errors import UserError
+from guidance.options import flat_options, list_differences
 
 if TYPE_CHECKING:
     from guidance.adapter import Adapter
@@ -118,8 +119,9 @@ def amortise(config: AmortiseConfig) -> Adapter:
     from guidance.testbed.training import Stage
 
     terms = read_teacher(config.teacher)
-    if _is_finished(config):
-        return load_adapter(config.output)
+    finished = _finished_adapter(config)
+    if finished is not None:
+        return finished
     check_writable(config.output)
     guides, source = [term.guide() for term in terms], _source(config)
     pipe = load_pipeline(config.model, device=config.device, dtype=getattr(torch, config.dtype))
@@ -194,37 +196,26 @@ def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
     )
 
 
-def _is_finished(config: AmortiseConfig) -> bool:
-    """Tell whether this config made the adapter in the output folder; refuse to replace another one."""
-    from guidance.adapter import check_replaceable, load_adapter
+def _finished_adapter(config: AmortiseConfig) -> Adapter | None:
+    """Return the adapter in the output folder if this config made it; refuse to replace another one."""
+    from guidance.adapter import ADAPTER_FOLDER, load_adapter
     from guidance.caching import check_current
-    from guidance.model_folder import CONFIG_FILE
     from guidance.recipes import FeatureRecipe
 
-    check_replaceable(config.output)
+    if not ADAPTER_FOLDER.is_kept(config.output, config.overwrite):
+        return None
     record = Path(config.output) / "train.yaml"
-    if config.overwrite or not (Path(config.output) / CONFIG_FILE).is_file():
-        return False
     old = _plain(load_config(AmortiseConfig, record)) if record.is_file() else {}
-    differs = [f"{k}: {old.get(k)} there, {v} here" for k, v in _plain(config).items() if old.get(k) != v]
-    if differs:
-        raise UserError(
-            f"Expected '{config.output}' to be new or trained with this config, but it holds an adapter of another "
-            f"({differs[0]}); choose another output, or set overwrite=true."
-        )
-    made = load_adapter(config.output).config
+    ADAPTER_FOLDER.check_same(config.output, list_differences(old, _plain(config)))
+    adapter = load_adapter(config.output)
+    made = adapter.config
     check_current(FeatureRecipe(model=config.model), made.base_model, made.base_fingerprint, config.output)
-    return True
+    return adapter
 
 
 def _plain(config: AmortiseConfig) -> dict[str, Any]:
     """The options that decide what an adapter is, as flat plain values."""
-    values = dataclasses.asdict(config)
-    for name in ("output", "overwrite", "pairs", "device", "checkpoint_every"):
-        del values[name]
-    return {k: v for k, v in values.items() if k != "data"} | {
-        f"data.{k}": v for k, v in values["data"].items()
-    }
+    return flat_options(config, leave_out=("output", "overwrite", "pairs", "device", "checkpoint_every"))
 
 
 def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:

@@ -14,17 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from guidance.config import friendly_errors, load_config, option, parse_config, to_yaml
 from guidance.errors import UserError
+from guidance.options import flat_options, list_differences
 from guidance.recipes import FeatureRecipe, GenerationRecipe, HeadRecipe
 
 if TYPE_CHECKING:
     from guidance.features import FeatureSource
     from guidance.heads import Head
+
+#: Options that have no influence on what a head is.
+_INCIDENTAL = ("output", "overwrite", "log_with", "checkpoint_every", "cache")
+_INCIDENTAL += ("data.device", "data.shard_size", "data.batch_size")
+_INCIDENTAL += ("generated.folder", "generated.batch_size", "generated.shard_size")
 
 
 @dataclasses.dataclass
@@ -133,22 +139,15 @@ def _check_target(config: HeadTrainConfig) -> None:
 
 def _finished_head(config: HeadTrainConfig) -> Head | None:
     """Return the head in the output folder if this config made it; refuse to replace another one."""
-    from guidance.heads import check_replaceable
-
-    check_replaceable(config.output)
-    record = Path(config.output) / "train.yaml"
-    if config.overwrite or not (Path(config.output) / "config.json").is_file():
-        return None
-    old = load_config(HeadTrainConfig, record) if record.is_file() else None
-    differs = sorted(_differences(_plain(old), _plain(config))) if old else ["train.yaml is missing"]
-    if differs:
-        raise UserError(
-            f"Expected '{config.output}' to be new or trained with this config, but it holds a head of "
-            f"another ({differs[0]}); choose another output, or set overwrite=true."
-        )
     from guidance.caching import check_current
-    from guidance.heads import load_head
+    from guidance.heads import HEAD_FOLDER, load_head
 
+    if not HEAD_FOLDER.is_kept(config.output, config.overwrite):
+        return None
+    record = Path(config.output) / "train.yaml"
+    old = load_config(HeadTrainConfig, record) if record.is_file() else None
+    differs = sorted(list_differences(_plain(old), _plain(config))) if old else ["train.yaml is missing"]
+    HEAD_FOLDER.check_same(config.output, differs)
     head = load_head(config.output)
     check_current(config.data, head.config.base_model, head.config.base_fingerprint, config.output)
     return head
@@ -156,24 +155,8 @@ def _finished_head(config: HeadTrainConfig) -> Head | None:
 
 def _plain(config: HeadTrainConfig) -> dict[str, Any]:
     """The options that decide what a head is, as flat plain values."""
-    values = dataclasses.asdict(config)
-    data = values.pop("data")
-    for name in ("output", "overwrite", "log_with", "checkpoint_every", "cache"):
-        del values[name]
-    for name in ("device", "shard_size", "batch_size"):
-        del data[name]
-    generated = values.pop("generated")
-    for name in ("folder", "batch_size", "shard_size"):
-        del generated[name]
-    if config.task == "binary":
-        values |= {f"generated.{name}": value for name, value in generated.items()}
-    return values | {f"data.{name}": value for name, value in data.items()}
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in new.items():
-        if old.get(name) != value:
-            yield f"{name}: {old.get(name)} there, {value} here"
+    unused = () if config.task == "binary" else ("generated",)
+    return flat_options(config, leave_out=(*_INCIDENTAL, *unused))
 
 
 def _accelerator(config: HeadTrainConfig, work: Path) -> Any:
