@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,14 @@ from tqdm.auto import tqdm
 from guidance.adapter import Adapter, direction_loss
 from guidance.apply import apply_guidance, cfg_parts
 from guidance.errors import UserError
-from guidance.feature_cache import FORMAT_VERSION, MANIFEST, FeatureCache, check_shard, shard_name
+from guidance.feature_cache import (
+    FORMAT_VERSION,
+    MANIFEST,
+    FeatureCache,
+    first_difference,
+    has_shard,
+    shard_name,
+)
 from guidance.guides.amortised import PairRecorder, guided_steps
 from guidance.guides.base import Guide
 from guidance.head_config import NUM_BINS, timestep_bins
@@ -189,7 +195,7 @@ def cache_pairs(
     manifest = {"format_version": FORMAT_VERSION, "settings": settings, "splits": splits}
     _check_plan(folder, manifest)
     shards = [(split, i) for split in SPLITS for i in range(splits[split]["rows"] // per_run)]
-    todo = [(s, i) for s, i in shards if not _is_whole(folder / shard_name(s, i), per_run)]
+    todo = [(s, i) for s, i in shards if not has_shard(folder / shard_name(s, i), per_run, [])]
     total = len(todo) * per_run
     with tqdm(total=total, desc="record pairs", unit="pair", disable=not progress or not todo) as bar:
         for split, i in todo:
@@ -209,21 +215,12 @@ def _check_plan(folder: Path, manifest: dict[str, Any]) -> None:
         return
     both = read_json(folder / MANIFEST), json.loads(json.dumps(manifest))
     old, new = ({**m["settings"], **m["splits"]} for m in both)
-    differs = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if differs:
+    key = first_difference(old, new)
+    if key is not None:
         raise UserError(
-            f"Expected teacher pairs of these settings in '{folder}', found {differs[0]}={old.get(differs[0])} "
-            f"instead of {new.get(differs[0])}; choose another folder with pairs=FOLDER, or delete this one."
+            f"Expected teacher pairs of these settings in '{folder}', found {key}={old.get(key)} "
+            f"instead of {new.get(key)}; choose another folder with pairs=FOLDER, or delete this one."
         )
-
-
-def _is_whole(path: Path, rows: int) -> bool:
-    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        return bool(check_shard(path, rows, []))
-    except UserError:
-        return False
 
 
 def read_pairs(pairs: FeatureCache, rows: Any, device: Any = "cpu") -> tuple[tuple[Tensor, ...], Tensor]:

@@ -16,8 +16,9 @@ goes on with the shards that are missing.
 from __future__ import annotations
 
 import os
+import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,6 +212,22 @@ def check_shard(folder: Path, rows: int, columns: Sequence[str]) -> tuple[int, i
             raise _broken(path, f"it has shape {array.shape} instead of {rows} rows")
         shape = array.shape[1:] if name == "h" else shape
     return (shape[0], shape[1], shape[2])
+
+
+def has_shard(folder: Path, rows: int, columns: Sequence[str]) -> bool:
+    """Tell whether a shard is there and whole; remove what a killed run of it left."""
+    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        check_shard(folder, rows, columns)
+    except UserError:
+        return False
+    return True
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first key, by name, in which two plans of a cache differ; None if they are the same."""
+    return min((key for key in old.keys() | new.keys() if old.get(key) != new.get(key)), default=None)
 
 
 def _open(path: Path) -> NDArray[Any]:

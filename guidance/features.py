@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,8 @@ from guidance.feature_cache import (
     MANIFEST,
     FeatureCache,
     FeatureSource,
-    check_shard,
+    first_difference,
+    has_shard,
     shard_name,
 )
 from guidance.head_embeddings import clip_name, describe_embedders, load_embedders
@@ -194,15 +194,14 @@ def cache_features(
     write_manifest(Path(folder), settings, split, len(live), per_shard, write=process_index == 0)
     targets = {name: live.column(name) for name in stored}
     starts = range(process_index * per_shard, len(live), num_processes * per_shard)
-    mine = [(Path(folder) / shard_name(split, start // per_shard), start) for start in starts]
-    todo = [(p, s) for p, s in mine if not _is_whole(p, len(live), s, per_shard, target_columns)]
-    rows = sum(min(per_shard, len(live) - start) for _, start in todo)
+    shards = [(shard_name(split, i // per_shard), range(i, min(i + per_shard, len(live)))) for i in starts]
+    todo = [(name, r) for name, r in shards if not has_shard(Path(folder) / name, len(r), target_columns)]
+    rows = sum(len(part) for _, part in todo)
     with tqdm(
         total=rows, desc=f"cache {split} features", unit="row", disable=not progress or not rows
     ) as bar:
-        for path, start in todo:
-            order = np.arange(start, min(start + per_shard, len(live)))
-            _write_shard(path, live, order, targets, bar)
+        for name, part in todo:
+            _write_shard(Path(folder) / name, live, np.asarray(part), targets, bar)
     return rows
 
 
@@ -236,9 +235,8 @@ def write_manifest(
         manifest = read_json(folder / MANIFEST)
         old = manifest["settings"] | manifest["splits"].get(split, {})
         new = settings | (plan if split in manifest["splits"] else {})
-        differs = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-        if differs:
-            key = min(differs)
+        key = first_difference(old, new)
+        if key is not None:
             raise UserError(
                 f"Expected the settings of the cache in '{folder}', got another {key}: {new.get(key)} "
                 f"instead of {old.get(key)}; choose another folder, or delete this one."
@@ -246,17 +244,6 @@ def write_manifest(
     if write and manifest["splits"].get(split) != plan:
         manifest["splits"][split] = plan
         write_json(folder / MANIFEST, manifest)
-
-
-def _is_whole(path: Path, total: int, start: int, per_shard: int, columns: Sequence[str]) -> bool:
-    """Tell whether a shard is there and usable; remove what a killed run of this shard left."""
-    for leftover in path.parent.glob(f"{path.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        check_shard(path, min(per_shard, total - start), list(columns))
-    except UserError:
-        return False
-    return True
 
 
 def _write_shard(
