@@ -68,15 +68,10 @@ class FeatureEncoder:
         self.seed, self.split = seed, split
         self.image_size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
 
-    @torch.no_grad()
     def latents(self, images: Sequence[Image.Image]) -> Float[Tensor, "b c y x"]:
         """Encode images to scaled latents: the mean of the VAE's posterior, float32."""
-        vae = self.pipe.vae
         pixels = np.stack([fit_image(image, self.image_size) for image in images])
-        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-        x0 = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        shift = vae.config.get("shift_factor") or 0.0
-        return (x0 - shift) * vae.config.scaling_factor
+        return encode_pixels(self.pipe.vae, to_float(pixels), torch.float32)
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
@@ -134,6 +129,29 @@ def trained_timesteps(
     if not 0 <= low <= high <= last:
         raise UserError(f"Expected timesteps with 0 <= low <= high <= {last}, got [{low}, {high}].")
     return low, high
+
+
+def to_float(images: NDArray[np.uint8]) -> Float[Tensor, "b 3 h w"]:
+    """uint8 RGB images (b, h, w, 3) to floats in -1..1, channels first."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_pixels(
+    vae: Any, x: Float[Tensor, "b 3 h w"], dtype: torch.dtype | None = None
+) -> Float[Tensor, "b c y x"]:
+    """Encode images to scaled latents: the mean of the VAE's posterior, no random number drawn.
+
+    Args:
+        vae: Its device and precision are those of the encoding.
+        x: Images in -1..1, of any device and precision.
+        dtype: Precision of the scaling and of the result; None for the VAE's.
+
+    Returns:
+        Latents times ``scaling_factor``, (b, c, y, x), on the VAE's device.
+    """
+    mean = vae.encode(x.to(vae.device, vae.dtype)).latent_dist.mode().to(dtype or vae.dtype)
+    return (mean - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
 
 def fit_image(image: Image.Image, size: int) -> NDArray[np.uint8]:

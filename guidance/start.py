@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from guidance.encoding import encode_pixels, to_float
 from guidance.errors import UserError
 
 #: PIL images or arrays: RGB, uint8, (h, w, 3); masks: grey, bool or uint8, (h, w), white (above half) is repainted.
@@ -249,16 +250,13 @@ def encode_masks(pipe: Any, masks: Pictures) -> Float[Tensor, "b 1 y x"]:
     return _shrink(pipe, _mask_pixels(pipe, masks))
 
 
-@torch.no_grad()
 def _encode(pipe: Any, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
-    vae = pipe.vae
-    x0 = torch.cat([vae.encode(p[None].to(vae.device, vae.dtype)).latent_dist.mode() for p in x])
-    return (x0 - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+    """Encode one image after the other, so that no latent depends on the batch."""
+    return torch.cat([encode_pixels(pipe.vae, image[None]) for image in x])
 
 
 def _pixels(pipe: Any, images: Pictures) -> Float[Tensor, "b 3 h w"]:
-    pixels = np.stack([_array(image, "RGB", pipe) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    return to_float(np.stack([_array(image, "RGB", pipe) for image in images]))
 
 
 def _mask_pixels(pipe: Any, masks: Pictures) -> Float[Tensor, "b 1 h w"]:
