@@ -131,9 +131,9 @@ def trained_timesteps(
     return low, high
 
 
-def to_float(images: NDArray[np.uint8]) -> Float[Tensor, "b 3 h w"]:
+def to_float(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
     """uint8 RGB images (b, h, w, 3) to floats in -1..1, channels first."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 @torch.no_grad()

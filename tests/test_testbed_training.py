@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from guidance.encoding import to_float
 from guidance.errors import UserError
 from guidance.testbed import models
 from guidance.testbed.models import build_scheduler
@@ -19,7 +20,7 @@ from guidance.testbed.optimizer import Optimizer
 from guidance.testbed.patch_pca import PatchPCA, set_decoder, set_encoder
 from guidance.testbed.render import render
 from guidance.testbed.scenes import scenes
-from guidance.testbed.training import Stage, batch_indices, denoising_loss, fit, to_float
+from guidance.testbed.training import Stage, batch_indices, denoising_loss, fit
 
 
 @pytest.fixture(scope="module")

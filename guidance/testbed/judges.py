@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
+from guidance.encoding import to_float
 from guidance.errors import UserError
 from guidance.io import read_json
 
 from .models import IMAGE_SIZE, MAX_TOKENS, JudgeClassifier
 from .scenes import ATTRIBUTES, parse_caption
-from .training import to_float
 from .truth import check_images
 
 WEIGHTS = Path(__file__).parent / "weights"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
+from guidance.encoding import to_float
 from guidance.errors import UserError
 from guidance.io import atomic_path, read_json, write_json
 
@@ -39,7 +40,6 @@ from .training import (
     fit,
     jitter,
     reconstruction_loss,
-    to_float,
     world,
 )
 

@@ -207,11 +207,6 @@ def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return _PERMUTATIONS[key]
 
 
-def to_float(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
-    """uint8 RGB images (b, h, w, 3) to floats in -1..1, channels first."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-
 def reconstruction_loss(y: Float[Tensor, "b 3 h w"], x: Float[Tensor, "b 3 h w"]) -> Tensor:
     """L1 + L2 + L1 of image gradients, which keeps edges."""
     error = y - x
