@@ -69,11 +69,12 @@ class AmortisedGuide:
         self.adapter = adapter.eval().requires_grad_(False)
         heads = "+".join(str(part.get("predicts", "head")) for part in config.teacher) or "adapter"
         self.name = f"amortised:{heads}"
-        self.strength = Strength(
+        self.strength = Strength.within(
+            (config.start, config.stop),
+            start=start,
+            stop=stop,
             guidance_scale=guidance_scale,
             normalize=normalize,
-            start=config.start if start is None else start,
-            stop=config.stop if stop is None else stop,
             every=every,
         )
 

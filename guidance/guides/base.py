@@ -63,6 +63,23 @@ class Strength:
         if self.every < 1:
             raise UserError(f"Expected every >= 1, got {self.every}; 1 takes a gradient at each step.")
 
+    @classmethod
+    def within(
+        cls, own: tuple[float, float], *, start: float | None, stop: float | None, **options: Any
+    ) -> Strength:
+        """Build the strength of a guide that has a range of its own, as trained heads and adapters do.
+
+        Args:
+            own: The guide's own range, fractions of the steps.
+            start, stop: The user's choice; None takes the guide's own.
+            **options: The other attributes.
+
+        Raises:
+            UserError: If a value is out of range.
+        """
+        start = own[0] if start is None else start
+        return cls(start=start, stop=own[1] if stop is None else stop, **options)
+
     def active(self, fraction: float) -> bool:
         """Tell whether the guide pushes at this fraction of the steps (0 first, below 1 last)."""
         return self.guidance_scale != 0 and self.start <= fraction < self.stop

@@ -11,15 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.errors import UserError
-from guidance.guides.base import Strength
-from guidance.heads import Head, check_fits
-from guidance.schedule import NoiseSchedule
+from guidance.guides.base import run_prompts
+from guidance.guides.head import HeadGuide
+from guidance.heads import Head
 
 if TYPE_CHECKING:
     from guidance.clip import Clip
 
 
-class EmbeddingGuide:
+class EmbeddingGuide(HeadGuide):
     """Push samples towards a text or an image in CLIP's space, as a head sees it in the mid-block.
 
     With ``e = head(h, t)``, the predicted embedding of the finished image, and unit targets ``y_k``::
@@ -61,28 +61,20 @@ class EmbeddingGuide:
         every: int = 1,
         space: str = "eps",
     ) -> None:
-        config = head.config
         _check_clip(head, clip)
-        self.head, self.clip = head.eval().requires_grad_(False), clip
-        self.tap = config.tap
-        self.name = f"embedding:{config.clip}"
+        self.clip = clip
         self.target = _embed_targets(clip, texts, images)
         self._own: tuple[tuple[str, ...], Tensor] | None = None  # the prompts embedded last
-        self.strength = Strength(
+        super().__init__(
+            head,
+            f"embedding:{head.config.clip}",
             guidance_scale=guidance_scale,
             normalize=normalize,
-            start=config.start if start is None else start,
-            stop=config.stop if stop is None else stop,
+            start=start,
+            stop=stop,
             every=every,
             space=space,
         )
-
-    def prepare(self, pipe: Any) -> None:
-        """Refuse a pipeline that the head does not fit; move the head to the pipeline's device."""
-        from guidance.pipelines import fingerprint
-
-        check_fits(self.head, pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint(pipe.unet))
-        self.head.to(pipe.unet.device)
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """``logit_scale * cos``, in about -100..100."""
@@ -92,8 +84,6 @@ class EmbeddingGuide:
 
     def _own_prompts(self, batch: int) -> Float[Tensor, "b d"]:
         """The embedding of each sample's own prompt."""
-        from guidance.guides.base import run_prompts
-
         prompts = run_prompts.get()
         if prompts is None or len(prompts) != batch:
             found = "none" if prompts is None else f"{len(prompts)} prompts"

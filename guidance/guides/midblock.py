@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.guides.base import Strength
-from guidance.heads import Head, check_fits
+from guidance.guides.head import HeadGuide
+from guidance.heads import Head
 from guidance.objectives import build_objective
-from guidance.schedule import NoiseSchedule
 
 
-class MidBlockGuide:
+class MidBlockGuide(HeadGuide):
     """Push samples along the gradient of a head's objective, taken from the mid-block to the latents.
 
     The gradient passes the encoder half of the UNet only: not the up-blocks, the VAE decoder or CLIP.
@@ -45,26 +42,17 @@ class MidBlockGuide:
         every: int = 1,
         space: str = "eps",
     ) -> None:
-        config = head.config
-        self.head = head.eval().requires_grad_(False)
-        self.tap = config.tap
-        self.name = f"midblock:{config.target}"
-        self.objective = build_objective(config, objective, target)
-        self.strength = Strength(
+        self.objective = build_objective(head.config, objective, target)
+        super().__init__(
+            head,
+            f"midblock:{head.config.target}",
             guidance_scale=guidance_scale,
             normalize=normalize,
-            start=config.start if start is None else start,
-            stop=config.stop if stop is None else stop,
+            start=start,
+            stop=stop,
             every=every,
             space=space,
         )
-
-    def prepare(self, pipe: Any) -> None:
-        """Refuse a pipeline that the head does not fit; move the head to the pipeline's device."""
-        from guidance.pipelines import fingerprint
-
-        check_fits(self.head, pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint(pipe.unet))
-        self.head.to(pipe.unet.device)
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The objective of the head's output, for example the expected rating in 1..10."""
