@@ -25,7 +25,7 @@ from torch import Tensor
 
 from guidance.errors import UserError
 from guidance.guided_step import Group, GuidedStep, StepRecord
-from guidance.guides.base import Guide
+from guidance.guides.base import Guide, is_direct
 from guidance.schedule import NoiseSchedule
 
 #: Number of classifier-free guidance parts in one denoiser batch, set by our own loop; None: ask the pipeline.
@@ -107,8 +107,8 @@ class _GuidedForward:
         self.pipe, self.unet, self.handle = pipe, pipe.unet, handle
         self.original: Callable[..., Any] = pipe.unet.forward
         self.guides = list(guides)
-        key = lambda g: (hasattr(g, "direction"), *_kind(g))  # noqa: E731
-        self.groups = [Group(list(gs)) for _, gs in itertools.groupby(sorted(self.guides, key=key), key)]
+        by_kind = itertools.groupby(sorted(self.guides, key=_kind), _kind)
+        self.groups = [Group(list(alike)) for _, alike in by_kind]
         functools.update_wrapper(self, self.original, updated=())  # keeps the signature
         self.last_t = -math.inf
         self.x_shift: Tensor | None = None
@@ -164,6 +164,7 @@ class _GuidedForward:
         return guided_step
 
 
-def _kind(guide: Guide) -> tuple[str, str, float, float, int]:
+def _kind(guide: Guide) -> tuple[bool, str, str, float, float, int]:
+    """What the guides of one :class:`Group` have in common."""
     s = guide.strength
-    return str(s.normalize), s.space, s.start, s.stop, s.every
+    return is_direct(guide), str(s.normalize), s.space, s.start, s.stop, s.every

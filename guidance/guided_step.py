@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.errors import UserError
-from guidance.guides.base import rms, unit_rms
+from guidance.guides.base import is_direct, rms, unit_rms
 from guidance.lockstep import lockstep, plain, split_parts
 from guidance.pipelines import latent_channels
 from guidance.taps import forward_with_gradient
@@ -54,7 +54,7 @@ class Group:
     @property
     def direct(self) -> bool:
         """Whether its guides give directions of the latents by themselves, without a gradient."""
-        return hasattr(self.guides[0], "direction")
+        return is_direct(self.guides[0])
 
 
 @dataclasses.dataclass

@@ -107,6 +107,11 @@ class Guide(Protocol):
         """Differentiable score of features at timesteps ``t``, float32 or float64; larger is better."""
 
 
+def is_direct(guide: Guide) -> bool:
+    """Tell whether a guide gives directions of the latents itself, so that no gradient is taken."""
+    return hasattr(guide, "direction")
+
+
 def rms(x: Tensor) -> Tensor:
     """Root mean square per sample, kept broadcastable: (b, ...) -> (b, 1, ...)."""
     return x.square().mean(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
