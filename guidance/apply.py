@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from guidance.errors import UserError
 from guidance.guided_step import Group, GuidedStep, StepRecord
 from guidance.guides.base import Guide, is_direct
-from guidance.schedule import NoiseSchedule
+from guidance.schedule import NoiseSchedule, step_position
 
 #: Number of classifier-free guidance parts in one denoiser batch, set by our own loop; None: ask the pipeline.
 cfg_parts: ContextVar[int | None] = ContextVar("cfg_parts", default=None)
@@ -126,7 +125,7 @@ class _GuidedForward:
 
     # ---- the denoiser call ------------------------------------------------------------------------------------
     def __call__(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        index, total, t = self._position(timestep)
+        index, total, t = step_position(self.pipe.scheduler, timestep)
         if index == 0 or t > self.last_t:  # img2img and inpainting start behind index 0
             self.handle.records.clear()
             for group in self.groups:
@@ -137,12 +136,6 @@ class _GuidedForward:
             return self.original(sample, timestep, *args, **kwargs)
         parts = cfg_parts.get() or (2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1)
         return GuidedStep(self, active, sample, timestep, args, kwargs, index, parts).run()
-
-    def _position(self, timestep: Any) -> tuple[int, int, float]:
-        """Index of this call among the sampling steps, their number, and the timestep."""
-        timesteps = self.pipe.scheduler.timesteps
-        t = float(torch.as_tensor(timestep).reshape(-1)[0])
-        return int((timesteps.double().cpu() - t).abs().argmin()), len(timesteps), t
 
     # ---- x-space ----------------------------------------------------------------------------------------------
     def wrap_step(self, scheduler: Any) -> Callable[..., Any]:

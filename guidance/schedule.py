@@ -178,3 +178,24 @@ class NoiseSchedule:
             alpha, sigma = rearrange(alpha, shape), rearrange(sigma, shape)
         dtype = like.dtype if like.dtype == torch.float64 else torch.float32
         return alpha.to(dtype), sigma.to(dtype)
+
+
+def step_position(scheduler: Any, timestep: Tensor | float) -> tuple[int, int, float]:
+    """Find a denoiser call among the sampling steps.
+
+    Args:
+        scheduler: A diffusers scheduler whose timesteps are set.
+        timestep: What the denoiser is told: a number, or a tensor of which the first entry counts.
+
+    Returns:
+        Index of the nearest sampling step, the number of steps, and the timestep.
+
+    >>> from diffusers import DDIMScheduler
+    >>> scheduler = DDIMScheduler(timestep_spacing="trailing")
+    >>> scheduler.set_timesteps(4)
+    >>> step_position(scheduler, torch.tensor([499, 499]))
+    (2, 4, 499.0)
+    """
+    timesteps = scheduler.timesteps.cpu().double()
+    t = float(torch.as_tensor(timestep).reshape(-1)[0])
+    return int((timesteps - t).abs().argmin()), len(timesteps), t

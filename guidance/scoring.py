@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from guidance.guides.base import Guide
 from guidance.lockstep import plain
 from guidance.pipelines import latent_channels
 from guidance.sampling import step_options, takes_eta
-from guidance.schedule import NoiseSchedule
+from guidance.schedule import NoiseSchedule, step_position
 from guidance.taps import X0, X0_THROUGH_UNET, capture
 
 
@@ -60,6 +61,11 @@ class StepScorer:
         self.scores: Tensor | None = None
         self.used: list[int] = []
 
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The scheduler's noise schedule, read at the first scored call."""
+        return NoiseSchedule.from_scheduler(self.pipe.scheduler)
+
     def __call__(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         if self.scores is not None:
             return self.original(sample, timestep, *args, **kwargs)
@@ -70,14 +76,14 @@ class StepScorer:
         with torch.no_grad():
             h = self._conditional(found[self.guide.tap]) if module else self._x0(output, sample, t)
             self.scores = self.guide.score(h, t).float().cpu()
-        self.index = int((self.pipe.scheduler.timesteps.to(t) - t[0]).abs().argmin())
+        self.index, self.total, _ = step_position(self.pipe.scheduler, timestep)
         return output
 
     def take(self) -> tuple[Tensor, int, list[int], int]:
         """Scores of the step just taken, its index, the steps in the guide's range, and the number of steps."""
         assert self.scores is not None
         scores, self.scores = self.scores, None
-        s, total = self.guide.strength, len(self.pipe.scheduler.timesteps)
+        s, total = self.guide.strength, self.total
         self.used = self.used or [i for i in range(self.index, total) if s.start <= i / total < s.stop]
         if not self.used:
             raise UserError(
@@ -92,8 +98,7 @@ class StepScorer:
     def _x0(self, output: Any, sample: Tensor, t: Tensor) -> Float[Tensor, "b c y x"]:
         prediction = self._conditional(output[0] if isinstance(output, tuple) else output.sample)
         c = latent_channels(self.pipe.unet)
-        schedule = NoiseSchedule.from_scheduler(self.pipe.scheduler)
-        return schedule.to_x0(prediction[:, :c], self._conditional(sample)[:, :c], t)
+        return self.schedule.to_x0(prediction[:, :c], self._conditional(sample)[:, :c], t)
 
 
 @contextmanager
