@@ -82,7 +82,7 @@ class GuidedStep:
             self.owner.handle.records.append(record)
         predictions, gradients, output = self._denoise([g for g in due if not g.direct], record)
         t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[:1]
-        _, sigma = (v.to(torch.float32) for v in self.owner.schedule.alpha_sigma(t[0]))
+        _, sigma = self.owner.schedule.alpha_sigma(t[0])
         reference = self._reference(predictions, t[0])
         shift: Tensor | float = 0.0
         for group in self.groups:
@@ -151,12 +151,9 @@ class GuidedStep:
         return torch.as_tensor(t, device=x.device).reshape(-1).float().expand(x.shape[0])
 
     def _predict_x0(self, output: Any, x: Tensor, through: bool) -> Tensor:
-        """x0 of the conditional part, float32; not ``through``: with eps held fixed, so that dx0/dx = 1/alpha."""
+        """x0 of the conditional part; not ``through``: with eps held fixed, so that dx0/dx = 1/alpha."""
         schedule, t = self.owner.schedule, self._times()
-        x, prediction = (
-            x[:, : self._channels].float(),
-            plain(_prediction(output))[:, : self._channels].float(),
-        )
+        x, prediction = (_precise(v[:, : self._channels]) for v in (x, plain(_prediction(output))))
         if through:
             return schedule.to_x0(prediction, x, t)
         alpha, sigma = (rearrange(v.to(x.dtype), "b -> b 1 1 1") for v in schedule.alpha_sigma(t))
@@ -169,17 +166,17 @@ class GuidedStep:
 
     def _reference(self, predictions: list[Tensor], t: Tensor) -> Tensor:
         """Per-sample RMS of what classifier-free guidance works with, in eps units."""
-        schedule, cond = self.owner.schedule, predictions[self._conditional].float()
+        schedule, cond = self.owner.schedule, _precise(predictions[self._conditional])
         others = self._unconditional()
         if others:
-            difference = cond - predictions[others[-1]].float()
+            difference = cond - _precise(predictions[others[-1]])
             return rms(difference) / schedule.shift_factor(t).abs().to(difference.dtype)
-        return rms(schedule.to_eps(cond, self._part(self._conditional)[0].float()[:, : cond.shape[1]], t))
+        return rms(schedule.to_eps(cond, _precise(self._part(self._conditional)[0][:, : cond.shape[1]]), t))
 
     def _direct(self, group: Group, predictions: list[Tensor]) -> Tensor:
         """The weighted sum of the directions that guides give without a gradient."""
-        x = self._part(self._conditional)[0][:, : self._channels].float()
-        prediction, t = predictions[self._conditional][:, : self._channels].float(), self._times()
+        x = _precise(self._part(self._conditional)[0][:, : self._channels])
+        prediction, t = _precise(predictions[self._conditional][:, : self._channels]), self._times()
         schedule = self.owner.schedule
         seen = x, schedule.to_eps(prediction, x, t), schedule.to_x0(prediction, x, t), t
         with torch.no_grad():
@@ -212,7 +209,7 @@ class GuidedStep:
             return 0.0
         if group.guides[0].strength.normalize:
             return -group.size * reference * group.direction
-        return -sigma * group.direction
+        return -sigma.to(group.direction.dtype) * group.direction
 
 
 def _cut(value: Any, part: int, parts: int, batch: int) -> Any:
@@ -231,6 +228,7 @@ def _prediction(output: Any) -> Tensor:
 
 
 def _precise(x: Tensor) -> Tensor:
+    """At least single precision: the pipeline's own if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

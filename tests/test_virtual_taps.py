@@ -73,6 +73,33 @@ def test_the_shift_is_sigma_times_the_gradient_at_x0(precise, tap):
         torch.testing.assert_close(shift, -0.7 * sigma * expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tap", [X0, X0_THROUGH_UNET])
+def test_double_precision_is_kept(precise, tap):
+    """Central differences of the score along one direction; for the x0 tap with eps held fixed.
+
+    Rounding anything to float32 on the way costs 1e-7.
+    """
+    x, t, text = batch(precise, b=1, dtype=torch.float64)
+    schedule = NoiseSchedule.from_scheduler(precise.scheduler)
+    alpha, sigma = schedule.alpha_sigma(t)
+    guide = PixelGuide(tap, guidance_scale=0.7, normalize=None)
+    plain = call(precise, x, t, text)
+    with apply_guidance(precise, [guide]):
+        guided = call(precise, x, t, text)
+    fixed = eps_of(precise, plain[1:], x[1:], t)
+
+    def score(z):
+        moving = eps_of(precise, call(precise, z, t, text[1:], parts=1), z, t)
+        return guide.score((z - sigma * (fixed if tap == X0 else moving)) / alpha, t)
+
+    step = 1e-5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    slope = (score(x[1:] + step) - score(x[1:] - step)) / 2
+    want = -0.7 * sigma * slope / alpha  # v = (eps - sigma x) / alpha
+    for part in (0, 1):
+        got = ((guided - plain)[part] * step[0]).sum()
+        torch.testing.assert_close(got, want[0], rtol=1e-8, atol=0)
+
+
 def test_taps_of_all_kinds_add_up_in_one_forward(precise):
     """Raw shifts of a mid-block guide and of x0 guides: together the sum of each alone."""
     x, t, text = batch(precise, dtype=torch.float64)

@@ -143,7 +143,7 @@ class PairRecorder:
             whole = guided(sample, timestep, *args, **kwargs)[0]
             x_t, eps, x0, t = self.seen
             channels, parts = x_t.shape[1], len(whole) // len(x_t)
-            shifted = self.schedule.to_eps(whole[-len(x_t) :, :channels].float(), x_t, t)
+            shifted = self.schedule.to_eps(whole[-len(x_t) :, :channels].to(x_t.dtype), x_t, t)
             shift = shifted - eps  # the conditional part is the last, and all are shifted alike
             if self.kept is None or self.calls in self.kept:
                 self._keep(torch.cat([x_t, eps, x0, unit_rms(-shift)], 1), t)
