@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,13 +78,13 @@ class GuidedStep:
                 f"Expected a batch of {self.parts} guidance parts, got {batch} samples; check the pipeline."
             )
         due = [g for g in self.groups if g.direction is None or self.index % g.guides[0].strength.every == 0]
-        record = StepRecord(self._time)
+        record = StepRecord(self.owner.last_t)
         if due:
             self.owner.handle.records.append(record)
         predictions, gradients, output = self._denoise([g for g in due if not g.direct], record)
-        t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[:1]
-        _, sigma = self.owner.schedule.alpha_sigma(t[0])
-        reference = self._reference(predictions, t[0])
+        t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[0]
+        _, sigma = self.owner.schedule.alpha_sigma(t)
+        reference = self._reference(predictions, t)
         shift: Tensor | float = 0.0
         for group in self.groups:
             if group in due:
@@ -92,29 +93,33 @@ class GuidedStep:
             shift = shift + self._shift(group, reference, sigma)
         if isinstance(shift, Tensor):
             record.shift_rms = rms(shift).flatten().cpu()
-            shift = shift * self.owner.schedule.shift_factor(t[0]).to(shift.dtype)
+            shift = shift * self.owner.schedule.shift_factor(t).to(shift.dtype)
             predictions = [_add(p, shift) for p in predictions]
         whole = torch.cat(predictions)
         return (whole,) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
 
     # ---- parts of the batch -----------------------------------------------------------------------------------
     @property
-    def _time(self) -> float:
-        return float(torch.as_tensor(self.timestep).reshape(-1)[0])
-
-    @property
     def _conditional(self) -> int:
         """Index of the fully conditional part: last of [uncond, cond], first of InstructPix2Pix's three."""
         return 0 if self.parts == 3 else self.parts - 1
 
-    def _part(self, p: int) -> tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]:
-        cut = lambda v: _cut(v, p, self.parts, self.sample.shape[0])  # noqa: E731
-        return (
-            cut(self.sample),
-            cut(self.timestep),
-            tuple(map(cut, self.args)),
-            {k: cut(v) for k, v in self.kwargs.items()},
-        )
+    @functools.cached_property
+    def _calls(self) -> list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]]:
+        """Each part's own sample, timestep, args and kwargs."""
+        whole = self.sample, self.timestep, self.args, self.kwargs
+        return [_cut(whole, p, self.parts, self.sample.shape[0]) for p in range(self.parts)]
+
+    @property
+    def _x(self) -> Float[Tensor, "b c y x"]:
+        """The conditional part's samples."""
+        return self._calls[self._conditional][0]
+
+    @functools.cached_property
+    def _times(self) -> Float[Tensor, " b"]:
+        """Timesteps of the conditional part's samples."""
+        t = torch.as_tensor(self._calls[self._conditional][1], device=self._x.device)
+        return t.reshape(-1).float().expand(self._x.shape[0])
 
     def _unconditional(self) -> list[int]:
         return [p for p in range(self.parts) if p != self._conditional]
@@ -125,34 +130,28 @@ class GuidedStep:
         if not due:
             output = call(self.sample, self.timestep, *self.args, **self.kwargs)
             return list(_prediction(output).chunk(self.parts)), [], output
-        parts = [self._part(p) for p in range(self.parts)]
-        x, times = parts[c][0], self._times()
-        targets = [_target(group, times, record) for group in due]
+        calls, x = self._calls, self._x
+        targets = [_target(group, self._times, record) for group in due]
         taps = list(dict.fromkeys(g.tap for group in due for g in group.guides))
         in_step = x.device.type == "cpu" and self.owner.num_weights > IN_STEP_WEIGHTS * x.numel()
 
         def forward(leaf: Tensor) -> Any:
-            own = (leaf, *parts[c][1:])
-            x, t, args, kwargs = lockstep([*parts[:c], own, *parts[c + 1 :]], c) if in_step else own
+            own = (leaf, *calls[c][1:])
+            x, t, args, kwargs = lockstep([*calls[:c], own, *calls[c + 1 :]], c) if in_step else own
             return call(x, t, *args, **kwargs)
 
         unet = self.owner.unet
         output, gradients = forward_with_gradient(forward, unet, x, taps, targets, self._predict_x0)
         predictions = split_parts(_prediction(output), c)
         for p in self._unconditional() if len(predictions) < self.parts else ():
-            x, t, args, kwargs = parts[p]
+            x, t, args, kwargs = calls[p]
             with torch.no_grad():
                 predictions.insert(p, _prediction(call(x, t, *args, **kwargs)))
         return predictions, gradients, output
 
-    def _times(self) -> Float[Tensor, " b"]:
-        """Timesteps of the conditional part's samples."""
-        x, t, _, _ = self._part(self._conditional)
-        return torch.as_tensor(t, device=x.device).reshape(-1).float().expand(x.shape[0])
-
     def _predict_x0(self, output: Any, x: Tensor, through: bool) -> Tensor:
         """x0 of the conditional part; not ``through``: with eps held fixed, so that dx0/dx = 1/alpha."""
-        schedule, t = self.owner.schedule, self._times()
+        schedule, t = self.owner.schedule, self._times
         x, prediction = (_precise(v[:, : self._channels]) for v in (x, plain(_prediction(output))))
         if through:
             return schedule.to_x0(prediction, x, t)
@@ -171,13 +170,12 @@ class GuidedStep:
         if others:
             difference = cond - _precise(predictions[others[-1]])
             return rms(difference) / schedule.shift_factor(t).abs().to(difference.dtype)
-        return rms(schedule.to_eps(cond, _precise(self._part(self._conditional)[0][:, : cond.shape[1]]), t))
+        return rms(schedule.to_eps(cond, _precise(self._x[:, : cond.shape[1]]), t))
 
     def _direct(self, group: Group, predictions: list[Tensor]) -> Tensor:
         """The weighted sum of the directions that guides give without a gradient."""
-        x = _precise(self._part(self._conditional)[0][:, : self._channels])
-        prediction, t = _precise(predictions[self._conditional][:, : self._channels]), self._times()
-        schedule = self.owner.schedule
+        schedule, t = self.owner.schedule, self._times
+        x, prediction = (_precise(v[:, : self._channels]) for v in (self._x, predictions[self._conditional]))
         seen = x, schedule.to_eps(prediction, x, t), schedule.to_x0(prediction, x, t), t
         with torch.no_grad():
             pushes = [g.strength.guidance_scale * unit_rms(g.direction(*seen)) for g in group.guides]
@@ -203,9 +201,9 @@ class GuidedStep:
         """The group's shift of eps (to be added), or 0 when it moves the latents instead."""
         assert group.direction is not None
         if group.guides[0].strength.space == "x":
-            owner, x = self.owner, self._part(self._conditional)[0]
+            owner = self.owner
             owner.x_shift = group.direction if owner.x_shift is None else owner.x_shift + group.direction
-            owner.x_input = x[:, : group.direction.shape[1]].detach()
+            owner.x_input = self._x[:, : group.direction.shape[1]].detach()
             return 0.0
         if group.guides[0].strength.normalize:
             return -group.size * reference * group.direction
