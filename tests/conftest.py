@@ -37,6 +37,19 @@ def build_tiny_pipe():
     return pipe
 
 
+def make_head(pipe, **options):
+    """A random rating head that fits a pipeline; options replace entries of its config."""
+    from guidance.heads import HeadConfig, build_head
+
+    torch.manual_seed(0)
+    fitting = {
+        "kind": "conv",
+        "in_channels": pipe.unet.config.block_out_channels[-1],
+        "prediction_type": pipe.scheduler.config.prediction_type,
+    }
+    return build_head(HeadConfig(**{**fitting, **options}))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipe():
     return build_tiny_pipe()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_head
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
@@ -66,9 +67,7 @@ def pipe(tiny_pipe):
 
 @pytest.fixture(scope="module")
 def head(pipe):
-    torch.manual_seed(0)
-    named = {"prediction_type": "v_prediction", "base_fingerprint": fingerprint(pipe.unet)}
-    return build_head(HeadConfig("conv", 16, hidden=16, start=0.0, stop=0.9, **named))
+    return make_head(pipe, hidden=16, start=0.0, stop=0.9, base_fingerprint=fingerprint(pipe.unet))
 
 
 def small(seed: int = 0, **options):

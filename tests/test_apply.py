@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import make_head
 from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -16,7 +17,6 @@ from guidance.apply import apply_guidance, cfg_parts
 from guidance.errors import UserError
 from guidance.guides import MidBlockGuide, Strength
 from guidance.guides.base import rms
-from guidance.heads import HeadConfig, build_head
 from guidance.sampling import decode_latents, sample_images, sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
 from guidance.taps import encode_features
@@ -43,14 +43,7 @@ class MeanGuide:
 
 @pytest.fixture
 def head(tiny_pipe):
-    torch.manual_seed(0)
-    config = HeadConfig(
-        kind="conv",
-        in_channels=tiny_pipe.unet.config.block_out_channels[-1],
-        prediction_type="v_prediction",
-        labels=[str(k) for k in range(1, 11)],
-    )
-    return build_head(config)
+    return make_head(tiny_pipe)
 
 
 def call(pipe, x, t, text, parts=2):

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import make_head
 
 from eval import cost
 from eval import testbed as measure
 from eval.arms import as_dict, compare_arms, markdown_table
 from eval.frechet import moments
 from guidance.errors import UserError
-from guidance.heads import HeadConfig, build_head, save_head
+from guidance.heads import save_head
 from guidance.pipelines import TESTBED_FOLDER, fingerprint, load_pipeline
 from guidance.records import RecordStore
 from guidance.testbed.judges import load_judges
@@ -29,15 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def save_random_head(pipe, folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = HeadConfig(
-        kind="conv",
-        in_channels=pipe.unet.config.block_out_channels[-1],
-        hidden=16,
-        base_fingerprint=fingerprint(pipe.unet),
-        prediction_type=pipe.scheduler.config.prediction_type,
-    )
-    save_head(build_head(config), folder)
+    save_head(make_head(pipe, hidden=16, base_fingerprint=fingerprint(pipe.unet)), folder)
     return folder
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import make_head
 from PIL import Image
 
 from guidance.arms import midblock_arms
-from guidance.heads import HeadConfig, build_head, save_head
+from guidance.heads import save_head
 from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
 from guidance.records import RecordStore, audit_pairs
@@ -34,17 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def head(tiny_pipe):
-    torch.manual_seed(0)
-    unet = tiny_pipe.unet
-    return build_head(
-        HeadConfig(
-            kind="conv",
-            in_channels=unet.config.block_out_channels[-1],
-            hidden=16,
-            base_fingerprint=fingerprint(unet),
-            prediction_type=tiny_pipe.scheduler.config.prediction_type,
-        )
-    )
+    return make_head(tiny_pipe, hidden=16, base_fingerprint=fingerprint(tiny_pipe.unet))
 
 
 @pytest.fixture(scope="module")

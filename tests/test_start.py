@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import make_head
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -15,7 +16,6 @@ from PIL import Image
 from guidance.apply import apply_guidance
 from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
-from guidance.heads import HeadConfig, build_head
 from guidance.sampling import sample_images, sample_latents, using_scheduler
 from guidance.start import FromImage, FromMask, encode_images, encode_masks
 
@@ -25,14 +25,7 @@ OPTIONS = {"num_steps": 5, "cfg_scale": 3.0}
 
 @pytest.fixture(scope="module")
 def guide(tiny_pipe):
-    torch.manual_seed(0)
-    config = HeadConfig(
-        kind="conv",
-        in_channels=tiny_pipe.unet.config.block_out_channels[-1],
-        prediction_type="v_prediction",
-        labels=[str(k) for k in range(1, 11)],
-    )
-    return MidBlockGuide(build_head(config), 1.0, start=0, stop=1)
+    return MidBlockGuide(make_head(tiny_pipe), 1.0, start=0, stop=1)
 
 
 @pytest.fixture(scope="module")

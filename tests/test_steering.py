@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from conftest import make_head
 from diffusers import EulerAncestralDiscreteScheduler
 
 from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
-from guidance.heads import HeadConfig, build_head
 from guidance.sampling import sample_latents
 from guidance.start import FromMask
 from guidance.steering import (
@@ -26,14 +26,7 @@ OPTIONS = {"num_steps": 5, "cfg_scale": 2.0}
 @pytest.fixture(scope="module")
 def guide(tiny_pipe):
     """A random head whose score is scaled up, so that a few particles differ clearly."""
-    torch.manual_seed(0)
-    config = HeadConfig(
-        kind="conv",
-        in_channels=tiny_pipe.unet.config.block_out_channels[-1],
-        prediction_type="v_prediction",
-        labels=[str(k) for k in range(1, 11)],
-    )
-    guide = MidBlockGuide(build_head(config), 1.0, start=0, stop=1)
+    guide = MidBlockGuide(make_head(tiny_pipe), 1.0, start=0, stop=1)
     small = guide.objective
     guide.objective = lambda y: 100 * small(y)
     return guide
