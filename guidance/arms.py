@@ -116,7 +116,7 @@ def midblock_arms(
     }
     spec = MidBlockSpec(head=head_path, start=start, stop=stop, every=every, **options)
     if head is not None:
-        spec.loaded = head
+        spec.loaded = [head]
     return guide_arms([spec], scales)
 
 

@@ -76,8 +76,8 @@ class ClassifierFree:
         if scores is not None:
             if not (scores <= 1e-4).all():
                 raise UserError(
-                    f"Expected log-probabilities to modulate cfg_scale by, got a score of {scores.max():g}; use a guide "
-                    "with objective='class' or 'at_least'."
+                    f"Expected log-probabilities to modulate cfg_scale by, got a score of {scores.max():g}; use a "
+                    "guide with objective='class' or 'at_least'."
                 )
             free = 1 - scores.to(cond.device, torch.float32).exp().clamp(max=1)
             weight = rearrange(1 + (weight - 1) * free, "b -> b 1 1 1").to(cond.dtype)

@@ -71,26 +71,30 @@ class MidBlockSpec(GuideSpec):
     target: str | None = option(None, "label or threshold of the objective, where it needs one")
     normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
     space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
+    committee: list[str] = option([], "folders of further heads of the same target, of other seeds")
+    pessimism: float = option(0.0, "standard deviations of the committee to subtract from its mean")
 
     @functools.cached_property
     def loaded(self) -> Any:
-        """The head."""
+        """The heads."""
         from guidance.heads import load_head
 
-        return load_head(self.head)
+        return [load_head(folder) for folder in (self.head, *self.committee)]
 
     def build(self, scale: float) -> Any:
         """See :class:`guidance.guides.MidBlockGuide`."""
         from guidance.guides import MidBlockGuide
 
-        options: dict[str, Any] = {k: getattr(self, k) for k in ("objective", "target", "normalize", "space")}
+        names = ("objective", "target", "normalize", "space", "pessimism")
+        options: dict[str, Any] = {k: getattr(self, k) for k in names}
         return MidBlockGuide(self.loaded, scale, every=self.every, **self._interval(), **options)
 
     def describe(self, guide: Any) -> dict[str, Any]:
-        """With the fingerprint of the head."""
+        """With the fingerprints of the heads."""
         from guidance.pipelines import fingerprint
 
-        return super().describe(guide) | {"head_fingerprint": fingerprint(self.loaded)}
+        first, *others = [fingerprint(head) for head in self.loaded]
+        return super().describe(guide) | {"head_fingerprint": first, "committee_fingerprints": others}
 
 
 @dataclasses.dataclass

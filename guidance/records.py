@@ -30,7 +30,7 @@ RECORDS_FILE = "records.jsonl"
 UNGUIDED = "unguided"
 
 #: What must be equal between the images of a pair, besides prompt id and seed.
-PAIRED_FIELDS = ("prompt", "noise_hash", "model_fingerprint", "scheduler", "num_steps", "cfg_scale")
+PAIRED_FIELDS = ("prompt", "noise_hash", "model_fingerprint", "scheduler", "num_steps", "cfg_scale", "cfg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Record:
         version: Of this toolkit.
         conditioning: What the denoiser was told instead of the prompt; None: the prompt.
         steering: Particles and their potential; None: one sample an image.
+        cfg: What :class:`guidance.cfg.ClassifierFree` does beside its weight; None: nothing.
     """
 
     prompt_id: str
@@ -87,6 +88,7 @@ class Record:
     version: str
     conditioning: str | None = None
     steering: dict[str, Any] | None = None
+    cfg: dict[str, Any] | None = None
 
     @property
     def scale(self) -> float:

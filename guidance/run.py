@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from guidance.apply import StepRecord
 from guidance.arms import Arm
+from guidance.cfg import ClassifierFree
 from guidance.errors import UserError
 from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
@@ -78,7 +79,7 @@ def sample_arms(
     *,
     model: str,
     num_steps: int = 25,
-    cfg_scale: float = 4.0,
+    cfg_scale: float | ClassifierFree = 4.0,
     scheduler: str | None = None,
     batch_size: int = 16,
     progress: bool = True,
@@ -100,10 +101,12 @@ def sample_arms(
         UserError: If the store holds images of the same name made in another way.
     """
     name = check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler, batch_size=batch_size)
-    common: dict[str, Any] = {"cfg_scale": float(cfg_scale), "scheduler": name, "num_steps": num_steps}
+    cfg = cfg_scale if isinstance(cfg_scale, ClassifierFree) else ClassifierFree(cfg_scale)
+    common: dict[str, Any] = {"cfg_scale": float(cfg.scale), "cfg": cfg.describe()}
+    common |= {"scheduler": name, "num_steps": num_steps}
     common |= {"model": model, "model_fingerprint": fingerprint(pipe.unet), "version": toolkit_version()}
     common["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
-    options: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg_scale, "scheduler": scheduler}
+    options: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg, "scheduler": scheduler}
     planned = {(arm.name, job): _plan(pipe, job, arm, common) for arm in arms for job in jobs}
     missing = {key for key, record in planned.items() if not _is_done(store, record)}
     with tqdm(total=len(missing), disable=not progress, unit="image", desc="sample") as bar:
@@ -168,6 +171,7 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
         "conditioning",
         "steering",
         "cfg_scale",
+        "cfg",
         "scheduler",
         "num_steps",
         "model_fingerprint",

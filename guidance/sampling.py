@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidance.apply import StepRecord, apply_guidance, cfg_parts
+from guidance.cfg import ClassifierFree
 from guidance.errors import UserError, nearest
 from guidance.guides.base import Guide, run_prompts
+from guidance.schedule import step_position
+from guidance.scoring import scoring
 from guidance.start import FromNoise, Start
 
 SCHEDULERS: dict[str, Any] = {
@@ -62,7 +65,7 @@ def sample_latents(
     seeds: Sequence[int],
     *,
     num_steps: int = 25,
-    cfg_scale: float = 4.0,
+    cfg_scale: float | ClassifierFree = 4.0,
     negative_prompt: str = "",
     scheduler: str | None = None,
     eta: float = 0.0,
@@ -81,7 +84,8 @@ def sample_latents(
         prompts: One prompt per sample.
         seeds: One seed per sample, for its initial noise and all later noise.
         num_steps: Sampling steps.
-        cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.
+        cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.  Or a
+            :class:`~guidance.cfg.ClassifierFree` with more to say.
         negative_prompt: What the unconditional part sees.
         scheduler: Key of :data:`SCHEDULERS`; None keeps the pipeline's.
         eta: DDIM's noise (Song et al. 2021, equation 16): 0 is deterministic, 1 draws as much as DDPM.
@@ -99,8 +103,10 @@ def sample_latents(
     """
     if len(prompts) != len(seeds):
         raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
-    with using_scheduler(pipe, scheduler), apply_guidance(pipe, guides) as handle:
-        text = encode_prompts(pipe, prompts, negative_prompt, cfg_scale)
+    cfg = cfg_scale if isinstance(cfg_scale, ClassifierFree) else ClassifierFree(cfg_scale)
+    watch = scoring(pipe, cfg.modulate, len(prompts)) if cfg.modulate else nullcontext()
+    with using_scheduler(pipe, scheduler), watch as scorer, apply_guidance(pipe, guides) as handle:
+        text = encode_prompts(pipe, prompts, negative_prompt, cfg.scale)
         pipe.scheduler.set_timesteps(num_steps, device=pipe.unet.device)
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
         extra = step_options(pipe.scheduler, generators, eta)
@@ -110,11 +116,15 @@ def sample_latents(
         tokens = cfg_parts.set(parts), run_prompts.set(tuple(guide_prompts or prompts))
         try:
             for i, t in enumerate(tqdm(run.timesteps, disable=not progress, desc="sample", leave=False)):
-                x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * parts), t))
-                output = pipe.unet(x_in, t, encoder_hidden_states=text, return_dict=False)[0]
-                if parts == 2:  # classifier-free guidance (Ho and Salimans 2022)
+                index, total, _ = step_position(pipe.scheduler, t)
+                needed = 1 if cfg.weight(index / total) == 1 and not guides and scorer is None else parts
+                x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * needed), t))
+                states = text[-needed * len(prompts) :]
+                output = pipe.unet(x_in, t, encoder_hidden_states=states, return_dict=False)[0]
+                scores = None if scorer is None else scorer.take()[0]
+                if needed == 2:
                     uncond, cond = output.chunk(2)
-                    output = uncond + cfg_scale * (cond - uncond)
+                    output = cfg.combine(uncond, cond, index / total, scores)
                 x = run.after_step(pipe.scheduler.step(output, t, x, return_dict=False, **extra)[0], i)
                 if callback is not None:
                     other = callback(i, x, handle.records[-1] if handle.records else None)
@@ -162,6 +172,35 @@ def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: flo
     if "generator" in inspect.signature(type(scheduler).step).parameters:
         options["generator"] = list(generators)
     return options
+
+
+@torch.no_grad()
+def check_resampling(pipe: Any, eta: float) -> None:
+    """Take one step on a dummy and refuse a sampler whose latents cannot be copied and exchanged between steps.
+
+    Refused are schedulers that remember earlier steps of each sample, or draw no noise (copies stay identical).
+    """
+    name, ends = type(pipe.scheduler).__name__, []
+    x = torch.ones(1, pipe.vae.config.latent_channels, 1, 1)
+    output = torch.ones(1, pipe.unet.config.out_channels, 1, 1)
+    for seed in (0, 1):
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(4)
+        t = scheduler.timesteps[0]
+        scheduler.scale_model_input(x, t)
+        extra = step_options(scheduler, [torch.Generator().manual_seed(seed)], eta)
+        ends.append(scheduler.step(output, t, x, return_dict=False, **extra)[0])
+    remembered = [
+        v for value in vars(scheduler).values() for v in (value if isinstance(value, list) else [value])
+    ]
+    if any(isinstance(v, Tensor) and v.ndim == x.ndim for v in remembered):
+        raise UserError(
+            f"Expected a scheduler without a memory of each sample, got {name}, whose earlier outputs would stay "
+            "behind when latents are copied; use scheduler='ddim' or 'ddpm'."
+        )
+    if torch.equal(*ends):
+        hint = "eta=1" if takes_eta(pipe.scheduler) else "scheduler='ddim' with eta=1, or 'ddpm'"
+        raise UserError(f"Expected a sampler that draws noise, got {name} with eta={eta:g}; use {hint}.")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A guide's score at every sampling step without any gradient, and whether samples may be exchanged between steps."""
+"""A guide's score at every sampling step without any gradient."""
 
 from __future__ import annotations
 
@@ -16,38 +16,8 @@ from guidance.errors import UserError
 from guidance.guides.base import Guide
 from guidance.lockstep import plain
 from guidance.pipelines import latent_channels
-from guidance.sampling import step_options, takes_eta
 from guidance.schedule import NoiseSchedule, step_position
 from guidance.taps import X0, X0_THROUGH_UNET, capture
-
-
-@torch.no_grad()
-def check_resampling(pipe: Any, eta: float) -> None:
-    """Take one step on a dummy and refuse a sampler whose latents cannot be copied and exchanged between steps.
-
-    Refused are schedulers that remember earlier steps of each sample, or draw no noise (copies stay identical).
-    """
-    name, ends = type(pipe.scheduler).__name__, []
-    x = torch.ones(1, pipe.vae.config.latent_channels, 1, 1)
-    output = torch.ones(1, pipe.unet.config.out_channels, 1, 1)
-    for seed in (0, 1):
-        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(4)
-        t = scheduler.timesteps[0]
-        scheduler.scale_model_input(x, t)
-        extra = step_options(scheduler, [torch.Generator().manual_seed(seed)], eta)
-        ends.append(scheduler.step(output, t, x, return_dict=False, **extra)[0])
-    remembered = [
-        v for value in vars(scheduler).values() for v in (value if isinstance(value, list) else [value])
-    ]
-    if any(isinstance(v, Tensor) and v.ndim == x.ndim for v in remembered):
-        raise UserError(
-            f"Expected a scheduler without a memory of each sample, got {name}, whose earlier outputs would stay "
-            "behind when latents are copied; use scheduler='ddim' or 'ddpm'."
-        )
-    if torch.equal(*ends):
-        hint = "eta=1" if takes_eta(pipe.scheduler) else "scheduler='ddim' with eta=1, or 'ddpm'"
-        raise UserError(f"Expected a sampler that draws noise, got {name} with eta={eta:g}; use {hint}.")
 
 
 class StepScorer:

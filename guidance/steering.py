@@ -31,8 +31,8 @@ from torch import Tensor
 from guidance.apply import StepRecord
 from guidance.errors import UserError
 from guidance.guides.base import Guide
-from guidance.sampling import Callback, sample_latents, takes_eta, using_scheduler
-from guidance.scoring import check_resampling, scoring
+from guidance.sampling import Callback, check_resampling, sample_latents, takes_eta, using_scheduler
+from guidance.scoring import scoring
 from guidance.start import Start
 
 POTENTIALS = ("diff", "max", "sum")

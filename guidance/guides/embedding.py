@@ -66,7 +66,7 @@ class EmbeddingGuide(HeadGuide):
         self.target = _embed_targets(clip, texts, images)
         self._own: tuple[tuple[str, ...], Tensor] | None = None  # the prompts embedded last
         super().__init__(
-            head,
+            [head],
             f"embedding:{head.config.clip}",
             guidance_scale=guidance_scale,
             normalize=normalize,

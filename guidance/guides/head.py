@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from guidance.guides.base import Strength
@@ -14,9 +15,9 @@ class HeadGuide:
     """A guide with a trained head; what the score is, subclasses say.
 
     Args:
-        head: A trained head; frozen and put in eval mode.
+        heads: A trained head, or several that read one tap; frozen and put in eval mode.
         name: Name of the guide.
-        start, stop: Fractions of the steps; None takes the head's own range.
+        start, stop: Fractions of the steps; None takes the range of the first head.
         **options: Other attributes of :class:`~guidance.guides.base.Strength`.
 
     Raises:
@@ -24,14 +25,21 @@ class HeadGuide:
     """
 
     def __init__(
-        self, head: Head, name: str, *, start: float | None, stop: float | None, **options: Any
+        self, heads: Sequence[Head], name: str, *, start: float | None, stop: float | None, **options: Any
     ) -> None:
-        config = head.config
-        self.head = head.eval().requires_grad_(False)
+        config = heads[0].config
+        self.heads = [head.eval().requires_grad_(False) for head in heads]
         self.tap, self.name = config.tap, name
         self.strength = Strength.within((config.start, config.stop), start=start, stop=stop, **options)
 
+    @property
+    def head(self) -> Head:
+        """The first head."""
+        return self.heads[0]
+
     def prepare(self, pipe: Any) -> None:
-        """Refuse a pipeline that the head does not fit; move the head to the pipeline's device."""
-        check_fits(self.head, pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint(pipe.unet))
-        self.head.to(pipe.unet.device)
+        """Refuse a pipeline that a head does not fit; move the heads to the pipeline's device."""
+        schedule, weights = NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint(pipe.unet)
+        for head in self.heads:
+            check_fits(head, pipe.unet, schedule, weights)
+            head.to(pipe.unet.device)

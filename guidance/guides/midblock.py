@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from guidance.errors import UserError
 from guidance.guides.head import HeadGuide
 from guidance.heads import Head
 from guidance.objectives import build_objective
@@ -13,10 +18,12 @@ from guidance.objectives import build_objective
 class MidBlockGuide(HeadGuide):
     """Push samples along the gradient of a head's objective, taken from the mid-block to the latents.
 
-    The gradient passes the encoder half of the UNet only: not the up-blocks, the VAE decoder or CLIP.
+    The gradient passes the encoder half of the UNet only: not the up-blocks, the VAE decoder or CLIP.  Several heads
+    of one target (other seeds, other data) are a committee: the score is the mean of theirs minus ``pessimism``
+    standard deviations, so that samples are not pushed where the heads have learnt nothing and disagree.
 
     Args:
-        head: A trained head, see :func:`guidance.load_head`.
+        head: A trained head, see :func:`guidance.load_head`, or several of them.
         guidance_scale: Strength; negative pushes away.  With ``normalize="cfg"`` (default) 1 means: as large as
             the difference that classifier-free guidance works with.
         objective: "expected", "at_least", "class" ..., see :data:`guidance.objectives.OBJECTIVES`; None takes the
@@ -24,6 +31,10 @@ class MidBlockGuide(HeadGuide):
         target: Label, index or threshold of the objective, where it needs one.
         normalize, every, space: See :class:`~guidance.guides.base.Strength`.
         start, stop: Fractions of the steps; None takes the head's own range, where it beats chance.
+        pessimism: Standard deviations of a committee to subtract; 0 guides by its mean.
+
+    Raises:
+        UserError: If an option is out of range, or the heads of a committee do not fit together.
 
     Reference:
         J. Whitaker, "Mid-U Guidance: Fast Classifier Guidance for Latent Diffusion Models", 2023.
@@ -31,7 +42,7 @@ class MidBlockGuide(HeadGuide):
 
     def __init__(
         self,
-        head: Head,
+        head: Head | Sequence[Head],
         guidance_scale: float = 1.0,
         *,
         objective: str | None = None,
@@ -41,11 +52,15 @@ class MidBlockGuide(HeadGuide):
         stop: float | None = None,
         every: int = 1,
         space: str = "eps",
+        pessimism: float = 0.0,
     ) -> None:
-        self.objective = build_objective(head.config, objective, target)
+        heads = [head] if isinstance(head, Head) else list(head)
+        _check_committee(heads, pessimism)
+        self.objective = build_objective(heads[0].config, objective, target)
+        self.pessimism = pessimism
         super().__init__(
-            head,
-            f"midblock:{head.config.target}",
+            heads,
+            f"midblock:{heads[0].config.target}",
             guidance_scale=guidance_scale,
             normalize=normalize,
             start=start,
@@ -56,4 +71,24 @@ class MidBlockGuide(HeadGuide):
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The objective of the head's output, for example the expected rating in 1..10."""
-        return self.objective(self.head(h, t))
+        if len(self.heads) == 1:
+            return self.objective(self.head(h, t))
+        scores = torch.stack([self.objective(head(h, t)) for head in self.heads])
+        # the gradient of a standard deviation is not finite where all agree
+        return scores.mean(0) - self.pessimism * (scores.var(0) + 1e-12).sqrt()
+
+
+def _check_committee(heads: Sequence[Head], pessimism: float) -> None:
+    if not heads:
+        raise UserError("Expected one head or more, got none.")
+    if not (math.isfinite(pessimism) and (pessimism == 0 or len(heads) > 1)):
+        raise UserError(
+            f"Expected a finite pessimism, and 0 with a single head, got {pessimism} for {len(heads)}; give more heads."
+        )
+    for name in ("target", "task", "labels", "tap"):
+        values = [getattr(head.config, name) for head in heads]
+        if other := [value for value in values if value != values[0]]:
+            raise UserError(
+                f"Expected heads of one {name} in a committee, got {values[0]!r} and {other[0]!r}; train them alike "
+                "but for the seed."
+            )
