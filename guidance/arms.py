@@ -133,3 +133,10 @@ def guide_arms(specs: Sequence[GuideSpec], scales: Sequence[float]) -> list[Arm]
         head = next((d["head"] for d in described if "head" in d), "")
         arms.append(Arm(arm_name(scale), tuple(guides), tuple(described), head))
     return arms
+
+
+def steered_arms(arms: Sequence[Arm], steering: Steering) -> list[Arm]:
+    """The unguided arm, steering alone, and steering with the gradients of every other arm."""
+    alone = Arm("steered", head=next((arm.head for arm in arms if arm.head), ""), steering=steering)
+    pushed = [dataclasses.replace(arm, name=f"{arm.name}, steered", steering=steering) for arm in arms[1:]]
+    return [arms[0], alone, *pushed]

@@ -24,7 +24,7 @@ from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
 from guidance.records import Record, RecordStore, noise_hash, toolkit_version
 from guidance.sampling import decode_latents, initial_noise, sample_latents, using_scheduler
-from guidance.steering import steer_latents
+from guidance.steering import check_copies, steer_latents
 
 #: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
 SEED_STRIDE = 1000
@@ -68,6 +68,11 @@ def check_sampling(
             raise UserError(f"Expected num_steps from 1 to {most}, got {num_steps}; 25 is usual.")
         for guide in itertools.chain.from_iterable(arm.guides for arm in arms):
             guide.prepare(pipe)
+        for arm in arms:
+            if arm.steering is not None:
+                arm.steering.guide.prepare(pipe)
+                if arm.steering.particles > 1 and arm.steering.threshold > 0:
+                    check_copies(pipe, arm.guides, arm.steering.eta)
         return type(pipe.scheduler).__name__
 
 

@@ -209,9 +209,7 @@ def steer_latents(
     with using_scheduler(pipe, scheduler):
         eta = float(takes_eta(pipe.scheduler)) if eta is None else eta
         if particles > 1 and threshold > 0:
-            check_resampling(pipe, eta)
-            if kept := [g.name for g in options.get("guides", ()) if g.strength.every > 1]:
-                raise UserError(f"Expected guides with every=1, got more for {kept[0]}; copies need theirs.")
+            check_copies(pipe, options.get("guides", ()), eta)
     index = torch.arange(len(seeds)).repeat_interleave(particles)
     with scoring(pipe, guide, len(index)) as scorer:
         population = Population(seeds, particles, lam, potential, threshold)
@@ -269,6 +267,17 @@ class _Steering:
             chosen = torch.searchsorted(weights.cumsum(1), u[:, None], right=True)[:, 0].clamp(max=n - 1)
         latents = x if chosen is None else x[(torch.arange(len(chosen)) * n + chosen).to(x.device)]
         return Steered(latents, chosen, self.scores, weights, history, ess, ancestors)
+
+
+def check_copies(pipe: Any, guides: Sequence[Guide], eta: float) -> None:
+    """Refuse a sampler, or guides, under which copies of particles would not go their own ways.
+
+    Raises:
+        UserError: If the sampler is deterministic, or it or a guide remembers earlier steps.
+    """
+    check_resampling(pipe, eta)
+    if kept := [g.name for g in guides if g.strength.every > 1]:
+        raise UserError(f"Expected guides with every=1, got more for {kept[0]}; copies need theirs.")
 
 
 def _check(

@@ -17,10 +17,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from guidance.config import friendly_errors, option, parse_config_and_args
 from guidance.errors import UserError
+
+if TYPE_CHECKING:
+    from guidance.arms import Arm
+    from guidance.cfg import ClassifierFree
 
 #: Options that may change when a folder is continued: no image depends on them; new scales are added.
 FREE = ("scales", "batch_size", "grid_rows")
@@ -49,6 +53,14 @@ class GuidedConfig:
     scheduler: str | None = option("ddim", "ddim, dpm++, euler or ddpm; null: the model's own")
     num_steps: int = option(25, "sampling steps")
     cfg_scale: float = option(4.0, "classifier-free guidance weight; 1 is off")
+    cfg_rescale: float = option(0.0, "pull the deviation back to the conditional one; 0 is off, 0.7 usual")
+    cfg_start: float = option(0.0, "fraction of the steps where classifier-free guidance begins")
+    cfg_stop: float = option(1.0, "fraction of the steps where it ends")
+    cfg_modulate: str | None = option(None, "a guide (as guides) whose probability turns cfg_scale down")
+    particles: int = option(1, "particles an image, steered by the first guide's score; 1 does not steer")
+    potential: Literal["diff", "max", "sum"] = option("diff", "what of their scores steers the particles")
+    lam: float = option(2.0, "inverse temperature of steering; 0: the best of the particles is kept")
+    eta: float = option(1.0, "noise of DDIM's steps with particles, without which copies stay equal")
     batch_size: int = option(16, "images per batch")
     device: str | None = option(None, "cpu, cuda, mps; null picks the best there is")
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
@@ -98,20 +110,49 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     else:
         head = load_head(config.head) if config.head and scales != [0] else None
         arms = midblock_arms(head, scales, **options)
+    arms, cfg = _steered(config, arms), _classifier_free(config)
     _say(progress, f"Loading {config.model} ...")
     pipe = load_pipeline(config.model, revision=config.revision, **_placement(config))
     sampling = {k: getattr(config, k) for k in ("num_steps", "scheduler", "batch_size")}
     check_sampling(pipe, arms, **sampling)
+    if cfg.modulate is not None:
+        cfg.modulate.prepare(pipe)
 
     if config.fresh and (aside := move_aside(folder)):
         _say(progress, f"Moved {folder} to {aside}.")
     write_settings(folder, _settings(config) | {"scales": scales})
     store = RecordStore(folder)
     _say(progress, f"{len(jobs)} noises x {len(arms)} arms on {pipe.unet.device} into {folder}")
-    sampling |= {"cfg_scale": config.cfg_scale, "model": config.model, "progress": progress}
+    sampling |= {"cfg_scale": cfg, "model": config.model, "progress": progress}
     sample_arms(pipe, jobs, arms, store, **sampling)
     write_grid(store, store.load(), [arm.name for arm in arms], max_rows=config.grid_rows)
     return folder
+
+
+def _steered(config: GuidedConfig, arms: list[Arm]) -> list[Arm]:
+    """Add steering by the first guide's score, if there are particles."""
+    from guidance.arms import Steering, steered_arms
+
+    if config.particles < 1:
+        raise UserError(f"Expected particles of at least 1, got {config.particles}; 1 does not steer.")
+    if config.particles == 1:
+        return arms
+    if len(arms) == 1:
+        raise UserError(
+            "Expected a scale other than 0 with particles, whose guide steers them, got scales=[0]."
+        )
+    names = ("particles", "potential", "lam", "eta")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    best_of = {"threshold": 0.0} if config.lam == 0 else {}
+    return steered_arms(arms, Steering(arms[1].guides[0], **options, **best_of))
+
+
+def _classifier_free(config: GuidedConfig) -> ClassifierFree:
+    from guidance.cfg import ClassifierFree
+    from guidance.guide_specs import read_guide
+
+    modulate = None if config.cfg_modulate is None else read_guide(config.cfg_modulate).build(1.0)
+    return ClassifierFree(config.cfg_scale, config.cfg_rescale, config.cfg_start, config.cfg_stop, modulate)
 
 
 def default_output(config: GuidedConfig) -> Path:

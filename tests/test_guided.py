@@ -257,6 +257,33 @@ def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
         assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_particles_and_variants_of_cfg_from_the_command_line(words, tmp_path: Path, capsys) -> None:
+    options = [
+        "scales=[2]",
+        "seeds_per_prompt=1",
+        "num_steps=2",
+        "particles=2",
+        "cfg_rescale=0.7",
+        "cfg_stop=0.5",
+    ]
+    main([*words, *options, f"output={tmp_path / 'out'}"])
+    records = RecordStore(tmp_path / "out").load()
+    assert {r.arm for r in records} == {"unguided", "steered", "scale=2, steered"}
+    assert all(r.cfg == {"rescale": 0.7, "start": 0.0, "stop": 0.5, "modulate": None} for r in records)
+    assert all((r.steering is None) == (r.arm == "unguided") for r in records)
+    assert {r.arm for r in records if r.guides} == {"scale=2, steered"}
+    for change, message in (
+        ("scales=[0]", "a scale other than 0 with particles"),
+        ("particles=0", "at least 1"),
+        ("eta=0", "draws noise"),
+        ("cfg_rescale=2", "rescale in 0..1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, *options, f"output={tmp_path / 'bad'}", change])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+        assert not list((tmp_path / "bad").rglob("*.png"))
+
+
 def test_the_default_folder_is_one_per_experiment() -> None:
     first = default_output(GuidedConfig(prompts=["A red boat!"]))
     assert first.parent == Path("runs/samples") and first.name.startswith("a-red-boat-")
