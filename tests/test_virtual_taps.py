@@ -52,15 +52,19 @@ def eps_of(pipe, prediction, x, t):
     return NoiseSchedule.from_scheduler(pipe.scheduler).to_eps(prediction, x, t)
 
 
+def without_and_with(pipe, guide, x, t, text):
+    plain = call(pipe, x, t, text)
+    with apply_guidance(pipe, [guide]):
+        return plain, call(pipe, x, t, text)
+
+
 @pytest.mark.parametrize("tap", [X0, X0_THROUGH_UNET])
 def test_the_shift_is_sigma_times_the_gradient_at_x0(precise, tap):
     x, t, text = batch(precise, dtype=torch.float64)
     schedule = NoiseSchedule.from_scheduler(precise.scheduler)
     alpha, sigma = schedule.alpha_sigma(t)
     guide = PixelGuide(tap, guidance_scale=0.7, normalize=None)
-    plain = call(precise, x, t, text)
-    with apply_guidance(precise, [guide]):
-        guided = call(precise, x, t, text)
+    plain, guided = without_and_with(precise, guide, x, t, text)
     leaf = x[2:].clone().requires_grad_(True)  # the conditional part
     with torch.enable_grad():
         prediction = precise.unet(leaf, t, text[2:]).sample
@@ -80,12 +84,9 @@ def test_double_precision_is_kept(precise, tap):
     Rounding anything to float32 on the way costs 1e-7.
     """
     x, t, text = batch(precise, b=1, dtype=torch.float64)
-    schedule = NoiseSchedule.from_scheduler(precise.scheduler)
-    alpha, sigma = schedule.alpha_sigma(t)
+    alpha, sigma = NoiseSchedule.from_scheduler(precise.scheduler).alpha_sigma(t)
     guide = PixelGuide(tap, guidance_scale=0.7, normalize=None)
-    plain = call(precise, x, t, text)
-    with apply_guidance(precise, [guide]):
-        guided = call(precise, x, t, text)
+    plain, guided = without_and_with(precise, guide, x, t, text)
     fixed = eps_of(precise, plain[1:], x[1:], t)
 
     def score(z):
