@@ -88,9 +88,8 @@ def load_testbed(split: str, n: int, *, seed: int = 0, start: int = 0, workers: 
 def load_edit_pairs(split: str, n: int, seed: int = 0) -> datasets.Dataset:
     """Draw ``n`` edit pairs: one captioned attribute changed, layout and hidden factors kept.
 
-    An edited scene stays in its split: a scene for which no such edit is drawn in ten tries is left out, so
-        that
-    no test combination is seen as an edit of a training scene.
+    An edited scene stays in its split (a scene for which no such edit is drawn in ten tries is left out), so that no
+    test combination is seen as an edit of a training scene.
 
     Returns:
         Columns ``image, caption, instruction, edited_caption, edited_image`` and ``scene_seed``.

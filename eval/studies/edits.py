@@ -1,0 +1,124 @@
+"""Guides when sampling starts from something: SDEdit and inpainting on the testbed's edit pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import maximum_filter
+
+from eval.paired import bootstrap_mean
+from eval.studies.common import Bench, StudyConfig, share, with_interval
+from guidance.grid import labelled_grid
+from guidance.guide_specs import EmbeddingSpec, MidBlockSpec
+from guidance.io import atomic_path
+from guidance.options import option
+from guidance.sampling import sample_images
+from guidance.start import FromImage, FromMask, Start, encode_images, encode_masks
+from guidance.testbed.data import load_edit_pairs
+from guidance.testbed.scenes import ATTRIBUTES, parse_caption
+from guidance.testbed.truth import truth_score
+
+_SHOWN = 8
+_CHANGED = 8  # grey levels from which a pixel counts as edited
+_MARGIN = 9  # side of the square by which the mask is widened, pixels
+
+
+@dataclasses.dataclass
+class Config(StudyConfig):
+    """What is measured; each edit is told by the edited caption."""
+
+    num_images: int = option(100, "edit pairs")
+    strengths: list[float] = option([0.6, 0.8], "fractions of the steps that SDEdit takes")
+    clip_head: str = option("runs/heads/testbed-clip", "CLIP-embedding head, towards the edited caption")
+    clip_scale: float = option(0.5, "its scale")
+    rating_head: str = option("runs/heads/testbed-aesthetic", "rating head")
+    rating_scale: float = option(2.4, "its scale")
+    cfg_scale: float = option(4.0, "weight of classifier-free guidance")
+
+
+def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+    """Edit the images of edit pairs, unguided and guided, from the same noise.
+
+    Returns:
+        One row per start and arm: whether the judge classifier sees the new attribute and the old others, how far the
+        pixels outside the edit moved, and the truth score.
+    """
+    pairs = load_edit_pairs(config.split, config.num_images)
+    source, target = (np.stack([np.asarray(image) for image in pairs[c]]) for c in ("image", "edited_image"))
+    masks = [
+        maximum_filter(np.abs(a.astype(int) - b).max(-1) > _CHANGED, _MARGIN)
+        for a, b in zip(source, target, strict=True)
+    ]
+    latents = encode_images(bench.pipe, source)
+    starts: dict[str, Start] = {f"SDEdit {s:g}": FromImage(latents, s) for s in config.strengths}
+    starts["mask"] = FromMask(latents, encode_masks(bench.pipe, [255 * m.astype(np.uint8) for m in masks]))
+    guides: dict[str, list[Any]] = {
+        "unguided": [],
+        "CLIP head": [EmbeddingSpec(head=config.clip_head).build(config.clip_scale)],
+        "rating head": [MidBlockSpec(head=config.rating_head).build(config.rating_scale)],
+    }
+    shown = {"image": source, "mask": 255 * np.repeat(np.stack(masks)[..., None], 3, -1).astype(np.uint8)}
+    shown["edited scene"] = target
+    rows = [{"start": "the pair itself", "arm": ""} | _judge(bench, pairs, source, target, masks, target)]
+    for name, start in starts.items():
+        for arm, own in guides.items():
+            images = sample_images(
+                bench.pipe,
+                pairs["edited_caption"],
+                range(config.seed, config.seed + len(pairs)),
+                start=start,
+                guides=own,
+                cfg_scale=config.cfg_scale,
+                num_steps=config.num_steps,
+                batch_size=config.batch_size,
+                progress=True,
+            )
+            rows.append({"start": name, "arm": arm} | _judge(bench, pairs, source, target, masks, images))
+            shown[f"{name}, {arm}"] = images
+    _show(bench.folder / "edits.png", pairs["edited_caption"], shown)
+    return rows
+
+
+def _show(file: Path, captions: list[str], shown: dict[str, np.ndarray]) -> None:
+    """A grid of the first pairs: one column a method."""
+    cells = [
+        [Image.fromarray(images[i]) for images in shown.values()] for i in range(min(_SHOWN, len(captions)))
+    ]
+    with atomic_path(file) as temporary:
+        labelled_grid(cells, captions[: len(cells)], list(shown), tile=96).save(temporary, format="PNG")
+
+
+def _judge(
+    bench: Bench,
+    pairs: Any,
+    source: np.ndarray,
+    target: np.ndarray,
+    masks: list[np.ndarray],
+    images: np.ndarray,
+) -> dict[str, str]:
+    seen = bench.judges.classify(images)
+    done, kept = [], []
+    for i, (old, new) in enumerate(zip(pairs["caption"], pairs["edited_caption"], strict=True)):
+        was, wanted = parse_caption(old), parse_caption(new)
+        right = {name: ATTRIBUTES[name][seen[name][i]] == wanted[name] for name in ATTRIBUTES}
+        done.append(all(right[name] for name in ATTRIBUTES if was[name] != wanted[name]))
+        kept.append(all(right[name] for name in ATTRIBUTES if was[name] == wanted[name]))
+    outside = ~np.stack(masks)[..., None]
+    moved = np.square(images.astype(np.float32) - source) * outside
+    counted = np.maximum(3 * outside.sum((1, 2, 3)), 1)
+    truth = truth_score(images)
+    return {
+        "edit seen, % [95%]": share(done),
+        "all others kept, % [95%]": share(kept),
+        "moved outside the edit, grey levels": f"{np.sqrt(moved.sum((1, 2, 3)) / counted).mean():.1f}",
+        "from the edited scene, grey levels": f"{_rms(images, target):.1f}",
+        "truth [95%]": with_interval(float(truth.mean()), bootstrap_mean(truth)),
+    }
+
+
+def _rms(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sqrt(np.square(a.astype(np.float32) - b).mean(axis=(1, 2, 3))).mean())
