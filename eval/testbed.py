@@ -28,7 +28,8 @@ class MeasureConfig:
     num_images: int = option(1000, "quality: images per CFG weight")
     cfg_scales: list[float] = option([3.0, 4.0, 5.0], "quality: CFG weights")
     num_prompts: int = option(500, "guidance: test prompts, one seed each")
-    scale: float = option(2.4, "guidance: the one portable scale; its negative is measured too")
+    scale: float = option(3.0, "guidance: the one portable scale; its negative is measured too")
+    start: float = option(0.1, "guidance: fraction of the steps where it begins")
     cfg_scale: float = option(4.0, "guidance: CFG weight")
     steps: list[int] = option([15, 25, 50], "guidance: numbers of DDIM steps")
     cfg_matched: float = option(8.0, "guidance: plain CFG weight to show beside it, unguided; 0 for none")
@@ -135,7 +136,8 @@ def measure_guidance(config: MeasureConfig) -> str:
     for scheduler, steps in settings:
         main_setting = (scheduler, steps) == ("ddim", 25)
         scales = [-config.scale, config.scale] if main_setting else [config.scale]
-        runs = [(midblock_arms(head, scales, head_path=config.head), config.cfg_scale)]
+        guided = midblock_arms(head, scales, head_path=config.head, start=config.start)
+        runs = [(guided, config.cfg_scale)]
         if main_setting and config.cfg_matched:  # what plain CFG would have given
             runs.append(([Arm(f"unguided, CFG {config.cfg_matched:g}")], config.cfg_matched))
         store = RecordStore(Path(config.output) / f"{scheduler}-{steps}")

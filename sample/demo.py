@@ -25,7 +25,8 @@ class DemoConfig:
     output: str = option("runs/demo", "folder of images, grid, table and summary")
     head: str = option("runs/heads/testbed-aesthetic", "the head; trained first if it is absent")
     num_prompts: int = option(96, "test prompts, one seed each; at least 64")
-    scales: list[float] = option([-2.4, 1.2, 2.4], "guidance scales beside unguided")
+    scales: list[float] = option([-3.0, 1.5, 3.0], "guidance scales beside unguided")
+    start: float = option(0.1, "fraction of the steps where guidance begins")
     num_steps: int = option(25, "sampling steps")
     cfg_scale: float = option(4.0, "classifier-free guidance weight")
     reference: int = option(1000, "test scenes for the Frechet distance")
@@ -75,6 +76,7 @@ def _sample(config: DemoConfig) -> Path:
     guided = GuidedConfig(
         num_prompts=config.num_prompts,
         scales=config.scales,
+        start=config.start,
         head=config.head,
         num_steps=config.num_steps,
         cfg_scale=config.cfg_scale,
