@@ -6,6 +6,7 @@ python -m eval.guides discriminator      # Frechet distance, precision and recal
 python -m eval.guides steering           # particles: best-of-N, Feynman-Kac, with and without gradients
 python -m eval.guides amortised          # an adapter against the gradients it was taught by
 python -m eval.guides two_guides         # rating and class at once
+python -m eval.guides overoptimisation   # truth against the head's own score as the scale grows; committees
 python -m eval.guides edits              # starting from an image (SDEdit) or a mask, on the testbed's edit pairs
 python -m eval.guides STUDY --help       # options of a study
 
@@ -24,7 +25,16 @@ from guidance.config import friendly_errors, parse_config
 from guidance.errors import UserError, nearest
 
 #: Modules of :mod:`eval.studies`, each with a ``Config`` and ``run(bench, config) -> rows``.
-STUDIES = ("classes", "clip", "discriminator", "steering", "amortised", "two_guides", "edits")
+STUDIES = (
+    "classes",
+    "clip",
+    "discriminator",
+    "steering",
+    "amortised",
+    "two_guides",
+    "overoptimisation",
+    "edits",
+)
 
 
 def measure(study: str, config: Any) -> str:

@@ -68,6 +68,12 @@ def words(study: str, parts: dict[str, Path]) -> list[str]:
             "strengths=[0.9]",
             "cfg_scale=2",
         ],
+        "overoptimisation": [
+            f"heads=[{parts['rating']}, {parts['rating']}]",
+            f"adapter={parts['adapter']}",
+            "pessimism=[1]",
+            "scales=[1, 2]",
+        ],
         "two_guides": [f"rating_head={parts['rating']}", f"class_head={parts['time']}", "num_images=8"],
     }[study]
 
@@ -82,6 +88,7 @@ ROWS = {
     "discriminator": 3,
     "steering": 7,
     "amortised": 10,
+    "overoptimisation": 6,
     "two_guides": 4,
     "edits": 7,
 }

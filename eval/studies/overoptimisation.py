@@ -1,0 +1,126 @@
+"""Where guidance goes wrong: truth against the guiding heads' own opinion, as the scale grows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+
+from eval.paired import paired_difference
+from eval.studies.common import Bench, Sampled, StudyConfig, agreement, with_interval
+from guidance.arms import Arm, guide_arms
+from guidance.encoding import FeatureEncoder
+from guidance.guide_specs import AmortisedSpec, GuideSpec, MidBlockSpec
+from guidance.guides import MidBlockGuide
+from guidance.io import atomic_path
+from guidance.options import option
+
+
+@dataclasses.dataclass
+class Config(StudyConfig):
+    """What is measured."""
+
+    num_images: int = option(100, "images per arm")
+    heads: list[str] = option(
+        [f"runs/heads/testbed-aesthetic{s}" for s in ("", "-1", "-2")],
+        "heads of one target; the first guides alone",
+    )
+    pessimism: list[float] = option([0.0, 1.0], "standard deviations that committees subtract")
+    adapter: str | None = option(None, "adapter to set beside them")
+    scales: list[float] = option([1.0, 2.0, 4.0, 8.0, 16.0], "guidance scales")
+    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's own")
+    cfg_scale: float = option(4.0, "weight of classifier-free guidance")
+
+
+def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+    """Sample at growing scales by one head, by committees of heads and by an adapter.
+
+    Returns:
+        One row per method and scale: truth and the guiding head's own score of the finished images, both as paired
+        changes in standard deviations of the unguided images.  ``overoptimisation.png`` shows them as curves.
+    """
+    first, *others = config.heads
+    specs: dict[str, GuideSpec] = {"one head": MidBlockSpec(head=first, start=config.start)}
+    if others:
+        for k in config.pessimism:
+            spec = MidBlockSpec(head=first, committee=others, pessimism=k, start=config.start)
+            specs[
+                f"{len(config.heads)} heads, mean - {k:g} sd" if k else f"{len(config.heads)} heads, mean"
+            ] = spec
+    if config.adapter:
+        specs["adapter"] = AmortisedSpec(adapter=config.adapter, start=config.start)
+    arms = [Arm("unguided")]
+    for name, spec in specs.items():
+        guided = guide_arms([spec], config.scales)[1:]
+        arms += [dataclasses.replace(arm, name=f"{name}, {arm.name}") for arm in guided]
+    sampled = bench.sample("overoptimisation", bench.captions(), arms, cfg_scale=config.cfg_scale)
+    judge = MidBlockGuide(bench.head(first))
+    own = {name: head_scores(bench.pipe, judge, s) for name, s in sampled.items()}
+    base, rows, curves = sampled["unguided"], [], {}
+    for name in specs:
+        for arm in arms:
+            if not arm.name.startswith(f"{name}, scale"):
+                continue
+            truth, opinion = (
+                _change(base, a, b)
+                for a, b in ((base.truth, sampled[arm.name].truth), (own["unguided"], own[arm.name]))
+            )
+            scale = arm.descriptions[0]["guidance_scale"]
+            curves.setdefault(name, []).append((scale, truth.effect_size, opinion.effect_size))
+            rows.append(
+                {
+                    "guide": name,
+                    "scale": f"{scale:g}",
+                    "truth, sd [95%]": with_interval(truth.effect_size, truth.effect_interval),
+                    "the head's own score, sd [95%]": with_interval(
+                        opinion.effect_size, opinion.effect_interval
+                    ),
+                    "object / colour / time agree": agreement(bench, sampled[arm.name]),
+                }
+            )
+    _plot(bench.folder / "overoptimisation.png", curves)
+    return rows
+
+
+def _change(base: Sampled, a: np.ndarray, b: np.ndarray) -> Any:
+    return paired_difference(a, b, [r.prompt_id for r in base.records])
+
+
+@torch.no_grad()
+def head_scores(
+    pipe: Any, guide: MidBlockGuide, sampled: Sampled, batch: int = 64
+) -> Float[np.ndarray, " n"]:
+    """What a head thinks of finished images: its objective on their features without noise, at t = 0."""
+    config = guide.head.config
+    encoder = FeatureEncoder(pipe, tap=config.tap, noise="none", caption=config.caption)
+    scores = []
+    for i in range(0, len(sampled.images), batch):
+        x0 = encoder.latents([Image.fromarray(image) for image in sampled.images[i : i + batch]])
+        text = encoder.text([r.prompt for r in sampled.records[i : i + batch]])
+        h, t = encoder.encode(x0, text, [(k, 0) for k in range(len(x0))])
+        scores.append(guide.score(h.float(), t))
+    return torch.cat(scores).double().cpu().numpy()
+
+
+def _plot(file: Path, curves: dict[str, Sequence[tuple[float, float, float]]]) -> None:
+    """Truth (solid) and the head's own score (dashed) against the scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, points) in enumerate(curves.items()):
+        scale, truth, own = zip(*points, strict=True)
+        axes.plot(scale, truth, "o-", color=f"C{colour}", label=f"{name}: truth")
+        axes.plot(scale, own, "x--", color=f"C{colour}", alpha=0.6, label=f"{name}: the head's own score")
+    axes.set_xscale("log", base=2)
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.set(xlabel="guidance scale", ylabel="change, sd of the unguided images")
+    axes.legend(fontsize=8)
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
