@@ -134,6 +134,11 @@ class _GuidedForward:
         active = [g for g in self.groups if g.guides[0].strength.active(index / total)]
         if not active:
             return self.original(sample, timestep, *args, **kwargs)
+        if getattr(self.pipe, "do_perturbed_attention_guidance", False):
+            raise UserError(
+                f"Expected {type(self.pipe).__name__} with pag_scale=0: perturbed-attention guidance works on the "
+                "parts of a batch together, guides on each by itself; set pag_scale=0, or leave the guides out."
+            )
         parts = cfg_parts.get() or (2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1)
         return GuidedStep(self, active, sample, timestep, args, kwargs, index, parts).run()
 

@@ -358,3 +358,31 @@ def test_parts_in_step_and_apart_give_the_same_run(tiny_pipe, monkeypatch, make)
         monkeypatch.setattr("guidance.guided_step.IN_STEP_WEIGHTS", weights)
         runs.append(sample_latents(tiny_pipe, PROMPTS, [0, 1], num_steps=4, guides=[make()]))
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+
+
+def test_perturbed_attention_beside_guides_is_refused_and_harmless_when_off(tiny_pipe) -> None:
+    """Its batch has a third part, which two prompts would hide: six samples are three pairs and two triples."""
+    from diffusers import StableDiffusionPAGPipeline
+
+    parts = {name: part for name, part in tiny_pipe.components.items() if name != "image_encoder"}
+    processors = tiny_pipe.unet.attn_processors
+    pipe = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+    guide = MidBlockGuide(make_head(tiny_pipe), 1.0)
+
+    def images(pag_scale: float) -> torch.Tensor:
+        options = {
+            "num_inference_steps": 2,
+            "output_type": "latent",
+            "generator": torch.Generator().manual_seed(0),
+        }
+        with apply_guidance(pipe, [guide]):
+            return pipe(["a red balloon", "a blue tree"], pag_scale=pag_scale, **options).images
+
+    try:
+        with pytest.raises(UserError, match="pag_scale=0"):
+            images(3.0)
+        tiny_pipe.unet.set_attn_processor(processors)  # diffusers leaves its own there after an error
+        assert "forward" not in vars(tiny_pipe.unet) and images(0.0).isfinite().all()
+    finally:
+        tiny_pipe.unet.set_attn_processor(processors)

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from conftest import make_head
 
 from guidance.apply import apply_guidance
 from guidance.cfg import ClassifierFree
 from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
 from guidance.sampling import sample_latents
-from tests.conftest import make_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a red balloon over the sea at dusk", "a blue tree in the snow at night"]

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from conftest import make_head
 
 from guidance.errors import UserError
 from guidance.guide_specs import read_guide
 from guidance.guides import MidBlockGuide
 from guidance.heads import HeadConfig, build_head, save_head
-from tests.conftest import make_head
 
 
 @pytest.fixture(scope="module")
