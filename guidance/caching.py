@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,19 +21,34 @@ from guidance.sources import SPLITS, load_examples
 RECORDED = ("dataset", "train", "validation", "test", "image_column", "caption_column", "group_column")
 
 
+def with_targets(recipe: FeatureRecipe, targets: Sequence[str], rating: str | None = None) -> FeatureRecipe:
+    """Return a recipe that stores the targets of heads beside the columns it was given.
+
+    Args:
+        recipe: Its default columns count as none given.
+        targets: Columns.
+        rating: The one among them that must hold ratings in 1..10; None for none.
+    """
+    given = [] if recipe.target_columns == FeatureRecipe().target_columns else recipe.target_columns
+    columns = list(dict.fromkeys([*given, *targets]))
+    return dataclasses.replace(recipe, target_columns=columns, rating_column=rating)
+
+
 def build_cache(
     recipe: FeatureRecipe,
     folder: str | os.PathLike[str],
     *,
+    splits: Sequence[str] = SPLITS,
     process_index: int = 0,
     num_processes: int = 1,
     progress: bool = True,
 ) -> int:
-    """Cache all splits of a recipe; continues what a killed run left.
+    """Cache splits of a recipe; continues what a killed run left.
 
     Args:
         recipe: Model, dataset and noise.
         folder: The cache.
+        splits: Which splits; others can follow later.
         process_index, num_processes: Which shards are this process's.
         progress: Show progress bars.
 
@@ -42,7 +58,7 @@ def build_cache(
     Raises:
         UserError: As :func:`guidance.features.cache_features` and :func:`guidance.sources.load_examples`.
     """
-    examples = {split: load_split(recipe, split) for split in SPLITS}  # refused before the model loads
+    examples = {split: load_split(recipe, split) for split in splits}  # refused before the model loads
     pipe = load_model(recipe)
     return sum(
         cache_features(
@@ -63,12 +79,14 @@ def build_cache(
             progress=progress,
             **encoding_options(recipe),
         )
-        for split in SPLITS
+        for split in splits
     )
 
 
-def open_cache(recipe: FeatureRecipe, folder: str | os.PathLike[str]) -> FeatureCache | None:
-    """Open a finished cache, or return None where one is absent or unfinished.
+def open_cache(
+    recipe: FeatureRecipe, folder: str | os.PathLike[str], splits: Sequence[str] = SPLITS
+) -> FeatureCache | None:
+    """Open a cache that has these splits, or return None where it is absent or unfinished.
 
     A finished cache is used as it is, so its recipe need not be repeated; but an option that was given and
     contradicts it is refused.
@@ -80,7 +98,7 @@ def open_cache(recipe: FeatureRecipe, folder: str | os.PathLike[str]) -> Feature
         cache = FeatureCache(folder)
     except UserError:
         return None
-    if set(cache.splits) != set(SPLITS):
+    if not set(splits) <= set(cache.splits):
         return None
     settings = cache.manifest["settings"]
     recorded = settings | settings["source"] | {"model": settings["base_model"]}
@@ -127,11 +145,13 @@ def _check_clip(recipe: FeatureRecipe, settings: dict[str, Any], folder: str | o
         )
 
 
-def live_splits(recipe: FeatureRecipe) -> tuple[dict[str, LiveFeatures], dict[str, Any]]:
+def live_splits(
+    recipe: FeatureRecipe, splits: Sequence[str] = SPLITS
+) -> tuple[dict[str, LiveFeatures], dict[str, Any]]:
     """Return features that are computed when read, by split, and the settings a manifest would have."""
-    examples = {split: load_split(recipe, split) for split in SPLITS}
+    examples = {split: load_split(recipe, split) for split in splits}
     pipe = load_model(recipe)
-    encoders = {split: FeatureEncoder(pipe, split=split, **encoding_options(recipe)) for split in SPLITS}
+    encoders = {split: FeatureEncoder(pipe, split=split, **encoding_options(recipe)) for split in splits}
     embedders = load_embedders(recipe.target_columns, pipe.unet.device)
     live = {
         split: LiveFeatures(
@@ -143,9 +163,9 @@ def live_splits(recipe: FeatureRecipe) -> tuple[dict[str, LiveFeatures], dict[st
             batch_size=recipe.batch_size,
             embedders=embedders,
         )
-        for split in SPLITS
+        for split in splits
     }
-    settings = describe_features(encoders["train"], draws=recipe.draws, base_model=recipe.model)
+    settings = describe_features(encoders[splits[0]], draws=recipe.draws, base_model=recipe.model)
     return live, settings | describe_embedders(embedders)
 
 

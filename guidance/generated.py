@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from guidance.caching import RECORDED, encoding_options, load_model, load_split
 from guidance.errors import UserError
-from guidance.feature_cache import FeatureCache, FeatureSource, shard_name
+from guidance.feature_cache import FeatureCache, FeatureSource, first_difference, shard_name
 from guidance.features import cache_features, write_manifest
 from guidance.io import atomic_path
 from guidance.pipelines import fingerprint
@@ -108,13 +108,44 @@ def pair_with_generated(
     draws = settings["draws"]
     counts = {split: _count(generation, split, len(real[split]) // draws) for split in SPLITS}
     features = Path(folder) / "features"
-    described = _describe(settings, generation)
+    sampling = {name: getattr(generation, name) for name in ("cfg_scale", "num_steps", "scheduler", "seed")}
+    described = _describe(settings, sampling)
     finished = _is_finished(features, described, {s: n * draws for s, n in counts.items()})
     accelerator.wait_for_everyone()  # all have looked before any writes
     if not finished:
         _generate(_recorded(recipe, settings), generation, Path(folder), counts, described, accelerator)
     cache = FeatureCache(features)
     return {split: RealAndGenerated(real[split], cache.select(split)) for split in SPLITS}
+
+
+def open_generated(real: FeatureCache, folder: str | os.PathLike[str], split: str) -> RealAndGenerated:
+    """Put the rows of images that were generated before beside the real rows of a split; generate none.
+
+    Args:
+        real: Cache of the real images of the split.
+        folder: Where :func:`pair_with_generated` put the generated ones, however they were sampled.
+        split: Name of the split.
+
+    Raises:
+        UserError: If there are none, or they go with other real images or other features.
+    """
+    try:
+        cache = FeatureCache(Path(folder) / "features", split)
+    except UserError as error:
+        raise UserError(
+            f"Expected generated images and their features in '{folder}', found none or a part; make them with "
+            f"'accelerate launch train/head.py --config configs/head/testbed-discriminator.yaml "
+            f"generated.folder={folder}'."
+        ) from error
+    found = cache.manifest["settings"]
+    sampling = found["source"].get("generated")
+    key = first_difference(found, _describe(real.manifest["settings"], sampling))
+    if key is not None:
+        raise UserError(
+            f"Expected images generated for the real ones in '{real.folder}', but '{folder}' has another {key}; "
+            "choose the cache that they were made with."
+        )
+    return RealAndGenerated(real, cache)
 
 
 def _count(generation: GenerationRecipe, split: str, available: int) -> int:
@@ -127,9 +158,8 @@ def _count(generation: GenerationRecipe, split: str, available: int) -> int:
     return available if wanted is None else wanted
 
 
-def _describe(settings: Mapping[str, Any], generation: GenerationRecipe) -> dict[str, Any]:
+def _describe(settings: Mapping[str, Any], sampling: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the manifest of the generated features has to say."""
-    sampling = {name: getattr(generation, name) for name in ("cfg_scale", "num_steps", "scheduler", "seed")}
     shared = {name: value for name, value in settings.items() if name != "clip"}
     return shared | {"target_columns": [], "source": settings["source"] | {"generated": sampling}}
 

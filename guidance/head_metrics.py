@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ from guidance.io import atomic_path
 CLEAR_SKILL = 0.1
 _MIN_ROWS = 50  # fewer rows fit no temperature of their own
 _TEMPERATURE_RANGE = (0.05, 20.0)
+_PLOTTED = (
+    "accuracy",
+    "auc",
+    "cosine",
+    "retrieval",
+    "spearman",
+    "spearman_truth",
+    "ece",
+    "nll",
+    "mae",
+    "skill",
+)
 
 
 def fit_temperatures(
@@ -61,6 +73,18 @@ def _fit_temperature(logits: Tensor, target: Tensor) -> float:
     return round(math.exp(minimize_scalar(loss, bounds=(low, high), method="bounded").x), 4)
 
 
+def apply_temperatures(
+    outputs: Float[Tensor, "n outputs"],
+    temperatures: Sequence[float],
+    t: Float[Tensor, " n"],
+    num_train_timesteps: int,
+) -> Float[Tensor, "n outputs"]:
+    """Divide each row by the temperature of its timestep bin; no temperatures leave the rows as they are."""
+    if not temperatures:
+        return outputs
+    return outputs / outputs.new_tensor(temperatures)[timestep_bins(t, num_train_timesteps)][:, None]
+
+
 def evaluate_head(
     outputs: Float[Tensor, "n outputs"],
     target: Tensor,
@@ -80,14 +104,15 @@ def evaluate_head(
     Returns:
         ``{"overall": {...}, "bins": [{"low", "high", "rows", ...}]}``.  Ratings and classes: accuracy, chance
         (the share of the most frequent class), ece, nll.  Ratings and numbers: spearman of the score with the
-        target and ``spearman_NAME`` with the compared columns.  Regression: mae.  Binary: auc beside what
-        classes have.  Embeddings: see :func:`guidance.head_embeddings.compare_embeddings`.  ``skill`` is the
-        lower end of a 95% interval of Spearman's rho, of 2 auc - 1 for a binary head, or, for classes and
-        embeddings, of (accuracy - chance) / (1 - chance).
+        target and ``spearman_NAME`` with the compared columns.  Regression: mae.  Classes and binary: auc, of
+        classes the mean over those that occur, each against the rest.  Binary besides: what classes have.
+        Embeddings: see :func:`guidance.head_embeddings.compare_embeddings`.  ``skill`` is the lower end of a
+        95% interval of Spearman's rho, of 2 auc - 1 for a binary head, or, for classes and embeddings, of
+        (accuracy - chance) / (1 - chance).
     """
     if config.task == "embedding":
         found, candidates = compare_embeddings(outputs, target)
-        return _by_bin(lambda rows: _mean_comparison(found, rows, candidates), t, config)
+        return by_bin(lambda rows: _mean_comparison(found, rows, candidates), t, config)
     if config.task == "binary":
         outputs = two_class_logits(outputs)
     compared = {
@@ -97,10 +122,10 @@ def evaluate_head(
     def measure(rows: Tensor) -> dict[str, Any]:
         return _measure(outputs[rows], target[rows], config, {n: c[rows] for n, c in compared.items()})
 
-    return _by_bin(measure, t, config)
+    return by_bin(measure, t, config)
 
 
-def _by_bin(measure: Callable[[Tensor], dict[str, Any]], t: Tensor, config: HeadConfig) -> dict[str, Any]:
+def by_bin(measure: Callable[[Tensor], dict[str, Any]], t: Tensor, config: HeadConfig) -> dict[str, Any]:
     """Measure all rows, and those of each timestep bin; ``measure`` takes a mask of rows."""
     bins = timestep_bins(t, config.num_train_timesteps)
     edges = [round(i * config.num_train_timesteps / NUM_BINS) for i in range(NUM_BINS + 1)]
@@ -127,9 +152,7 @@ def _measure(
     result: dict[str, Any] = {}
     n = len(outputs)
     if config.task != "regression":
-        given = config.task in ("class", "binary")
-        index = target if given else _score(target.clamp(min=1e-30).log()).round().long() - 1
-        classes = outputs.shape[1]
+        index, classes = class_index(target, config), outputs.shape[1]
         accuracy = float(MulticlassAccuracy(classes, average="micro")(outputs, index))
         chance = float(index.bincount(minlength=classes).max()) / n
         result = {
@@ -142,8 +165,9 @@ def _measure(
             return result | _ranking(outputs[:, 1] - outputs[:, 0], index)
         if config.task == "class":
             lower = _wilson_lower(accuracy, n)
-            return result | {"skill": (lower - chance) / max(1 - chance, 1e-9)}
-        score, wanted = _score(outputs), target @ torch.arange(1.0, classes + 1)
+            auc = _macro_auc(outputs, index)
+            return result | {"auc": auc, "skill": (lower - chance) / max(1 - chance, 1e-9)}
+        score, wanted = expected_rating(outputs), target @ torch.arange(1.0, classes + 1)
     else:
         score, wanted = outputs[:, 0], target[:, 0]
         result["mae"] = float((score - wanted).abs().mean())
@@ -153,6 +177,26 @@ def _measure(
     return result | {
         "skill": math.tanh(math.atanh(min(rho, 0.999999)) - 1.96 * 1.03 / math.sqrt(max(n - 3, 1)))
     }
+
+
+def class_index(target: Tensor, config: HeadConfig) -> Tensor:
+    """The class (n,) that counts as right, of targets as :func:`guidance.head_losses.encode_targets` gives.
+
+    A rating between two counts as the nearer one.
+    """
+    if config.task in ("class", "binary"):
+        return target
+    return expected_rating(target.clamp(min=1e-30).log()).round().long() - 1
+
+
+def _macro_auc(logits: Tensor, index: Tensor) -> float:
+    """Mean area under the ROC curve over the classes that occur, each against the rest; 0.5 for one class."""
+    from torchmetrics.functional.classification import binary_auroc
+
+    p, present = logits.double().softmax(1), index.unique()
+    if len(present) < 2:
+        return 0.5
+    return float(torch.stack([binary_auroc(p[:, k], (index == k).long()) for k in present]).mean())
 
 
 def _ranking(score: Tensor, label: Tensor) -> dict[str, float]:
@@ -172,8 +216,8 @@ def _ranking(score: Tensor, label: Tensor) -> dict[str, float]:
     return {"auc": auc, "skill": 2 * (auc - 1.96 * math.sqrt(max(variance, 0) / (n1 * n0))) - 1}
 
 
-def _score(logits: Tensor) -> Tensor:
-    """The expected rating."""
+def expected_rating(logits: Float[Tensor, "n ratings"]) -> Float[Tensor, " n"]:
+    """The mean of the ratings 1, 2, ... under the probabilities of a rating head."""
     return logits.softmax(1) @ torch.arange(1.0, logits.shape[1] + 1)
 
 
@@ -214,44 +258,48 @@ def useful_range(metrics: Mapping[str, Any], num_train_timesteps: int) -> tuple[
     return round(start, 4), round(1 - best[0]["low"] / num_train_timesteps, 4)
 
 
-def plot_metrics(metrics: Mapping[str, Mapping[str, Any]], config: HeadConfig, path: str | Path) -> None:
-    """Plot each measure against the timestep, one line per split.
+def plot_metrics(
+    metrics: Mapping[str, Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str,
+    shaded: tuple[float, float] | None = None,
+) -> None:
+    """Plot each measure against the timestep, a line each, with its intervals; dotted: chance.
 
     Args:
-        metrics: Split name -> result of :func:`evaluate_head`.
-        config: The head's config, for titles and the useful range.
+        metrics: Name of a line (a split, a head) -> result of :func:`evaluate_head`; ``NAME_interval`` of a
+            bin is drawn as a band.
         path: PNG file.
+        title: Title of the figure.
+        shaded: Timesteps to mark, from and to; None for none.
     """
     from matplotlib.figure import Figure
 
-    wanted = [
-        "accuracy",
-        "auc",
-        "cosine",
-        "retrieval",
-        "spearman",
-        "spearman_truth",
-        "ece",
-        "nll",
-        "mae",
-        "skill",
-    ]
-    found = metrics["test"]["bins"][0] if metrics["test"]["bins"] else {}
-    names = [name for name in wanted if name in found]
+    found = {name for result in metrics.values() for entry in result["bins"] for name in entry}
+    names = [name for name in _PLOTTED if name in found]
     figure = Figure(figsize=(3.6 * max(len(names), 1), 3.2), layout="constrained")
     axes = figure.subplots(1, max(len(names), 1), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=False):
-        for split, result in metrics.items():
-            t = [(entry["low"] + entry["high"]) / 2 for entry in result["bins"]]
-            axis.plot(t, [entry[name] for entry in result["bins"]], "o-", label=split)
-        if name in ("accuracy", "retrieval"):
-            chance = [entry["chance"] for entry in metrics["test"]["bins"]]
-            axis.plot(t, chance, "k:", label="chance")
-        T = config.num_train_timesteps
-        axis.axvspan((1 - config.stop) * T, (1 - config.start) * T, color="tab:green", alpha=0.08)
+        for i, (label, result) in enumerate(metrics.items()):
+            entries = [entry for entry in result["bins"] if name in entry]
+            if entries:
+                _plot_line(axis, name, label, entries, f"C{i % 10}")
+        if shaded:
+            axis.axvspan(*shaded, color="tab:green", alpha=0.08)
         axis.set(title=name, xlabel="timestep (noise grows to the right)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-    figure.suptitle(f"{config.kind} head for '{config.target}'; shaded: where it guides")
+    figure.suptitle(title)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
+
+
+def _plot_line(axis: Any, name: str, label: str, entries: Sequence[Mapping[str, Any]], color: str) -> None:
+    t = [(entry["low"] + entry["high"]) / 2 for entry in entries]
+    axis.plot(t, [entry[name] for entry in entries], "o-", color=color, label=label)
+    if all(f"{name}_interval" in entry for entry in entries):
+        low, high = zip(*(entry[f"{name}_interval"] for entry in entries), strict=True)
+        axis.fill_between(t, low, high, color=color, alpha=0.15, linewidth=0)
+    if name in ("accuracy", "retrieval"):
+        axis.plot(t, [entry["chance"] for entry in entries], ":", color=color)

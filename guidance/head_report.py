@@ -8,12 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from guidance.feature_cache import FeatureSource
-from guidance.head_config import HeadConfig, timestep_bins
+from guidance.head_config import HeadConfig
 from guidance.head_losses import two_class_logits
-from guidance.head_metrics import evaluate_head, fit_temperatures, plot_metrics, useful_range
+from guidance.head_metrics import (
+    apply_temperatures,
+    evaluate_head,
+    fit_temperatures,
+    plot_metrics,
+    useful_range,
+)
 from guidance.head_training import FitState, predict
 from guidance.heads import Head, check_replaceable, write_head
 from guidance.io import atomic_dir, write_json
@@ -48,28 +56,44 @@ def measure_head(
     config.temperature, config.metrics = [], {}
     calibrate = calibrate and config.task not in ("regression", "embedding")
     results: dict[str, Any] = {}
+    temperatures: list[float] = []
     for split in ("validation", "test"):
         outputs, t = predict(head, sources[split], accelerator)
         columns = {name: sources[split].column(name) for name in compare}
-        raw = evaluate_head(outputs, targets[split], t, config, columns)
-        if calibrate:
-            if split == "validation":
-                logits = two_class_logits(outputs) if config.task == "binary" else outputs
-                temperature = fit_temperatures(logits, targets[split], t, config.num_train_timesteps)
-            bins = timestep_bins(t, config.num_train_timesteps)
-            outputs = outputs / outputs.new_tensor(temperature)[bins][:, None]
-        results[split] = evaluate_head(outputs, targets[split], t, config, columns)
-        for entry, before in zip(
-            [results[split]["overall"], *results[split]["bins"]], [raw["overall"], *raw["bins"]], strict=True
-        ):
-            if "ece" in before:
-                entry["ece_uncalibrated"] = before["ece"]
-    if calibrate:
-        config.temperature = temperature
+        if calibrate and split == "validation":
+            logits = two_class_logits(outputs) if config.task == "binary" else outputs
+            temperatures = fit_temperatures(logits, targets[split], t, config.num_train_timesteps)
+        results[split] = evaluate_calibrated(outputs, targets[split], t, config, temperatures, columns)
+    config.temperature = temperatures
     if config.noise == "random":  # a head on clean latents was never shown the other noise levels
         config.start, config.stop = useful_range(results["validation"], config.num_train_timesteps)
     config.metrics = {k: results["test"]["overall"][k] for k in _HEADLINES if k in results["test"]["overall"]}
     return results
+
+
+def evaluate_calibrated(
+    outputs: Float[Tensor, "n outputs"],
+    target: Tensor,
+    t: Float[Tensor, " n"],
+    config: HeadConfig,
+    temperatures: Sequence[float],
+    compare: Mapping[str, NDArray[Any]] | None = None,
+) -> dict[str, Any]:
+    """Measure outputs with temperatures; beside each ``ece`` stands ``ece_uncalibrated``, that without them.
+
+    Args:
+        outputs: Outputs without temperatures.
+        target, t, config, compare: As :func:`guidance.head_metrics.evaluate_head` takes them.
+        temperatures: One per timestep bin; empty for none.
+    """
+    raw = evaluate_head(outputs, target, t, config, compare)
+    scaled = apply_temperatures(outputs, temperatures, t, config.num_train_timesteps)
+    result = evaluate_head(scaled, target, t, config, compare)
+    pairs = zip([result["overall"], *result["bins"]], [raw["overall"], *raw["bins"]], strict=True)
+    for entry, before in pairs:
+        if "ece" in before:
+            entry["ece_uncalibrated"] = before["ece"]
+    return result
 
 
 def write_folder(
@@ -97,7 +121,13 @@ def write_folder(
     with atomic_dir(folder) as temporary:
         write_head(head, temporary)
         write_json(temporary / "metrics.json", {**results, "training": training, "cost": cost})
-        plot_metrics(results, head.config, temporary / "metrics.png")
+        config, T = head.config, head.config.num_train_timesteps
+        plot_metrics(
+            results,
+            temporary / "metrics.png",
+            title=f"{config.kind} head for '{config.target}'; shaded: where it guides; dotted: chance",
+            shaded=((1 - config.stop) * T, (1 - config.start) * T),
+        )
         (temporary / "train.yaml").write_text(config_yaml, encoding="utf-8")
         card = model_card(head, os.fspath(folder), results, fit, cost)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -225,9 +225,21 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predict(
-    head: Head, source: FeatureSource, accelerator: Any, batch_size: int = 256
+    head: Head,
+    source: FeatureSource,
+    accelerator: Any,
+    batch_size: int = 256,
+    *,
+    progress: str | None = None,
 ) -> tuple[Float[Tensor, "n outputs"], Float[Tensor, " n"]]:
     """Run a head over all rows, shared among the processes.
+
+    Args:
+        head: The head, on the accelerator's device.
+        source: Features.
+        accelerator: Its processes share the rows.
+        batch_size: Rows per forward.
+        progress: What to write before a progress bar; None shows none.
 
     Returns:
         Outputs and timesteps in the order of the rows, float32, on the CPU of every process.
@@ -237,10 +249,12 @@ def predict(
     mine = padded[accelerator.process_index :: world]
     head.eval()
     outputs, timesteps = [], []
-    for i in range(0, len(mine), batch_size):
-        h, t = (x.to(device) for x in source.read(mine[i : i + batch_size]))
-        outputs.append(head(h, t))
-        timesteps.append(t)
+    with tqdm(total=len(mine), desc=progress, unit="row", disable=progress is None) as bar:
+        for i in range(0, len(mine), batch_size):
+            h, t = (x.to(device) for x in source.read(mine[i : i + batch_size]))
+            outputs.append(head(h, t))
+            timesteps.append(t)
+            bar.update(len(h))
     gathered = [accelerator.gather(torch.cat(x)).cpu() for x in (outputs, timesteps)]
     order = torch.arange(len(padded)).reshape(-1, world).T.reshape(-1).argsort()  # undo the interleaving
     return gathered[0][order][: len(source)], gathered[1][order][: len(source)]

@@ -177,16 +177,12 @@ def _features(
     config: HeadTrainConfig, accelerator: Any
 ) -> tuple[Mapping[str, FeatureSource], dict[str, Any]]:
     """Open the cache, fill it first where it is absent or unfinished, or compute features on the fly."""
-    from guidance.caching import build_cache, live_splits, open_cache
+    from guidance.caching import build_cache, live_splits, open_cache, with_targets
     from guidance.features import FeatureCache
 
     binary = config.task == "binary"
-    given = [] if config.data.target_columns == FeatureRecipe().target_columns else config.data.target_columns
-    recipe = dataclasses.replace(
-        config.data,
-        target_columns=list(dict.fromkeys([*given, *([] if binary else [config.target]), *config.compare])),
-        rating_column=config.target if config.task == "rating" else None,
-    )
+    targets = [*([] if binary else [config.target]), *config.compare]
+    recipe = with_targets(config.data, targets, config.target if config.task == "rating" else None)
     if config.cache is None:
         return live_splits(recipe)
     cache = open_cache(recipe, config.cache)
