@@ -13,8 +13,8 @@ from torch import Tensor
 from eval.studies.common import markdown, with_interval
 from guidance.io import atomic_path
 
-_COLUMNS = ("rows", "chance", "accuracy", "auc", "spearman", "mae", "cosine", "cosine_other", "retrieval")
-_COLUMNS += ("ece", "ece_uncalibrated", "nll", "skill")
+_COLUMNS: tuple[str, ...] = ("rows", "chance", "accuracy", "auc", "spearman", "mae", "cosine", "cosine_other")
+_COLUMNS += ("retrieval", "ece", "ece_uncalibrated", "nll", "skill")
 _BINS = 15  # of the confidence, as in the calibration error
 
 
