@@ -382,7 +382,7 @@ def test_perturbed_attention_beside_guides_is_refused_and_harmless_when_off(tiny
     try:
         with pytest.raises(UserError, match="pag_scale=0"):
             images(3.0)
-        tiny_pipe.unet.set_attn_processor(processors)  # diffusers leaves its own there after an error
+        tiny_pipe.unet.set_attn_processor(dict(processors))  # diffusers leaves its own there after an error
         assert "forward" not in vars(tiny_pipe.unet) and images(0.0).isfinite().all()
     finally:
-        tiny_pipe.unet.set_attn_processor(processors)
+        tiny_pipe.unet.set_attn_processor(dict(processors))
