@@ -102,27 +102,36 @@ class Record:
 
 
 class RecordStore:
-    """The records and images of one folder.
+    """The records and images of one folder, which several processes may fill.
 
     Args:
         folder: Holds ``records.jsonl`` and ``images/ARM/PROMPT-SEED.png``; made with the first image.
+        process_index: The process that appends.  Each has a file of its own: ``records-1.jsonl`` is the second's.
 
     Raises:
         UserError: If a line other than a torn last one cannot be read.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], process_index: int = 0) -> None:
         self.folder = Path(folder)
-        self.path = self.folder / RECORDS_FILE
+        self.path = self.folder / (f"records-{process_index}.jsonl" if process_index else RECORDS_FILE)
         self._records: dict[tuple[str, str, int], Record] = {}
         self._end = 0  # of the last whole line; what follows is cut off by the next append
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        for file in sorted(self.folder.glob("records*.jsonl")):
+            end = self._read(file)
+            if file == self.path:
+                self._end = end
+
+    def _read(self, file: Path) -> int:
+        """Read the whole lines of a file of records; returns where they end."""
+        end = 0
+        for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break
-            record = _parse(line, f"line {number} of '{self.path}'")
+            record = _parse(line, f"line {number} of '{file}'")
             self._records[record.key] = record
-            self._end += len(line)
+            end += len(line)
+        return end
 
     def __len__(self) -> int:
         return len(self._records)
@@ -137,7 +146,7 @@ class RecordStore:
         return record is not None and self.problem(record) is None
 
     def load(self, *, check: str | None = "size") -> list[Record]:
-        """Return all records, in the order in which their images were first made.
+        """Return all records, file by file in the order in which their images were first made.
 
         Args:
             check: "size" (files exist and have the recorded size), "sha256" (reads them all), or None.

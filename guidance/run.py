@@ -87,6 +87,8 @@ def sample_arms(
     cfg_scale: float | ClassifierFree = 4.0,
     scheduler: str | None = None,
     batch_size: int = 16,
+    process_index: int = 0,
+    num_processes: int = 1,
     progress: bool = True,
 ) -> int:
     """Sample every job under every arm from the same noise, and record each image; done ones are kept.
@@ -97,10 +99,12 @@ def sample_arms(
         store: Where images and records go, and which are done.
         model: What to call the model in the records.
         batch_size: Images per batch.  Another one changes an image by at most one grey level.
+        process_index, num_processes: Which part of the batches and arms is this process's; the bytes of an image do not
+            depend on it.
         progress: Show a bar with images per second.
 
     Returns:
-        The number of images that were missing and have been made.
+        The number of images that were missing and have been made by this process.
 
     Raises:
         UserError: If the store holds images of the same name made in another way.
@@ -112,10 +116,16 @@ def sample_arms(
     common |= {"model": model, "model_fingerprint": fingerprint(pipe.unet), "version": toolkit_version()}
     common["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
     options: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg, "scheduler": scheduler}
-    planned = {(arm.name, job): _plan(pipe, job, arm, common) for arm in arms for job in jobs}
+    units = [
+        (batch, arm)
+        for i, batch in enumerate(_batches(jobs, batch_size))
+        for j, arm in enumerate(arms)
+        if (i + j) % num_processes == process_index  # arms differ in cost: every process has some of each
+    ]
+    planned = {(arm.name, job): _plan(pipe, job, arm, common) for batch, arm in units for job in batch}
     missing = {key for key, record in planned.items() if not _is_done(store, record)}
     with tqdm(total=len(missing), disable=not progress, unit="image", desc="sample") as bar:
-        for batch, arm in itertools.product(list(_batches(jobs, batch_size)), arms):
+        for batch, arm in units:
             todo = [job for job in batch if (arm.name, job) in missing]
             if todo:
                 bar.set_postfix_str(arm.name, refresh=False)

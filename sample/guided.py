@@ -4,7 +4,11 @@
     python -m sample.guided prompts=parti.tsv num_prompts=32 'scales=[-1, 0.5, 1]' seeds_per_prompt=4
     python -m sample.guided "a castle" --model stabilityai/stable-diffusion-2-1-base --head runs/heads/sac
 
-Goes on where a killed run stopped when the same command is given again, to the same bytes.
+    accelerate launch --num_processes 8 sample/guided.py prompts=parti.tsv        # the same images by 8 GPUs
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m sample.guided prompts=testbed # or by two cores
+
+Goes on where a killed run stopped when the same command is given again, to the same bytes and with any number of
+processes.
 """
 
 from __future__ import annotations
@@ -77,6 +81,8 @@ class GuidedConfig:
 def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     """Sample every prompt and seed without guidance and at every scale, from the same noise.
 
+    Processes that ``accelerate launch`` started share the work.
+
     Args:
         config: What to sample.
         progress: Show what is done, and a bar with images per second.
@@ -91,11 +97,14 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     from guidance.guide_specs import read_guide
     from guidance.heads import load_head
     from guidance.pipelines import load_pipeline
+    from guidance.processes import join_processes
     from guidance.prompts import load_prompts
     from guidance.records import RecordStore
     from guidance.run import check_sampling, list_jobs, sample_arms
     from guidance.run_folder import move_aside, read_settings, write_grid, write_settings
 
+    state = join_processes()
+    progress = progress and state.is_main_process
     # everything that can be wrong is checked before the first file is written
     scales = list_scales(config.scales)
     count = config.num_prompts if isinstance(config.prompts, str) else None
@@ -118,14 +127,21 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     if cfg.modulate is not None:
         cfg.modulate.prepare(pipe)
 
-    if config.fresh and (aside := move_aside(folder)):
-        _say(progress, f"Moved {folder} to {aside}.")
-    write_settings(folder, _settings(config) | {"scales": scales})
-    store = RecordStore(folder)
+    if state.is_main_process:
+        if config.fresh and (aside := move_aside(folder)):
+            _say(progress, f"Moved {folder} to {aside}.")
+        write_settings(folder, _settings(config) | {"scales": scales})
+    state.wait_for_everyone()
+    store = RecordStore(folder, state.process_index)
+    sampling |= {"process_index": state.process_index, "num_processes": state.num_processes}
     _say(progress, f"{len(jobs)} noises x {len(arms)} arms on {pipe.unet.device} into {folder}")
     sampling |= {"cfg_scale": cfg, "model": config.model, "progress": progress}
     sample_arms(pipe, jobs, arms, store, **sampling)
-    write_grid(store, store.load(), [arm.name for arm in arms], max_rows=config.grid_rows)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        store, order = RecordStore(folder), {job.prompt.id: i for i, job in enumerate(jobs)}
+        records = sorted(store.load(), key=lambda r: (order.get(r.prompt_id, len(order)), r.seed))
+        write_grid(store, records, [arm.name for arm in arms], max_rows=config.grid_rows)
     return folder
 
 
@@ -173,6 +189,8 @@ def _settings(config: GuidedConfig) -> dict[str, Any]:
 def _placement(config: GuidedConfig) -> dict[str, Any]:
     import torch
 
+    from guidance.processes import join_processes
+
     if config.device is not None:
         try:
             torch.zeros(1, device=config.device)
@@ -181,7 +199,9 @@ def _placement(config: GuidedConfig) -> dict[str, Any]:
             raise UserError(
                 f"Expected a device of this machine, got '{config.device}' ({reason}); leave device out."
             ) from error
-    return {"device": config.device, "dtype": getattr(torch, config.dtype)}
+    state = join_processes()
+    own = state.device if state.num_processes > 1 else None
+    return {"device": config.device or own, "dtype": getattr(torch, config.dtype)}
 
 
 def _say(progress: bool, text: str) -> None:
@@ -252,10 +272,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_explain(config))
         return
     folder = sample_guided(config)
+    from guidance.processes import join_processes
     from guidance.records import RecordStore
     from guidance.run_folder import GRID_FILE, summarise
 
-    print(f"\n{summarise(RecordStore(folder).load())}\n\ngrid: {folder / GRID_FILE}")
+    state = join_processes()
+    if state.is_main_process:
+        print(f"\n{summarise(RecordStore(folder).load())}\n\ngrid: {folder / GRID_FILE}")
+    if state.num_processes > 1:
+        state.destroy_process_group()
 
 
 if __name__ == "__main__":

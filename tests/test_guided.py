@@ -93,6 +93,33 @@ def test_images_do_not_depend_on_their_batch(done: Path, tiny_pipe) -> None:
         assert np.abs(alone.astype(int) - read_image(done / r.image)).max() <= 1
 
 
+def test_two_processes_make_the_same_bytes_and_one_goes_on(done: Path, words, tmp_path: Path) -> None:
+    """Real processes; then one image of each process is lost, and a single process makes it anew."""
+    folder = tmp_path / "out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "sample.guided"]
+    options = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*launch, *words, f"output={folder}"],
+        env=options,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("grid:") == 1  # one process speaks
+    made = [len((folder / name).read_bytes().splitlines()) for name in ("records.jsonl", "records-1.jsonl")]
+    assert sum(made) == len(RecordStore(done)) == 12 and min(made) >= 4
+    assert image_hashes(folder) == image_hashes(done)
+    assert np.array_equal(read_image(folder / "grid.png"), read_image(done / "grid.png"))
+    for name in ("records.jsonl", "records-1.jsonl"):
+        lines = (folder / name).read_bytes().splitlines(keepends=True)
+        (folder / name).write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
+    main([*words, f"output={folder}"])
+    assert image_hashes(folder) == image_hashes(done) and len(RecordStore(folder).load(check="sha256")) == 12
+
+
 def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, capsys) -> None:
     before = (done / "records.jsonl").read_bytes()
     with monkeypatch.context() as patch:

@@ -266,7 +266,7 @@ def test_the_reports_recipe_on_the_fly(options, tmp_path) -> None:
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(trained, options, tmp_path) -> None:

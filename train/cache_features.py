@@ -33,12 +33,11 @@ def cache_dataset(config: CacheConfig) -> FeatureCache:
     Raises:
         UserError: If the dataset, the model or the folder cannot be used.
     """
-    from accelerate import PartialState
-
     from guidance.caching import build_cache
     from guidance.features import FeatureCache
+    from guidance.processes import join_processes
 
-    state = PartialState()
+    state = join_processes()
     build_cache(
         config,
         config.folder,
@@ -60,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Cache features of a dataset for training heads.",
         default_config="configs/cache/testbed.yaml",
     )
-    from accelerate import PartialState
+    from guidance.processes import join_processes
 
-    state = PartialState()
+    state = join_processes()
     cache = cache_dataset(config)
     if state.is_main_process:
         shape = "x".join(map(str, cache.feature_shape))

@@ -163,7 +163,10 @@ def _accelerator(config: HeadTrainConfig, work: Path) -> Any:
     """Make the accelerator; a precision or tracker it cannot have is the user's to change."""
     from accelerate import Accelerator
 
+    from guidance.processes import join_processes
+
     tracker = None if config.log_with == "none" else config.log_with
+    join_processes()
     try:
         return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_dir=str(work))
     except (ValueError, ImportError) as error:
@@ -223,9 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default_config="configs/head/testbed-aesthetic.yaml",
     )
     head = train_head(config)
-    from accelerate import PartialState
+    from guidance.processes import join_processes
 
-    state = PartialState()
+    state = join_processes()
     if state.is_main_process:
         headline = ", ".join(f"{name} {value:.3f}" for name, value in head.config.metrics.items())
         print(
