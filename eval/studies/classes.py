@@ -6,11 +6,13 @@ import dataclasses
 
 import numpy as np
 
+from eval.precision_recall import precision_recall
 from eval.studies.common import Bench, Sampled, StudyConfig, share
 from guidance.arms import arm_name, guide_arms
 from guidance.guide_specs import MidBlockSpec
 from guidance.options import option
-from guidance.testbed.scenes import ATTRIBUTES
+from guidance.testbed.render import render_scenes
+from guidance.testbed.scenes import ATTRIBUTES, scenes
 
 
 @dataclasses.dataclass
@@ -28,9 +30,11 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     """Guide empty-prompt samples to each class of each head's attribute.
 
     Returns:
-        One row per attribute and scale: share of images whose class the judge classifier sees.
+        One row per attribute and scale: share of images whose class the judge classifier sees, and the precision of all
+        of them (Kynkaanniemi et al. 2019) beside as many rendered scenes.
     """
     rows = []
+    real = bench.judges.features(render_scenes(scenes(config.split, config.num_images)))
     for folder in config.heads:
         head = bench.head(folder)
         attribute = head.config.target
@@ -43,6 +47,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         base = np.mean([s["unguided"].seconds for s in sampled.values()])
         for name in map(arm_name, [0.0, *config.scales]):
             hits = {label: _hits(bench, attribute, label, s[name]) for label, s in sampled.items()}
+            features = bench.judges.features(np.concatenate([s[name].images for s in sampled.values()]))
             worst = min(hits, key=lambda label: hits[label].mean())
             seconds = np.mean([s[name].seconds for s in sampled.values()])
             rows.append(
@@ -50,6 +55,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
                     "attribute": attribute,
                     "arm": name,
                     "judge agrees, % [95%]": share(np.concatenate(list(hits.values()))),
+                    "precision": f"{precision_recall(real, features).precision:.2f}",
                     "worst class": f"{worst} {100 * hits[worst].mean():.0f}",
                     "chance": f"{100 / len(hits):.1f}",
                     "time": f"{seconds / base:.2f}x",
