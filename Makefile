@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make demo   set up, train a head on the testbed, sample with and without guidance, compare"
-	@echo "make test   set up, run all tests"
+	@echo "make test   set up, run all tests, one process a core"
 	@echo "make lint   set up, check style, format and types"
 	@echo "make clean  remove the virtual environment and caches (runs/ stays)"
 	@echo ""
@@ -22,7 +22,7 @@ demo: $(STAMP)
 	@$(RUN) -m sample.demo $(ARGS)
 
 test: $(STAMP)
-	@$(RUN) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

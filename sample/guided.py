@@ -159,8 +159,8 @@ def _steered(config: GuidedConfig, arms: list[Arm]) -> list[Arm]:
         )
     names = ("particles", "potential", "lam", "eta")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    best_of = {"threshold": 0.0} if config.lam == 0 else {}
-    return steered_arms(arms, Steering(arms[1].guides[0], **options, **best_of))
+    options |= {"threshold": 0.0} if config.lam == 0 else {}
+    return steered_arms(arms, Steering(arms[1].guides[0], **options))
 
 
 def _classifier_free(config: GuidedConfig) -> ClassifierFree:

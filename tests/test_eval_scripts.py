@@ -106,9 +106,7 @@ def test_cost_counts_and_times(tiny_folder, tmp_path, capsys) -> None:
     )  # the gradient is of the conditional part alone
     assert cost.main([*words, "methods=[amortised]"]) == 0
     few = json.loads((tmp_path / f"{tiny_folder.name}-8.json").read_text())["rows"]
-    assert (
-        list(few) == ["unguided", "amortised"] and few["amortised"]["floor"] > 1
-    )
+    assert list(few) == ["unguided", "amortised"] and few["amortised"]["floor"] > 1
     refused(cost.main, ["methods=[midu]"], "mid-u", capsys)
     refused(cost.main, ["model=sd-9"], "sd-9", capsys)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from guidance.heads import Head
 
 #: Options that have no influence on what a head is.
-_INCIDENTAL = ("output", "overwrite", "log_with", "checkpoint_every", "cache")
+_INCIDENTAL: tuple[str, ...] = ("output", "overwrite", "log_with", "checkpoint_every", "cache")
 _INCIDENTAL += ("data.device", "data.shard_size", "data.batch_size")
 _INCIDENTAL += ("generated.folder", "generated.batch_size", "generated.shard_size")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,8 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     specs: dict[str, GuideSpec] = {"one head": MidBlockSpec(head=first, start=config.start)}
     if others:
         for k in config.pessimism:
-            spec = MidBlockSpec(head=first, committee=others, pessimism=k, start=config.start)
-            specs[
-                f"{len(config.heads)} heads, mean - {k:g} sd" if k else f"{len(config.heads)} heads, mean"
-            ] = spec
+            label = f"{len(config.heads)} heads, mean" + (f" - {k:g} sd" if k else "")
+            specs[label] = MidBlockSpec(head=first, committee=others, pessimism=k, start=config.start)
     if config.adapter:
         specs["adapter"] = AmortisedSpec(adapter=config.adapter, start=config.start)
     arms = [Arm("unguided")]
@@ -62,7 +60,8 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     sampled = bench.sample("overoptimisation", bench.captions(), arms, cfg_scale=config.cfg_scale)
     judge = MidBlockGuide(bench.head(first))
     own = {name: head_scores(bench.pipe, judge, s) for name, s in sampled.items()}
-    base, rows, curves = sampled["unguided"], [], {}
+    base, rows = sampled["unguided"], []
+    curves: dict[str, list[tuple[float, float, float]]] = {}
     for name in specs:
         for arm in arms:
             if not arm.name.startswith(f"{name}, scale"):
@@ -108,7 +107,7 @@ def head_scores(
     return torch.cat(scores).double().cpu().numpy()
 
 
-def _plot(file: Path, curves: dict[str, Sequence[tuple[float, float, float]]]) -> None:
+def _plot(file: Path, curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
     """Truth (solid) and the head's own score (dashed) against the scale."""
     from matplotlib.figure import Figure
 
