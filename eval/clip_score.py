@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float
 
+from eval.feature_sets import unit_pairs
 from guidance.errors import UserError, nearest
 
 
@@ -55,22 +54,5 @@ def clip_score(
         raise UserError(
             f"Expected a variant of the CLIP score, got {variant!r}.{nearest(str(variant), VARIANTS)}"
         )
-    images, texts = _unit(image_emb, "image"), _unit(text_emb, "text")
-    if images.shape != texts.shape:
-        raise UserError(
-            f"Expected one text embedding an image, of the same width, got {texts.shape} for {images.shape}; "
-            "embed both with the same CLIP."
-        )
+    images, texts = (x.cpu().numpy() for x in unit_pairs(image_emb, text_emb))
     return np.asarray(VARIANTS[variant](np.einsum("nd,nd->n", images, texts)))
-
-
-def _unit(embeddings: Any, kind: str) -> Float[np.ndarray, "n d"]:
-    array = np.asarray(embeddings, np.float64)
-    if array.ndim != 2 or not len(array):
-        raise UserError(f"Expected {kind} embeddings of shape (n, d), got {array.shape}; stack one row each.")
-    norm = np.linalg.norm(array, axis=1, keepdims=True)
-    if not np.all(np.isfinite(norm) & (norm > 0)):
-        raise UserError(
-            f"Expected finite, non-zero {kind} embeddings, got some that are not; check their source."
-        )
-    return array / norm

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from eval.feature_sets import feature_rows
 from guidance.errors import UserError
 from guidance.io import atomic_path
 
@@ -112,13 +113,7 @@ class FrechetDistance(Metric):
         Raises:
             UserError: If their width is another or one is not finite.
         """
-        x = torch.as_tensor(features, device=self.real_sum.device).to(torch.float64)
-        if x.ndim != 2 or x.shape[1] != self.num_features:
-            raise UserError(f"Expected features of shape (n, {self.num_features}), got {tuple(x.shape)}.")
-        if not torch.isfinite(x).all():
-            raise UserError(
-                "Expected finite features, got NaN or infinity; check the images and their encoder."
-            )
+        x = feature_rows(features, width=self.num_features).to(self.real_sum)
         self._add("real" if real else "fake", len(x), x.sum(0), x.T @ x)
 
     def compute(self) -> Float[Tensor, ""]:
