@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from eval.feature_sets import Features, FeatureSets, two_sets
 from guidance.errors import UserError
 
 _BLOCK = 1024  # rows of a distance matrix held at once
@@ -27,33 +28,53 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall(
-    real: Float[np.ndarray, "n d"], generated: Float[np.ndarray, "m d"], k: int = 3
-) -> PrecisionRecall:
+def precision_recall(real: Features, generated: Features, k: int = 3) -> PrecisionRecall:
     """Estimate both manifolds as unions of balls that reach each point's k-th nearest neighbour of its own set.
 
     Args:
-        real, generated: Features; sets of equal size make values of different runs comparable.
+        real, generated: Features (tensors or arrays); sets of equal size make values of different runs comparable.
         k: Neighbour that sets the radius.
 
     Raises:
-        UserError: If widths differ, a value is not finite, or a set has no more than k rows.
+        UserError: If widths differ, a value is not finite, or a set is constant or has no more than k rows.
 
     Reference:
         Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", NeurIPS 2019.
 
-    >>> x = np.arange(8.0)[:, None]
+    >>> x = torch.arange(8.0)[:, None]
     >>> precision_recall(x, x[:4] + 0.1, k=1)
     PrecisionRecall(precision=1.0, recall=0.625)
     """
-    a, b = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (real, generated))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise UserError(f"Expected features (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}.")
+    a, b = two_sets(real, generated)
     if min(len(a), len(b)) <= k or k < 1:
         raise UserError(f"Expected more rows than k={k} (at least 1) in each set, got {len(a)} and {len(b)}.")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise UserError("Expected finite features, got NaN or infinity; check the images.")
     return PrecisionRecall(float(_covered(b, a, k).double().mean()), float(_covered(a, b, k).double().mean()))
+
+
+class PrecisionRecallMetric(FeatureSets):
+    """`precision_recall` of streamed features: `compute` gives ``precision`` and ``recall``.
+
+    Args:
+        k: As of `precision_recall`.
+        **kwargs: ``features`` and ``reset_real`` of `FeatureSets`, and what `torchmetrics.Metric` takes.
+
+    >>> metric = PrecisionRecallMetric(k=1, features="judge")
+    >>> metric.update(torch.arange(8.0)[:, None], real=True)
+    >>> metric.update(torch.arange(4.0)[:, None] + 0.1, real=False)
+    >>> metric.name, float(metric.compute()["recall"])
+    ('PR-judge', 0.625)
+    """
+
+    higher_is_better = True
+    short = "PR"
+
+    def __init__(self, *, k: int = 3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = k
+
+    def measure(self, real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]) -> PrecisionRecall:
+        """Return `precision_recall` of the two sides."""
+        return precision_recall(real, generated, self.k)
 
 
 def _covered(points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"], k: int) -> Bool[Tensor, " n"]:
