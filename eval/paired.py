@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
 from guidance.errors import UserError
@@ -82,8 +82,7 @@ def paired_difference(
     """
     a, b = np.asarray(values_a, np.float64), np.asarray(values_b, np.float64)
     _check(a, b, prompts, confidence, resamples)
-    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    group = np.array([index[prompt] for prompt in prompts])
+    group = prompt_numbers(prompts)
     mean_a, mean_b = (_group_means(x, group) for x in (a, b))
     diff = mean_b - mean_a
     # differences of means carry rounding: what is equal in exact arithmetic must count as a tie
@@ -110,6 +109,16 @@ def paired_difference(
         wilcoxon_p=float(stats.wilcoxon(diff).pvalue) if wins + losses else 1.0,
         confidence=confidence,
     )
+
+
+def prompt_numbers(prompts: Sequence[Hashable]) -> Int[np.ndarray, " n"]:
+    """Number the prompts of rows, 0 upwards, in the order in which they come.
+
+    >>> prompt_numbers(["a fox", "a hen", "a fox"]).tolist()
+    [0, 1, 0]
+    """
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return np.array([index[prompt] for prompt in prompts], dtype=np.int64)
 
 
 def bootstrap_mean(

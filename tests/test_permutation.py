@@ -1,0 +1,142 @@
+"""Permutation tests: the fast form is the slow one, the level is kept without a difference, pairing is respected."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from eval import permutation, permutation_null
+from eval.cmmd import cmmd
+from eval.feature_sets import unit_rows
+from eval.kernels import cubic_kernel, mmd_squared, rbf_kernel
+from eval.kid import kid
+from eval.permutation import mmd_permutation_test, permutation_test
+from eval.permutation_null import NullConfig, null_p_values, simulate
+from eval.precision_recall import precision_recall
+from guidance.errors import UserError
+
+PROMPTS = np.repeat(np.arange(12), 3)
+A, B = simulate(np.random.default_rng(0), 12, 3, 5)
+REAL = np.random.default_rng(1).normal(size=(30, 5))
+
+
+def full_kid(x: np.ndarray, y: np.ndarray) -> float:
+    return kid(x, y, subsets=1, subset_size=len(x)).mean
+
+
+def test_the_fast_form_is_the_slow_one() -> None:
+    """Kernel matrices once against the metric itself on every swap: the same statistic and the same p."""
+    some = {"permutations": 60, "seed": 3}
+    for shift in (0.0, 0.4):
+        slow = permutation_test(A + shift, B, PROMPTS, full_kid, **some)
+        fast = mmd_permutation_test(A + shift, B, PROMPTS, cubic_kernel, **some)
+        assert fast.statistic == pytest.approx(slow.statistic, rel=1e-9) and fast.p == slow.p
+        assert (fast.n_prompts, fast.n_images, fast.permutations) == (12, 36, 60)
+
+    def to_real(x: np.ndarray, y: np.ndarray) -> float:
+        a, b = (mmd_squared(torch.tensor(z), torch.tensor(REAL), cubic_kernel).unbiased for z in (x, y))
+        return a - b
+
+    slow = permutation_test(A, 0.7 * B, PROMPTS, to_real, two_sided=True, **some)
+    fast = mmd_permutation_test(A, 0.7 * B, PROMPTS, cubic_kernel, reference=REAL, **some)
+    assert fast.statistic == pytest.approx(slow.statistic, rel=1e-9) and fast.p == slow.p < 0.5
+
+
+def test_the_fast_form_of_cmmd_is_cmmd() -> None:
+    found = mmd_permutation_test(unit_rows(A), unit_rows(B), PROMPTS, rbf_kernel, permutations=9)
+    assert 1000 * found.statistic == pytest.approx(cmmd(A, B).unbiased, rel=1e-9)
+
+
+@pytest.mark.parametrize("reference", [None, REAL])
+def test_blocks_and_the_order_of_rows_change_nothing(reference, monkeypatch) -> None:
+    def test(rows: np.ndarray):
+        return mmd_permutation_test(
+            A[rows], 0.7 * B[rows], PROMPTS[rows], cubic_kernel, reference=reference, permutations=30
+        )
+
+    whole = test(np.arange(36))
+    monkeypatch.setattr(permutation, "BLOCK", 7)
+    for rows in (np.arange(36), np.arange(36).reshape(12, 3).T.ravel()):  # prompt by prompt, seed by seed
+        parts = test(rows)
+        assert parts.statistic == pytest.approx(whole.statistic, rel=1e-9) and parts.p == whole.p
+
+
+@pytest.mark.parametrize("statistic", ["kid", "kid_to_real"])
+def test_without_a_difference_one_in_twenty_is_called_different(statistic: str) -> None:
+    """100 comparisons: at most 10 below 5% (97.5% of a right test), p-values uniform; 400 with the script."""
+    p = null_p_values(NullConfig(comparisons=100, statistic=statistic, prompts=20, permutations=99))
+    assert (p <= 0.05).sum() <= 10
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_swapping_every_image_by_itself_is_wrong() -> None:
+    """A method's whim on a prompt is in all its seeds: as if they were independent, far too much is different."""
+    config = NullConfig(comparisons=100, prompts=20, permutations=99, swap="image")
+    assert (null_p_values(config) <= 0.05).mean() > 0.15
+
+
+def test_a_difference_is_found_by_any_statistic() -> None:
+    for found in (
+        mmd_permutation_test(A + 2, B, PROMPTS, cubic_kernel),
+        mmd_permutation_test(A + 2, B, PROMPTS, cubic_kernel, reference=REAL),
+        permutation_test(
+            A + 2,
+            B,
+            PROMPTS,
+            lambda x, y: precision_recall(REAL, x).precision - precision_recall(REAL, y).precision,
+            two_sided=True,
+            permutations=99,
+        ),
+    ):
+        assert found.p < 0.05
+
+
+def test_p_counts_the_observed_swap_and_ties() -> None:
+    """A statistic that no swap changes has p = 1; one that all swaps lower has 1 / (1 + n)."""
+    assert permutation_test(A, B, PROMPTS, lambda x, y: 1.0, permutations=19).p == 1
+    assert mmd_permutation_test(A, A, PROMPTS, cubic_kernel, permutations=19).p == 1
+    largest = permutation_test(A, B, PROMPTS, lambda x, y: float((x == A).all()), permutations=19)
+    assert largest.p == pytest.approx(1 / 20)
+    # a distance is the same if everything is swapped: of 64 swaps of six prompts two are as large
+    six = mmd_permutation_test(A[:18] + 9, B[:18], PROMPTS[:18], cubic_kernel, permutations=4000)
+    assert six.p == pytest.approx(2 / 64, abs=0.01)
+
+
+def test_seeds_decide_and_pairs_of_a_prompt_go_together() -> None:
+    first, second = (permutation_test(A, B, PROMPTS, full_kid, permutations=30, seed=4) for _ in range(2))
+    assert first == second
+    prompts = [f"prompt {i}" for i in PROMPTS]
+
+    def together(x: np.ndarray, y: np.ndarray) -> float:
+        from_a = (x == A).all(1).reshape(12, 3)
+        assert (from_a == from_a[:, :1]).all() and ((y == A).all(1) == ~from_a.ravel()).all()
+        return float(from_a.sum())
+
+    permutation_test(A, B, prompts, together, permutations=30)
+
+
+def test_bad_input_gets_one_sentence(capsys) -> None:
+    for a, b, prompts, message in (
+        (A, B[:-1], PROMPTS, "paired"),
+        (A, B, PROMPTS[:-1], "paired"),
+        (A[:15], B[:15], PROMPTS[:15], "6 or more prompts"),
+        (A, B * np.nan, PROMPTS, "finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            permutation_test(a, b, prompts, full_kid)
+        with pytest.raises(UserError, match=message):
+            mmd_permutation_test(a, b, prompts, cubic_kernel)
+    with pytest.raises(UserError, match="permutations from 1"):
+        permutation_test(A, B, PROMPTS, full_kid, permutations=0)
+    with pytest.raises(SystemExit):
+        permutation_null.main(["statistic=kld"])
+    assert "Did you mean 'kid'" in capsys.readouterr().err
+
+
+def test_the_script_runs_every_statistic(capsys) -> None:
+    for name in permutation_null.TESTS:
+        words = [f"statistic={name}", "comparisons=2", "prompts=8", "permutations=9"]
+        assert permutation_null.main(words) == 0
+        assert "of 2 comparisons" in capsys.readouterr().out
