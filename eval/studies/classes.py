@@ -55,13 +55,18 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
                     "attribute": attribute,
                     "arm": name,
                     "judge agrees, % [95%]": share(np.concatenate(list(hits.values()))),
-                    "precision": f"{precision_recall(real, features).precision:.2f}",
+                    "precision": f"{_precision(real, features):.2f}",
                     "worst class": f"{worst} {100 * hits[worst].mean():.0f}",
                     "chance": f"{100 / len(hits):.1f}",
                     "time": f"{seconds / base:.2f}x",
                 }
             )
     return rows
+
+
+def _precision(real: np.ndarray, features: np.ndarray) -> float:
+    """Of images that are all alike: 0, which a guide that is far too strong may make."""
+    return precision_recall(real, features).precision if np.ptp(features, axis=0).any() else 0.0
 
 
 def _hits(bench: Bench, attribute: str, label: str, sampled: Sampled) -> np.ndarray:
