@@ -201,3 +201,17 @@ def test_export_before_training_is_refused(tmp_path):
     with pytest.raises(UserError, match="training step"):
         recipe.run("vea")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_is_a_function_of_its_texts() -> None:
+    """The same ids in every process (those of one are written down here); each word of the world is one token."""
+    from guidance.testbed.models import build_tokenizer
+    from guidance.testbed.scenes import scenes
+
+    captions = [scene.caption for scene in scenes("train", 200)]
+    tokenizer = build_tokenizer(captions)
+    assert tokenizer("a red balloon over the sea").input_ids == [0, 274, 331, 386, 337, 301, 349, 1]
+    assert all(
+        len(tokenizer(text).input_ids) == len(text.replace(",", " ,").split()) + 2 for text in captions
+    )
+    assert "xyzzy 7" in tokenizer.decode(tokenizer("xyzzy 7").input_ids)

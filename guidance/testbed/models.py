@@ -6,10 +6,14 @@ All are stock diffusers and transformers classes, so the trained folder loads wi
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from einops import rearrange
 from jaxtyping import Float
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -21,12 +25,47 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
-    """Train CLIP's byte-pair tokenizer on the world's captions; unknown words fall back to letters."""
-    blank = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[], model_max_length=MAX_TOKENS)
+    """Train CLIP's byte-pair tokenizer on the world's captions; unknown words fall back to letters.
+
+    Ties go to the pair that comes first in the alphabet: the trainer of ``tokenizers`` breaks them otherwise in each
+    process, and the same texts would get other token ids.
+    """
+    rules = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[]).backend_tokenizer
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,'-!?")
-    tokenizer = blank.train_new_from_iterator(texts + letters, vocab_size=1024)
-    tokenizer.model_max_length = MAX_TOKENS
-    return tokenizer
+    counts: Counter[str] = Counter()
+    for text in [*texts, *letters]:
+        counts.update(
+            w for w, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text))
+        )
+    words = {word: (*word[:-1], f"{word[-1]}</w>") for word in counts}
+    tokens = [START, END, *sorted(ByteLevel.alphabet()), *sorted({parts[-1] for parts in words.values()})]
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in words.items():
+            for pair in itertools.pairwise(parts):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        words = {word: _merge(parts, merges[-1]) for word, parts in words.items()}
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*tokens, *map("".join, merges)]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """Join every occurrence of a pair.
+
+    >>> _merge(("a", "b", "a", "b", "c</w>"), ("a", "b"))
+    ('ab', 'ab', 'c</w>')
+    """
+    merged: list[str] = []
+    i = 0
+    while i < len(parts):
+        found = parts[i : i + 2] == pair
+        merged.append("".join(pair) if found else parts[i])
+        i += 1 + found
+    return tuple(merged)
 
 
 def build_clip(vocab_size: int, eos_token_id: int, *, judge: bool = False) -> CLIPModel:
