@@ -50,7 +50,8 @@ def measure(study: str, config: Any) -> str:
     Raises:
         UserError: If a head is missing or does not fit, or an option is out of range.
     """
-    from eval.studies.common import Bench, markdown
+    from eval.studies.common import Bench
+    from eval.tables import markdown
     from guidance.io import atomic_path, check_writable, write_json
 
     bench = Bench(config)

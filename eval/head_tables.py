@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from eval.studies.common import markdown, with_interval
+from eval.tables import markdown, with_interval
 from guidance.io import atomic_path
 
 _COLUMNS: tuple[str, ...] = ("rows", "chance", "accuracy", "auc", "spearman", "mae", "cosine", "cosine_other")

@@ -200,17 +200,12 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], card: str = "
     Raises:
         UserError: If ``folder`` holds something that is not an adapter.
     """
-    check_replaceable(folder)
+    ADAPTER_FOLDER.check_replaceable(folder)
     files = {f"{name}.yaml": text for name, text in texts.items()} | ({"README.md": card} if card else {})
     with atomic_dir(folder) as temporary:
         ADAPTER_FOLDER.write(adapter, temporary)
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
-
-
-def check_replaceable(folder: str | os.PathLike[str]) -> None:
-    """Refuse to replace a folder that is not empty and holds no adapter."""
-    ADAPTER_FOLDER.check_replaceable(folder)
 
 
 def load_adapter(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Adapter:

@@ -47,6 +47,11 @@ class ClassifierFree:
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")
 
+    @classmethod
+    def of(cls, scale: float | ClassifierFree) -> ClassifierFree:
+        """Plain classifier-free guidance of a weight; one that is there already stays."""
+        return scale if isinstance(scale, ClassifierFree) else cls(scale)
+
     def weight(self, fraction: float) -> float:
         """The weight at a fraction of the steps (0 first, below 1 last), before modulation."""
         return self.scale if self.start <= fraction < self.stop else 1.0

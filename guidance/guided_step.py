@@ -16,7 +16,7 @@ from guidance.errors import UserError
 from guidance.guides.base import is_direct, rms, unit_rms
 from guidance.lockstep import lockstep, plain, split_parts
 from guidance.pipelines import latent_channels
-from guidance.taps import forward_with_gradient
+from guidance.taps import forward_with_gradient, prediction_of
 
 #: On a CPU, models with more weights than this per number of their input run all parts in step
 #: (:mod:`guidance.lockstep`): reading weights once is then worth more than the copies it takes.  Stable Diffusion at
@@ -129,7 +129,7 @@ class GuidedStep:
         call, c = self.owner.original, self._conditional
         if not due:
             output = call(self.sample, self.timestep, *self.args, **self.kwargs)
-            return list(_prediction(output).chunk(self.parts)), [], output
+            return list(prediction_of(output).chunk(self.parts)), [], output
         calls, x = self._calls, self._x
         targets = [_target(group, self._times, record) for group in due]
         taps = list(dict.fromkeys(g.tap for group in due for g in group.guides))
@@ -142,17 +142,17 @@ class GuidedStep:
 
         unet = self.owner.unet
         output, gradients = forward_with_gradient(forward, unet, x, taps, targets, self._predict_x0)
-        predictions = split_parts(_prediction(output), c)
+        predictions = split_parts(prediction_of(output), c)
         for p in self._unconditional() if len(predictions) < self.parts else ():
             x, t, args, kwargs = calls[p]
             with torch.no_grad():
-                predictions.insert(p, _prediction(call(x, t, *args, **kwargs)))
+                predictions.insert(p, prediction_of(call(x, t, *args, **kwargs)))
         return predictions, gradients, output
 
     def _predict_x0(self, output: Any, x: Tensor, through: bool) -> Tensor:
         """x0 of the conditional part; not ``through``: with eps held fixed, so that dx0/dx = 1/alpha."""
         schedule, t = self.owner.schedule, self._times
-        x, prediction = (_precise(v[:, : self._channels]) for v in (x, plain(_prediction(output))))
+        x, prediction = (_precise(v[:, : self._channels]) for v in (x, plain(prediction_of(output))))
         if through:
             return schedule.to_x0(prediction, x, t)
         alpha, sigma = (rearrange(v.to(x.dtype), "b -> b 1 1 1") for v in schedule.alpha_sigma(t))
@@ -219,10 +219,6 @@ def _cut(value: Any, part: int, parts: int, batch: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_cut(v, part, parts, batch) for v in value)
     return value
-
-
-def _prediction(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
 
 
 def _precise(x: Tensor) -> Tensor:

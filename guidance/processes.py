@@ -22,3 +22,9 @@ def join_processes() -> PartialState:
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return PartialState(cpu=several and not torch.accelerator.is_available())
+
+
+def leave_processes(state: PartialState) -> None:
+    """Part from the other processes at a script's end; alone there is nothing to part from."""
+    if state.num_processes > 1:
+        state.destroy_process_group()

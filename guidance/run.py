@@ -110,7 +110,7 @@ def sample_arms(
         UserError: If the store holds images of the same name made in another way.
     """
     name = check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler, batch_size=batch_size)
-    cfg = cfg_scale if isinstance(cfg_scale, ClassifierFree) else ClassifierFree(cfg_scale)
+    cfg = ClassifierFree.of(cfg_scale)
     common: dict[str, Any] = {"cfg_scale": float(cfg.scale), "cfg": cfg.describe()}
     common |= {"scheduler": name, "num_steps": num_steps}
     common |= {"model": model, "model_fingerprint": fingerprint(pipe.unet), "version": toolkit_version()}

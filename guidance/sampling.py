@@ -19,7 +19,6 @@ from guidance.apply import StepRecord, apply_guidance, cfg_parts
 from guidance.cfg import ClassifierFree
 from guidance.errors import UserError, nearest
 from guidance.guides.base import Guide, run_prompts
-from guidance.schedule import step_position
 from guidance.scoring import scoring
 from guidance.start import FromNoise, Start
 
@@ -103,7 +102,7 @@ def sample_latents(
     """
     if len(prompts) != len(seeds):
         raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
-    cfg = cfg_scale if isinstance(cfg_scale, ClassifierFree) else ClassifierFree(cfg_scale)
+    cfg = ClassifierFree.of(cfg_scale)
     watch = scoring(pipe, cfg.modulate, len(prompts)) if cfg.modulate else nullcontext()
     with using_scheduler(pipe, scheduler), watch as scorer, apply_guidance(pipe, guides) as handle:
         text = encode_prompts(pipe, prompts, negative_prompt, cfg.scale)
@@ -111,20 +110,20 @@ def sample_latents(
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
         extra = step_options(pipe.scheduler, generators, eta)
         run = (start or FromNoise()).begin(pipe, initial_noise(pipe, generators), num_steps)
-        x = run.x
+        x, skipped = run.x, len(pipe.scheduler.timesteps) - len(run.timesteps)
         parts = len(text) // len(prompts)
         tokens = cfg_parts.set(parts), run_prompts.set(tuple(guide_prompts or prompts))
         try:
             for i, t in enumerate(tqdm(run.timesteps, disable=not progress, desc="sample", leave=False)):
-                index, total, _ = step_position(pipe.scheduler, t)
-                needed = 1 if cfg.weight(index / total) == 1 and not guides and scorer is None else parts
+                fraction = (skipped + i) / (skipped + len(run.timesteps))
+                needed = 1 if cfg.weight(fraction) == 1 and not guides and scorer is None else parts
                 x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * needed), t))
                 states = text[-needed * len(prompts) :]
                 output = pipe.unet(x_in, t, encoder_hidden_states=states, return_dict=False)[0]
                 scores = None if scorer is None else scorer.take()[0]
                 if needed == 2:
                     uncond, cond = output.chunk(2)
-                    output = cfg.combine(uncond, cond, index / total, scores)
+                    output = cfg.combine(uncond, cond, fraction, scores)
                 x = run.after_step(pipe.scheduler.step(output, t, x, return_dict=False, **extra)[0], i)
                 if callback is not None:
                     other = callback(i, x, handle.records[-1] if handle.records else None)

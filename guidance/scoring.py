@@ -17,7 +17,7 @@ from guidance.guides.base import Guide
 from guidance.lockstep import plain
 from guidance.pipelines import latent_channels
 from guidance.schedule import NoiseSchedule, step_position
-from guidance.taps import X0, X0_THROUGH_UNET, capture
+from guidance.taps import X0, X0_THROUGH_UNET, capture, prediction_of
 
 
 class StepScorer:
@@ -66,7 +66,7 @@ class StepScorer:
         return plain(v)[-self.batch :].detach().float().contiguous()
 
     def _x0(self, output: Any, sample: Tensor, t: Tensor) -> Float[Tensor, "b c y x"]:
-        prediction = self._conditional(output[0] if isinstance(output, tuple) else output.sample)
+        prediction = self._conditional(prediction_of(output))
         c = latent_channels(self.pipe.unet)
         return self.schedule.to_x0(prediction[:, :c], self._conditional(sample)[:, :c], t)
 

@@ -75,6 +75,11 @@ def _features(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def prediction_of(output: Any) -> Tensor:
+    """The prediction in a denoiser's output: of a tuple the first entry, else its ``sample``."""
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
 @contextmanager
 def capture(model: nn.Module, taps: Sequence[str] = (MID_BLOCK,)) -> Iterator[dict[str, Tensor]]:
     """Read features while the model runs unchanged.

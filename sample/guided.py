@@ -272,15 +272,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_explain(config))
         return
     folder = sample_guided(config)
-    from guidance.processes import join_processes
+    from guidance.processes import join_processes, leave_processes
     from guidance.records import RecordStore
     from guidance.run_folder import GRID_FILE, summarise
 
     state = join_processes()
     if state.is_main_process:
         print(f"\n{summarise(RecordStore(folder).load())}\n\ngrid: {folder / GRID_FILE}")
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    leave_processes(state)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Cache features of a dataset for training heads.",
         default_config="configs/cache/testbed.yaml",
     )
-    from guidance.processes import join_processes
+    from guidance.processes import join_processes, leave_processes
 
     state = join_processes()
     cache = cache_dataset(config)
@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{len(cache)} rows of {shape} features from {state.num_processes} process(es) in {config.folder}"
         )
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    leave_processes(state)
 
 
 if __name__ == "__main__":

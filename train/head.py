@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default_config="configs/head/testbed-aesthetic.yaml",
     )
     head = train_head(config)
-    from guidance.processes import join_processes
+    from guidance.processes import join_processes, leave_processes
 
     state = join_processes()
     if state.is_main_process:
@@ -234,8 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{config.output}: {headline} on test rows; guides from {head.config.start} to {head.config.stop}"
         )
-    if state.num_processes > 1:
-        state.destroy_process_group()
+    leave_processes(state)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
-from eval.studies.common import Bench, StudyConfig, agreement, drift, truth_change, with_interval
-from guidance.arms import Arm, guide_arms
+from eval.studies.common import (
+    Bench,
+    StudyConfig,
+    agreement,
+    guided_arms,
+    pixel_rms,
+    resampled,
+    truth_change,
+)
+from eval.tables import with_interval
+from guidance.arms import Arm
 from guidance.errors import UserError
-from guidance.guide_specs import AmortisedSpec, GuideSpec, MidBlockSpec
+from guidance.guide_specs import AmortisedSpec, MidBlockSpec
 from guidance.options import option
 
-_RESAMPLES = 2000
 _FACTORS = (0.75, 1.0, 1.3)
 
 
@@ -41,8 +48,8 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         scheduler, _, steps = sampler.rpartition("-")
         if not (scheduler and steps.isdecimal()):
             raise UserError(f"Expected samplers as SCHEDULER-STEPS, got '{sampler}'; for example ddim-25.")
-        teacher = _arms("gradient", MidBlockSpec(head=config.head), [config.scale])
-        student = _arms(
+        teacher = guided_arms("gradient", MidBlockSpec(head=config.head), [config.scale])
+        student = guided_arms(
             "amortised", AmortisedSpec(adapter=config.adapter), [f * config.scale for f in _FACTORS]
         )
         arms = [Arm("unguided"), *teacher, *student]
@@ -50,8 +57,9 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         sampled = bench.sample(f"amortised/{sampler}", bench.captions(), arms, **options)
         base, taught = sampled["unguided"], sampled[teacher[0].name]
         gains = np.stack([sampled[a.name].truth - base.truth for a in student])
-        drifts = np.stack([drift(base, sampled[a.name]) for a in student])
-        ratio = equal_drift_ratio(gains, drifts, taught.truth - base.truth, drift(base, taught))
+        drifts = np.stack([pixel_rms(base.images, sampled[a.name].images) for a in student])
+        wanted = pixel_rms(base.images, taught.images)
+        ratio = equal_drift_ratio(gains, drifts, taught.truth - base.truth, wanted)
         for arm in arms:
             s = sampled[arm.name]
             rows.append(
@@ -59,17 +67,13 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
                     "sampler": sampler,
                     "arm": arm.name,
                     "truth, sd [95%]": truth_change(base, s),
-                    "drift, grey levels": f"{drift(base, s).mean():.1f}",
+                    "drift, grey levels": f"{pixel_rms(base.images, s.images).mean():.1f}",
                     "object / colour / time agree": agreement(bench, s),
                     "gain at equal drift, % of gradient's [95%]": ratio if arm is student[1] else "",
                     "time": f"{s.seconds / base.seconds:.2f}x",
                 }
             )
     return rows
-
-
-def _arms(name: str, spec: GuideSpec, scales: Sequence[float]) -> list[Arm]:
-    return [dataclasses.replace(a, name=f"{name}, {a.name}") for a in guide_arms([spec], scales)[1:]]
 
 
 def equal_drift_ratio(gains: np.ndarray, drifts: np.ndarray, gain: np.ndarray, wanted: np.ndarray) -> str:
@@ -90,8 +94,7 @@ def equal_drift_ratio(gains: np.ndarray, drifts: np.ndarray, gain: np.ndarray, w
         return 100 * float(np.interp(wanted[rows].mean(), x[order], y[order]) / gain[rows].mean())
 
     n = len(gain)
-    draws = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
-    low, high = np.quantile([ratio(rows) for rows in draws], [0.025, 0.975])
+    low, high = np.quantile([ratio(rows) for rows in resampled(n)], [0.025, 0.975])
     outside = not drifts.mean(1).min() <= wanted.mean() <= drifts.mean(1).max()
     note = " (drift outside the student's range)" if outside else ""
     return with_interval(ratio(np.arange(n)), (float(low), float(high)), ".0f") + note

@@ -9,8 +9,9 @@ import numpy as np
 
 from eval.clip_score import clip_score
 from eval.paired import bootstrap_mean
-from eval.studies.common import Bench, Sampled, StudyConfig, agreement, with_interval
-from guidance.arms import Arm, guide_arms
+from eval.studies.common import Bench, Sampled, StudyConfig, agreement, guided_arms
+from eval.tables import with_interval
+from guidance.arms import Arm
 from guidance.guide_specs import ClipSpec, EmbeddingSpec, GuideSpec
 from guidance.options import option
 
@@ -37,8 +38,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     ]
     arms = [Arm("unguided", conditioning="")]
     for name, spec, own in specs:
-        guided = guide_arms([spec], own)[1:]
-        arms += [dataclasses.replace(a, name=f"{name}, {a.name}", conditioning="") for a in guided]
+        arms += guided_arms(name, spec, own, conditioning="")
     jobs = bench.captions()
     sampled = bench.sample("clip", jobs, [*arms, Arm("caption")], cfg_scale=1.0)
     sampled |= bench.sample("clip", jobs, [Arm("caption, CFG 4")], cfg_scale=4.0)

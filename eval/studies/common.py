@@ -1,26 +1,29 @@
-"""What the studies share: models loaded once, images sampled into records and read back, tables."""
+"""What the studies share: models loaded once, images sampled into records and read back, arms."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from eval.arms import load_images
-from eval.paired import paired_difference, wilson
-from guidance.arms import Arm
-from guidance.errors import UserError
+from eval.paired import PairedDifference, paired_difference, wilson
+from eval.tables import with_interval
+from guidance.arms import Arm, guide_arms
+from guidance.guide_specs import GuideSpec
 from guidance.options import option
 from guidance.prompts import Prompt, load_prompts
 from guidance.records import Record, RecordStore
 from guidance.run import Job, list_jobs, sample_arms
 from guidance.testbed.judges import Judges, load_judges
 from guidance.testbed.truth import truth_score
+
+_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +116,6 @@ class Bench:
         return sampled
 
 
-def with_interval(value: float, interval: tuple[float, float], spec: str = "+.2f") -> str:
-    """Write a number and its interval.
-
-    >>> with_interval(0.5, (0.4, 0.62))
-    '+0.50 [+0.40, +0.62]'
-    """
-    low, high = interval
-    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
-
-
 def share(hits: Sequence[bool] | np.ndarray) -> str:
     """A percentage with its Wilson interval.
 
@@ -134,34 +127,34 @@ def share(hits: Sequence[bool] | np.ndarray) -> str:
     return f"{100 * hits.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def change(base: Sampled, before: np.ndarray, after: np.ndarray) -> PairedDifference:
+    """Paired change of a value an image, the base's images being the pairs."""
+    return paired_difference(before, after, [r.prompt_id + str(r.seed) for r in base.records])
+
+
 def truth_change(base: Sampled, other: Sampled) -> str:
     """Paired change of the truth score, in standard deviations of the base's images."""
-    d = paired_difference(base.truth, other.truth, [r.prompt_id + str(r.seed) for r in base.records])
+    d = change(base, base.truth, other.truth)
     return with_interval(d.effect_size, d.effect_interval)
 
 
-def agreement(bench: Bench, sampled: Sampled, names: Sequence[str] = ("object", "colour", "time")) -> str:
-    """Share of images in which the judge classifier sees what the caption says."""
+def agreement(bench: Bench, sampled: Sampled) -> str:
+    """Share of images in which the judge classifier sees the object, colour and time that the caption says."""
     seen = bench.judges.agreement(sampled.images, [r.prompt for r in sampled.records])
-    return " / ".join(f"{100 * seen[name].mean():.1f}" for name in names)
+    return " / ".join(f"{100 * seen[name].mean():.1f}" for name in ("object", "colour", "time"))
 
 
-def drift(base: Sampled, other: Sampled) -> Float[np.ndarray, " n"]:
-    """Root mean square pixel difference of each pair, in grey levels."""
-    difference = base.images.astype(np.float32) - other.images.astype(np.float32)
-    return np.sqrt(np.square(difference).mean(axis=(1, 2, 3)))
+def pixel_rms(a: UInt8[np.ndarray, "n h w 3"], b: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]:
+    """Root mean square difference of each pair of images, in grey levels."""
+    return np.sqrt(np.square(a.astype(np.float32) - b.astype(np.float32)).mean(axis=(1, 2, 3)))
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table of rows with the same keys.
+def resampled(n: int) -> Int[np.ndarray, "resamples n"]:
+    """Rows of bootstrap samples of n images; the same in every study."""
+    return np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
 
-    >>> print(markdown([{"arm": "a", "score": "1"}]))
-    | arm | score |
-    |---|---|
-    | a | 1 |
-    """
-    if not rows:
-        raise UserError("Expected at least one row, got none.")
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    text = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([text[0], "|" + "---|" * len(rows[0]), *text[1:]])
+
+def guided_arms(name: str, spec: GuideSpec, scales: Sequence[float], **changes: Any) -> list[Arm]:
+    """The arms of a guide at each scale, without the unguided one, called ``NAME, scale=...``."""
+    arms = guide_arms([spec], scales)[1:]
+    return [dataclasses.replace(arm, name=f"{name}, {arm.name}", **changes) for arm in arms]

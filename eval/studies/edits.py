@@ -11,7 +11,8 @@ from PIL import Image
 from scipy.ndimage import maximum_filter
 
 from eval.paired import bootstrap_mean
-from eval.studies.common import Bench, StudyConfig, share, with_interval
+from eval.studies.common import Bench, StudyConfig, pixel_rms, share
+from eval.tables import with_interval
 from guidance.grid import labelled_grid
 from guidance.guide_specs import EmbeddingSpec, MidBlockSpec
 from guidance.io import atomic_path
@@ -115,10 +116,6 @@ def _judge(
         "edit seen, % [95%]": share(done),
         "all others kept, % [95%]": share(kept),
         "moved outside the edit, grey levels": f"{np.sqrt(moved.sum((1, 2, 3)) / counted).mean():.1f}",
-        "from the edited scene, grey levels": f"{_rms(images, target):.1f}",
+        "from the edited scene, grey levels": f"{pixel_rms(images, target).mean():.1f}",
         "truth [95%]": with_interval(float(truth.mean()), bootstrap_mean(truth)),
     }
-
-
-def _rms(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.sqrt(np.square(a.astype(np.float32) - b).mean(axis=(1, 2, 3))).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 
-from eval.paired import paired_difference
-from eval.studies.common import Bench, Sampled, StudyConfig, agreement, with_interval
-from guidance.arms import Arm, guide_arms
+from eval.studies.common import Bench, Sampled, StudyConfig, agreement, change, guided_arms
+from eval.tables import with_interval
+from guidance.arms import Arm
 from guidance.encoding import FeatureEncoder
 from guidance.guide_specs import AmortisedSpec, GuideSpec, MidBlockSpec
 from guidance.guides import MidBlockGuide
@@ -53,23 +54,17 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
             specs[label] = MidBlockSpec(head=first, committee=others, pessimism=k, start=config.start)
     if config.adapter:
         specs["adapter"] = AmortisedSpec(adapter=config.adapter, start=config.start)
-    arms = [Arm("unguided")]
-    for name, spec in specs.items():
-        guided = guide_arms([spec], config.scales)[1:]
-        arms += [dataclasses.replace(arm, name=f"{name}, {arm.name}") for arm in guided]
-    sampled = bench.sample("overoptimisation", bench.captions(), arms, cfg_scale=config.cfg_scale)
+    arms = {name: guided_arms(name, spec, config.scales) for name, spec in specs.items()}
+    every = [Arm("unguided"), *itertools.chain.from_iterable(arms.values())]
+    sampled = bench.sample("overoptimisation", bench.captions(), every, cfg_scale=config.cfg_scale)
     judge = MidBlockGuide(bench.head(first))
     own = {name: head_scores(bench.pipe, judge, s) for name, s in sampled.items()}
     base, rows = sampled["unguided"], []
     curves: dict[str, list[tuple[float, float, float]]] = {}
-    for name in specs:
-        for arm in arms:
-            if not arm.name.startswith(f"{name}, scale"):
-                continue
-            truth, opinion = (
-                _change(base, a, b)
-                for a, b in ((base.truth, sampled[arm.name].truth), (own["unguided"], own[arm.name]))
-            )
+    for name, guided in arms.items():
+        for arm in guided:
+            truth = change(base, base.truth, sampled[arm.name].truth)
+            opinion = change(base, own["unguided"], own[arm.name])
             scale = arm.descriptions[0]["guidance_scale"]
             curves.setdefault(name, []).append((scale, truth.effect_size, opinion.effect_size))
             rows.append(
@@ -85,10 +80,6 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
             )
     _plot(bench.folder / "overoptimisation.png", curves)
     return rows
-
-
-def _change(base: Sampled, a: np.ndarray, b: np.ndarray) -> Any:
-    return paired_difference(a, b, [r.prompt_id for r in base.records])
 
 
 @torch.no_grad()

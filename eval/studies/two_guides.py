@@ -6,13 +6,12 @@ import dataclasses
 
 import numpy as np
 
-from eval.studies.common import Bench, Sampled, StudyConfig, share, truth_change, with_interval
+from eval.studies.common import Bench, Sampled, StudyConfig, resampled, share, truth_change
+from eval.tables import with_interval
 from guidance.arms import Arm, guide_arms
 from guidance.guide_specs import MidBlockSpec
 from guidance.options import option
 from guidance.testbed.scenes import ATTRIBUTES
-
-_RESAMPLES = 2000
 
 
 @dataclasses.dataclass
@@ -66,7 +65,7 @@ def _join(parts: list[Sampled]) -> Sampled:
 
 def _of_own(base: np.ndarray, alone: np.ndarray, together: np.ndarray) -> str:
     """Ratio of mean effects in percent, with a bootstrap interval over images; "-" if there is none alone."""
-    rows = np.random.default_rng(0).integers(len(base), size=(_RESAMPLES, len(base)))
+    rows = resampled(len(base))
     own, left = ((values - base)[rows].mean(1) for values in (alone, together))
     if min(np.mean(own >= 0), np.mean(own <= 0)) > 0.025:  # it may as well have none
         return "-"
