@@ -64,6 +64,49 @@ def frechet_distance(
     return float((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * eigenvalues.sqrt().sum())
 
 
+def save_statistics(
+    path: str | os.PathLike[str],
+    mu: Float[np.ndarray, " d"],
+    sigma: Float[np.ndarray, "d d"],
+    n: int | None = None,
+) -> None:
+    """Write ``mu``, ``sigma`` and, where known, ``n`` into an ``.npz``, which pytorch-fid and clean-fid read too.
+
+    Raises:
+        UserError: If the name ends in anything else.
+    """
+    if not os.fspath(path).endswith(".npz"):
+        raise UserError(f"Expected a file name that ends in .npz, got '{path}'.")
+    arrays: dict[str, Any] = {"mu": mu, "sigma": sigma} | ({} if n is None else {"n": np.int64(n)})
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **arrays)
+
+
+def load_statistics(
+    path: str | os.PathLike[str],
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"], int | None]:
+    """Read ``mu``, ``sigma`` (float64) and ``n`` of an ``.npz``; None for n where another package left it out.
+
+    Raises:
+        UserError: If the file is missing or is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu, sigma = (np.asarray(file[key], np.float64) for key in ("mu", "sigma"))
+            n = int(file["n"]) if "n" in file else None
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
+            raise ValueError(f"shapes {mu.shape} and {sigma.shape}")
+    except FileNotFoundError:
+        raise UserError(f"Expected reference statistics at '{path}', found none; check the path.") from None
+    # what a text file, a cut file and a bare array raise; OSError: a folder
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"Expected reference statistics, mu (d,) and sigma (d, d), in '{path}', got something else; write "
+            "them with save_reference or save_statistics."
+        ) from error
+    return mu, sigma, n
+
+
 class FrechetDistance(Metric):
     """Frechet distance from streamed sums: features are never kept, processes merge by addition.
 
@@ -157,33 +200,24 @@ class FrechetDistance(Metric):
                 setattr(self, name, value)
 
     def save_reference(self, path: str | os.PathLike[str]) -> None:
-        """Write mean, covariance and number of the real side as ``mu``, ``sigma``, ``n`` of an ``.npz``."""
+        """Write the real side with `save_statistics`."""
         mu, sigma = (x.cpu().numpy() for x in self.statistics(real=True))
-        if not os.fspath(path).endswith(".npz"):
-            raise UserError(f"Expected a file name that ends in .npz, got '{path}'.")
-        with atomic_path(path) as temporary:
-            np.savez(temporary, mu=mu, sigma=sigma, n=np.int64(self.real_n))
+        save_statistics(path, mu, sigma, int(self.real_n))
 
     def load_reference(self, path: str | os.PathLike[str]) -> None:
         """Replace the real side by statistics that `save_reference` wrote (more samples may be added).
 
         Raises:
-            UserError: If the file is missing, is not such a file, or has another width.
+            UserError: If the file is missing, is not such a file, or has another width or no n.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                mu, sigma, n = (np.asarray(file[key], np.float64) for key in ("mu", "sigma", "n"))
-        except FileNotFoundError:
+        mu, sigma, n = load_statistics(path)
+        if n is None:
             raise UserError(
-                f"Expected reference statistics at '{path}', found none; check the path."
-            ) from None
-        except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"Expected reference statistics with mu, sigma and n in '{path}', got something else; write "
-                "them with save_reference."
-            ) from error
+                f"Expected the number of samples, n, beside mu and sigma in '{path}', found none; write it with "
+                "save_reference, or take frechet_distance, which needs no n."
+            )
         d = self.num_features
-        if mu.shape != (d,) or sigma.shape != (d, d) or n.shape != () or n < 2:
+        if mu.shape != (d,) or n < 2:
             raise UserError(
                 f"Expected reference statistics of {d} features in '{path}', got {mu.shape} and "
                 f"{sigma.shape} of n={n}; use those of the same features."
