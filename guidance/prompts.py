@@ -1,12 +1,12 @@
-"""Prompts of a run: the testbed's own, a published set in a file, or texts."""
+"""Prompts of a run: the testbed's own, a published set by its name or in a file, or texts."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
+import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,17 @@ from typing import Any
 import numpy as np
 
 from guidance.errors import UserError, nearest
+from guidance.prompt_files import (
+    CATEGORY_COLUMNS,
+    CHALLENGE_COLUMNS,
+    PROMPT_COLUMNS,
+    READERS,
+    find_key,
+    read_rows,
+    require_cell,
+)
+from guidance.prompt_sets import PUBLISHED_SETS, read_published
 
-#: Names of a prompt column, best first, in any letter case (PartiPrompts: Prompt, DrawBench: Prompts).
-PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 TESTBED_DEFAULT = 64
 
 
@@ -37,37 +45,60 @@ class Prompt:
 
 
 def load_prompts(
-    source: str | os.PathLike[str] | Sequence[str], n: int | None = None, seed: int = 0
+    source: str | os.PathLike[str] | Sequence[str],
+    n: int | None = None,
+    seed: int = 0,
+    *,
+    category: str | Sequence[str] | None = None,
+    per_category: int | None = None,
 ) -> list[Prompt]:
     """Load prompts; blank ones are left out, and of equal ones all but the first.
 
     (The prompt is the unit of every statistic, so that a repeated one would be counted twice.)
 
     Args:
-        source: A named set (a key of :data:`PROMPT_SETS`: "testbed" holds test captions never seen in
-            training); a file: ``.txt`` with one prompt a line, or ``.csv``, ``.tsv``, ``.json``, ``.jsonl``,
-            ``.parquet`` with a column of :data:`PROMPT_COLUMNS` and perhaps Category (or tag) and
-            Challenge; or a list of texts.
+        source: A named set: a key of :data:`PROMPT_SETS` ("testbed" holds test captions never seen in
+            training) or of ``PUBLISHED_SETS`` (parti, drawbench, coco, geneval, instruct-pix2pix; downloaded);
+            a file: ``.txt`` with one prompt a line, or ``.csv``, ``.tsv``, ``.json``, ``.jsonl``,
+            ``.parquet`` with a column of ``PROMPT_COLUMNS`` and perhaps Category (or tag) and
+            Challenge; or a list of texts, of which all are taken.
         n: How many; None for all (64 of the endless testbed).  The first m of n are those that ``n=m``
             gives.  A source with fewer gives all it has.
         seed: Which ones, and in which order; with ``n=None`` a file keeps its own order.
+        category: One or several categories or challenges to take prompts of, in any letter case.
+        per_category: At most this many of each category (of each one named, if some are).
 
     Raises:
-        UserError: If there is no such set or file, it holds no prompt, or no column of prompts.
+        UserError: If there is no such set, file or category, it holds no prompt, or no column of prompts.
     """
-    if n is not None and n < 1:
-        raise UserError(f"Expected at least one prompt, got n={n}.")
+    for name, value in (("n", n), ("per_category", per_category)):
+        if value is not None and value < 1:
+            raise UserError(f"Expected at least one prompt, got {name}={value}.")
+    wanted = [category] if isinstance(category, str) else list(category or [])
+    chosen = bool(wanted) or per_category is not None
+    if isinstance(source, str | os.PathLike) and str(source) in PROMPT_SETS:
+        load = PROMPT_SETS[str(source)]
+        return _choose_endless(load, str(source), n, seed, wanted, per_category) if chosen else load(n, seed)
+    prompts, where = _load_all(source)
+    if chosen:
+        _check_categories(prompts, wanted, where)
+    if isinstance(source, str | os.PathLike) and (n is not None or per_category is not None):
+        prompts = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+        return _choose(prompts, wanted, per_category)[:n]
+    return _choose(prompts, wanted, per_category)
+
+
+def _load_all(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[Prompt], str]:
+    """Return every prompt of a source that ends, and what to call it."""
     if not isinstance(source, str | os.PathLike):
-        return _unique("prompt", ({"prompt": text} for text in source), "the list of prompts")
-    if str(source) in PROMPT_SETS:
-        return PROMPT_SETS[str(source)](n, seed)
-    file = Path(source).expanduser()
-    if file.suffix.lower() not in _READERS or not file.is_file():
+        where = "the list of prompts"
+        return _unique("prompt", ({"prompt": text} for text in source), where), where
+    name, file = str(source), Path(source).expanduser()
+    if name in PUBLISHED_SETS:
+        return _unique(name, read_published(name), f"'{name}'"), f"'{name}'"
+    if file.suffix.lower() not in READERS or not file.is_file():
         raise UserError(_not_found(file))
-    prompts = _unique(_slug(file.stem), _read(file), f"'{file}'")
-    if n is None:
-        return prompts
-    return [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))[:n]]
+    return _unique(slug(file.stem), read_rows(file), f"'{file}'"), f"'{file}'"
 
 
 def _testbed(split: str) -> Callable[[int | None, int], list[Prompt]]:
@@ -85,7 +116,7 @@ def _testbed(split: str) -> Callable[[int | None, int], list[Prompt]]:
     return load
 
 
-#: Named sets: name -> ``load(n, seed)``.
+#: Sets drawn here: name -> ``load(n, seed)``.
 PROMPT_SETS: dict[str, Callable[[int | None, int], list[Prompt]]] = {
     "testbed": _testbed("test"),
     "testbed:test": _testbed("test"),
@@ -94,12 +125,63 @@ PROMPT_SETS: dict[str, Callable[[int | None, int], list[Prompt]]] = {
 }
 
 
+def _choose(prompts: Sequence[Prompt], wanted: Sequence[str], per_category: int | None) -> list[Prompt]:
+    """Keep the prompts of the wanted categories (all, if none is named), the first few of each."""
+    kept: list[Prompt] = []
+    taken: Counter[str] = Counter()
+    names = [name.lower() for name in wanted]
+    for prompt in prompts:
+        own = [prompt.category.lower(), prompt.challenge.lower()] if names else [prompt.category]
+        label = next((name for name in own if not names or name in names), None)
+        if label is not None and (per_category is None or taken[label] < per_category):
+            taken[label] += 1
+            kept.append(prompt)
+    return kept
+
+
+def _choose_endless(
+    load: Callable[[int | None, int], list[Prompt]],
+    name: str,
+    n: int | None,
+    seed: int,
+    wanted: Sequence[str],
+    per_category: int | None,
+) -> list[Prompt]:
+    """Draw prompts until there are enough of the wanted categories."""
+    pool = load(4 * TESTBED_DEFAULT, seed)
+    _check_categories(pool, wanted, f"the first {len(pool)} prompts of '{name}'")
+    enough = TESTBED_DEFAULT if n is None else n
+    if per_category is not None:
+        all_of_them = per_category * len(set(wanted) or {prompt.category for prompt in pool})
+        enough = all_of_them if n is None else min(n, all_of_them)
+    while len(found := _choose(pool, wanted, per_category)) < enough:
+        pool = load(2 * len(pool), seed)
+    return found[:enough]
+
+
+def _check_categories(prompts: Sequence[Prompt], wanted: Sequence[str], where: str) -> None:
+    counts = Counter(p.category for p in prompts if p.category)
+    counts.update(p.challenge for p in prompts if p.challenge)
+    if not counts:
+        raise UserError(f"Expected prompts with a category, but {where} has none; leave the category out.")
+    known = {name.lower(): name for name in counts}
+    for name in wanted:
+        if name.lower() not in known:
+            close = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f" Did you mean '{known[close[0]]}'?" if close else ""
+            listed = ", ".join(f"{label} ({count})" for label, count in sorted(counts.items()))
+            raise UserError(f"Expected a category of {where}, got '{name}'.{hint} There are {listed}.")
+
+
 def _unique(tag: str, rows: Iterable[Mapping[str, Any]], where: str) -> list[Prompt]:
     found: dict[str, Prompt] = {}
     for index, row in enumerate(rows):
-        text = " ".join(str(_cell(row, PROMPT_COLUMNS, where)).split())
+        cell = require_cell(row, PROMPT_COLUMNS, where)
+        if isinstance(cell, list | tuple):  # the captions of one image
+            cell = cell[0] if cell else ""
+        text = " ".join(str(cell).split())
         if text and text not in found:
-            keys = _key(row, ("category", "tag")), _key(row, ("challenge",))
+            keys = find_key(row, CATEGORY_COLUMNS), find_key(row, CHALLENGE_COLUMNS)
             classes = [str(row[key] or "") if key else "" for key in keys]
             found[text] = Prompt(f"{tag}-{index:04d}", text, *classes)
     if not found:
@@ -107,96 +189,24 @@ def _unique(tag: str, rows: Iterable[Mapping[str, Any]], where: str) -> list[Pro
     return list(found.values())
 
 
-def _cell(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
-    key = _key(row, names)
-    if key is None:
-        raise UserError(
-            f"Expected a column {' or '.join(names)} in {where}, got {', '.join(map(str, row)) or 'none'}; "
-            "rename the column that holds the prompts to 'prompt'."
-        )
-    return "" if row[key] is None else row[key]
+def slug(text: str) -> str:
+    """Make a name fit for files and identifiers.
 
-
-def _key(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The key of a row that is the first of these names, whatever its letter case."""
-    keys = {str(key).strip().lower(): key for key in row}
-    return next((keys[name] for name in names if name in keys), None)
-
-
-def _slug(text: str) -> str:
+    >>> slug("my prompts (2)")
+    'my-prompts-2'
+    """
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:40] or "prompts"
-
-
-def _read(file: Path) -> list[Mapping[str, Any]]:
-    try:
-        return list(_READERS[file.suffix.lower()](file))
-    except UserError:
-        raise
-    except (ValueError, csv.Error) as error:  # malformed JSON and parquet, text that is not UTF-8
-        raise UserError(
-            f"Expected prompts in '{file}', but it cannot be read as {file.suffix} "
-            f"({str(error).splitlines()[0]}); save it again, text as UTF-8."
-        ) from error
-
-
-def _read_lines(file: Path) -> list[Mapping[str, Any]]:
-    return [{"prompt": line} for line in file.read_text(encoding="utf-8-sig").splitlines()]
-
-
-def _read_table(file: Path) -> list[Mapping[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ","))
-
-
-def _read_json(file: Path) -> list[Mapping[str, Any]]:
-    content = json.loads(file.read_text(encoding="utf-8-sig"))
-    return _objects(
-        content["prompts"] if isinstance(content, dict) and "prompts" in content else content, file
-    )
-
-
-def _read_json_lines(file: Path) -> list[Mapping[str, Any]]:
-    lines = file.read_text(encoding="utf-8-sig").split("\n")
-    return _objects([json.loads(line) for line in lines if line.strip()], file)
-
-
-def _read_parquet(file: Path) -> list[Mapping[str, Any]]:
-    import pyarrow.parquet as parquet
-
-    wanted = {*PROMPT_COLUMNS, "category", "tag", "challenge"}
-    names = parquet.read_schema(file).names
-    kept = [name for name in names if name.lower() in wanted]  # images beside the prompts stay on the disk
-    rows: list[Mapping[str, Any]] = parquet.read_table(file, columns=kept or names).to_pylist()
-    return rows
-
-
-def _objects(content: Any, file: Path) -> list[Mapping[str, Any]]:
-    if not isinstance(content, list) or not all(isinstance(item, str | dict) for item in content):
-        raise UserError(
-            f"Expected a list of texts or of objects with a key 'prompt' in '{file}'; change it to one."
-        )
-    return [{"prompt": item} if isinstance(item, str) else item for item in content]
-
-
-_READERS: dict[str, Callable[[Path], list[Mapping[str, Any]]]] = {
-    ".txt": _read_lines,
-    ".csv": _read_table,
-    ".tsv": _read_table,
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-}
 
 
 def _not_found(file: Path) -> str:
     if file.is_file():
         return (
-            f"Expected a prompt file that ends in {', '.join(_READERS)}, got '{file}'; rename or convert it."
+            f"Expected a prompt file that ends in {', '.join(READERS)}, got '{file}'; rename or convert it."
         )
-    if file.suffix.lower() in _READERS:
+    if file.suffix.lower() in READERS:
         hint = nearest(
-            file.name, sorted(p.name for p in file.parent.glob("*") if p.suffix.lower() in _READERS)
+            file.name, sorted(p.name for p in file.parent.glob("*") if p.suffix.lower() in READERS)
         )
     else:
-        hint = nearest(str(file), PROMPT_SETS)
+        hint = nearest(str(file), [*PROMPT_SETS, *PUBLISHED_SETS])
     return f"Expected a set of prompts or a file of them, found none called '{file}'.{hint}"

@@ -38,8 +38,9 @@ FREE = ("scales", "batch_size", "grid_rows")
 class GuidedConfig:
     """Options of this script."""
 
-    prompts: Any = option("testbed", "a named set (testbed, testbed:validation), a file, or a list of texts")
+    prompts: Any = option("testbed", "a named set (testbed, parti, coco, ...), a file, or a list of texts")
     num_prompts: int | None = option(8, "prompts to take of a set or file; null for all")
+    category: Any = option(None, "category or challenge to take prompts of, or a list of them; null for all")
     seeds_per_prompt: int = option(1, "images per prompt and arm; draw j of prompt i has seed + 1000 i + j")
     seed: int = option(0, "first seed, and choice of the prompts")
     scales: list[float] = option([1.0], "guidance scales; 0, unguided, is always sampled too")
@@ -76,6 +77,9 @@ class GuidedConfig:
         texts = isinstance(self.prompts, list) and all(isinstance(text, str) for text in self.prompts)
         if not (texts or isinstance(self.prompts, str)):
             raise UserError(f"Expected prompts as a set, a file or a list of texts, got {self.prompts!r}.")
+        names = self.category if isinstance(self.category, list) else [self.category or ""]
+        if not all(isinstance(name, str) for name in names):
+            raise UserError(f"Expected a category or a list of categories, got {self.category!r}.")
 
 
 def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
@@ -108,7 +112,8 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     # everything that can be wrong is checked before the first file is written
     scales = list_scales(config.scales)
     count = config.num_prompts if isinstance(config.prompts, str) else None
-    jobs = list_jobs(load_prompts(config.prompts, count, config.seed), config.seeds_per_prompt, config.seed)
+    prompts = load_prompts(config.prompts, count, config.seed, category=config.category)
+    jobs = list_jobs(prompts, config.seeds_per_prompt, config.seed)
     folder = Path(config.output or default_output(config))
     made = None if config.fresh else read_settings(folder, _settings(config), free=FREE)
     scales = list_scales([*made["scales"], *scales]) if made else scales
@@ -183,7 +188,9 @@ def default_output(config: GuidedConfig) -> Path:
 
 def _settings(config: GuidedConfig) -> dict[str, Any]:
     """What the folder remembers: all options but where it is and how it was opened."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "fresh")}
+    # a category that is not set leaves no trace: folders made before there was one keep name and config
+    left_out = ("output", "fresh", *(["category"] if not config.category else []))
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
 
 
 def _placement(config: GuidedConfig) -> dict[str, Any]:
