@@ -9,7 +9,7 @@ have a statistic at least as large as the observed one.
                      two_sided=True)
     mmd_permutation_test(a, b, prompts, cubic_kernel, reference=real)    # KID of a less that of b, fast
 
-How many of 400 comparisons without a difference it calls different at 5%: ``python -m eval.permutation_null``.
+How many of 400 comparisons without a difference it calls different at 5%: ``python -m eval.null``.
 """
 
 from __future__ import annotations

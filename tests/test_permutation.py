@@ -7,18 +7,18 @@ import pytest
 import torch
 from scipy import stats
 
-from eval import permutation, permutation_null
+from eval import permutation
 from eval.cmmd import cmmd
 from eval.feature_sets import unit_rows
 from eval.kernels import cubic_kernel, mmd_squared, rbf_kernel
 from eval.kid import kid
+from eval.null import NullConfig, permutation_p_values, simulate_features
 from eval.permutation import mmd_permutation_test, permutation_test
-from eval.permutation_null import NullConfig, null_p_values, simulate
 from eval.precision_recall import precision_recall
 from guidance.errors import UserError
 
 PROMPTS = np.repeat(np.arange(12), 3)
-A, B = simulate(np.random.default_rng(0), 12, 3, 5)
+A, B = simulate_features(np.random.default_rng(0), 12, 3, 5)
 REAL = np.random.default_rng(1).normal(size=(30, 5))
 
 
@@ -66,15 +66,15 @@ def test_blocks_and_the_order_of_rows_change_nothing(reference, monkeypatch) -> 
 @pytest.mark.parametrize("statistic", ["kid", "kid_to_real"])
 def test_without_a_difference_one_in_twenty_is_called_different(statistic: str) -> None:
     """100 comparisons: at most 10 below 5% (97.5% of a right test), p-values uniform; 400 with the script."""
-    p = null_p_values(NullConfig(comparisons=100, statistic=statistic, prompts=20, permutations=99))
+    p = permutation_p_values(NullConfig(sets=20, permutations=99), statistic, 100)
     assert (p <= 0.05).sum() <= 10
     assert stats.kstest(p, "uniform").pvalue > 0.01
 
 
 def test_swapping_every_image_by_itself_is_wrong() -> None:
     """A method's whim on a prompt is in all its seeds: as if they were independent, far too much is different."""
-    config = NullConfig(comparisons=100, prompts=20, permutations=99, swap="image")
-    assert (null_p_values(config) <= 0.05).mean() > 0.15
+    config = NullConfig(sets=20, permutations=99, unit="image")
+    assert (permutation_p_values(config, "kid", 100) <= 0.05).mean() > 0.15
 
 
 def test_a_difference_is_found_by_any_statistic() -> None:
@@ -117,7 +117,7 @@ def test_seeds_decide_and_pairs_of_a_prompt_go_together() -> None:
     permutation_test(A, B, prompts, together, permutations=30)
 
 
-def test_bad_input_gets_one_sentence(capsys) -> None:
+def test_bad_input_gets_one_sentence() -> None:
     for a, b, prompts, message in (
         (A, B[:-1], PROMPTS, "paired"),
         (A, B, PROMPTS[:-1], "paired"),
@@ -130,13 +130,3 @@ def test_bad_input_gets_one_sentence(capsys) -> None:
             mmd_permutation_test(a, b, prompts, cubic_kernel)
     with pytest.raises(UserError, match="permutations from 1"):
         permutation_test(A, B, PROMPTS, full_kid, permutations=0)
-    with pytest.raises(SystemExit):
-        permutation_null.main(["statistic=kld"])
-    assert "Did you mean 'kid'" in capsys.readouterr().err
-
-
-def test_the_script_runs_every_statistic(capsys) -> None:
-    for name in permutation_null.TESTS:
-        words = [f"statistic={name}", "comparisons=2", "prompts=8", "permutations=9"]
-        assert permutation_null.main(words) == 0
-        assert "of 2 comparisons" in capsys.readouterr().out

@@ -1,0 +1,250 @@
+"""Do the statistics keep their promises?  Thousands of simulated comparisons, without and with an effect.
+
+    python -m eval.null                                       # the whole table, eight minutes on one core
+    python -m eval.null parts=[paired] prompts=[50,500]       # other sizes
+    python -m eval.null parts=[permutation] statistics=[fd]   # fd and fd_to_real: minutes, a decomposition a swap
+    python -m eval.null unit=image                            # wrong on purpose: seeds as if they were independent
+
+Simulated images have what real ones have: an effect of the prompt and noise, which the pair shares, and a whim of each
+method on each prompt, in which the seeds of a prompt agree (half of a delta's variance).  Where nothing differs, 5% of
+2000 comparisons may be called different, 4 to 6% by chance; of 400 permutation tests 2.8 to 7.2%.  With a planted
+effect, which differs from prompt to prompt, 95% of the intervals hold its mean, 93 to 97% by chance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from eval.feature_sets import unit_rows
+from eval.frechet import frechet_distance, moments
+from eval.kernels import cubic_kernel, rbf_kernel
+from eval.paired import PairedDifference, holm, paired_difference
+from eval.permutation import PermutationResult, mmd_permutation_test, permutation_test
+from eval.tables import markdown
+from guidance.config import friendly_errors, option, parse_config
+from guidance.errors import UserError, nearest
+
+T = TypeVar("T")
+
+#: What the value of an image is like: normal; deltas with a long right tail (the mean does not move, the median does);
+#: the same with the arms of a random half of the prompts swapped, a symmetric heavy tail; right or wrong (0/1).
+KINDS = ("normal", "skewed", "swapped", "agreement")
+SCALES = 5  # in the family that Holm's method corrects, all against one baseline
+_FEW = 99  # resamples where the interval is not read
+
+#: Lowest and highest share, percent, by what is counted.
+BARS = {
+    "false positives": (4.0, 6.0),
+    "family": (0.0, 6.0),
+    "coverage": (93.0, 97.0),
+    "permutation": (2.8, 7.2),
+}
+
+
+@dataclasses.dataclass
+class NullConfig:
+    """What is simulated."""
+
+    parts: list[str] = option(["paired", "holm", "permutation"], "what is tested")
+    comparisons: int = option(2000, "simulated comparisons a cell; of the permutation test a fifth")
+    kinds: list[str] = option(list(KINDS), "values of images: normal, skewed, swapped, agreement")
+    prompts: list[int] = option([20, 100, 200], "prompts of a comparison")
+    seeds: int = option(4, "images a prompt")
+    unit: str = option("prompt", "prompt: seeds belong together; image: each by itself, which is wrong")
+    effect: float = option(0.2, "planted mean effect; prompts are 1 apart, agreement is a share")
+    resamples: int = option(1999, "of a bootstrap; a comparison takes 9999, which costs five times the time")
+    statistics: list[str] = option(["kid", "kid_to_real", "cmmd"], "permutation: also fd, fd_to_real")
+    sets: int = option(40, "permutation: prompts of a comparison")
+    width: int = option(8, "permutation: features an image")
+    permutations: int = option(199, "permutation: random swaps of a test")
+    seed: int = option(0, "of the simulation")
+
+    def __post_init__(self) -> None:
+        known = {"parts": list(PARTS), "kinds": list(KINDS), "statistics": list(TESTS)}
+        for key, choices in known.items():
+            for value in getattr(self, key):
+                if value not in choices:
+                    raise UserError(f"Expected known {key}, got {value!r}.{nearest(value, choices)}")
+        if self.unit not in ("prompt", "image"):
+            raise UserError(f"Expected the unit prompt or image, got {self.unit!r}; prompt is right.")
+        if min(self.comparisons, self.seeds, self.resamples) < 1 or not 0 <= self.effect <= 0.25:
+            raise UserError(
+                "Expected comparisons, seeds and resamples from 1 and an effect in 0..0.25, got "
+                f"{self.comparisons}, {self.seeds}, {self.resamples} and {self.effect}."
+            )
+
+
+def simulate_values(
+    rng: np.random.Generator, kind: str, prompts: int, seeds: int, effect: float = 0.0, arms: int = 2
+) -> Float[np.ndarray, "arms n"]:
+    """Return the values of methods of which the first is the baseline, prompt by prompt.
+
+    The mean of every other method is higher by ``effect`` exactly; without one, arms can be swapped ("skewed": only
+    their means are equal).
+    """
+    shared = rng.normal(size=(prompts, 1)) + rng.normal(size=(prompts, seeds))
+    whims, own = rng.normal(size=(arms, prompts, 1)), rng.normal(size=(arms, prompts, seeds))
+    if kind in ("skewed", "swapped"):
+        whims = np.sqrt(2) * (rng.exponential(size=whims.shape) - 1)  # of the delta, of which it is all
+        whims[0] = 0
+    values = shared + whims + own
+    if kind == "swapped":
+        swap = rng.random(prompts) < 0.5
+        values[:, swap] = values[::-1, swap]
+    strength = effect * rng.uniform(0, 2, size=(prompts, 1))
+    if kind == "agreement":  # a share of the wrong images, which are half of all, is put right
+        right = values > 0
+        right[1:] |= rng.random(right[1:].shape) < 2 * strength
+        values = right.astype(np.float64)
+    else:
+        values[1:] += strength
+    return values.reshape(arms, prompts * seeds)
+
+
+def compare(config: NullConfig, kind: str, prompts: int, effect: float) -> Iterator[PairedDifference]:
+    """Yield simulated comparisons of two methods, with the statistics of a real one."""
+    rng = np.random.default_rng([config.seed, KINDS.index(kind), prompts, effect > 0])
+    for i in range(config.comparisons):
+        a, b = simulate_values(rng, kind, prompts, config.seeds, effect)
+        yield paired_difference(a, b, _units(config, prompts), seed=i, resamples=config.resamples)
+
+
+def check_paired(config: NullConfig) -> list[dict[str, str]]:
+    """Count what the paired statistics call different, and the intervals that hold a planted effect."""
+    rows = []
+    for kind in config.kinds:
+        for prompts in config.prompts:
+            name = f"{kind}, {prompts} prompts"
+            found = list(_bar(compare(config, kind, prompts, 0.0), config.comparisons, name))
+            counts = {
+                "interval without 0": [not r.interval[0] <= 0 <= r.interval[1] for r in found],
+                "Wilcoxon": [r.wilcoxon_p < 0.05 for r in found],
+                "wins without 1/2": [not r.share_interval[0] <= 0.5 <= r.share_interval[1] for r in found],
+            }
+            row = {"values": kind, "prompts": str(prompts)}
+            for column, hits in counts.items():
+                applies = kind != "skewed" or column == "interval without 0"  # the others test the median
+                row[column] = _share(hits, "false positives") if applies else "-"
+            planted = _bar(
+                compare(config, kind, prompts, config.effect), config.comparisons, f"{name}, effect"
+            )
+            inside = [r.interval[0] <= config.effect <= r.interval[1] for r in planted]
+            rows.append(row | {"effect in the interval": _share(inside, "coverage")})
+    return rows
+
+
+def check_holm(config: NullConfig) -> list[dict[str, str]]:
+    """Count the sweeps without an effect in which Holm's method leaves any scale different from the baseline."""
+    rows, prompts = [], max(config.prompts)
+    for kind in [kind for kind in config.kinds if kind in ("normal", "agreement")]:  # all arms can be swapped
+        rng = np.random.default_rng([config.seed, KINDS.index(kind), prompts])
+        adjusted, raw = [], []
+        for _ in _bar(range(config.comparisons), config.comparisons, f"{kind}, Holm"):
+            a, *others = simulate_values(rng, kind, prompts, config.seeds, arms=1 + SCALES)
+            units = _units(config, prompts)
+            p = [paired_difference(a, b, units, resamples=_FEW).wilcoxon_p for b in others]
+            adjusted.append(bool((holm(p) < 0.05).any()))
+            raw.append(min(p) < 0.05)
+        row = {"values": kind, "prompts": str(prompts)}
+        row[f"any of {SCALES} scales, Holm"] = _share(adjusted, "family")
+        rows.append(row | {"uncorrected": f"{100 * np.mean(raw):.1f}%"})
+    return rows
+
+
+def check_permutation(config: NullConfig) -> list[dict[str, str]]:
+    """Count the comparisons of equal methods that permutation tests call different."""
+    number, rows = -(-config.comparisons // 5), []
+    for name in config.statistics:
+        p = permutation_p_values(config, name, number)
+        rows.append({"set metric": name, "prompts": str(config.sets)})
+        rows[-1]["p <= 5%"] = _share(list(p <= 0.05), "permutation")
+    return rows
+
+
+PARTS = {"paired": check_paired, "holm": check_holm, "permutation": check_permutation}
+
+
+def _frechet(x: np.ndarray, y: np.ndarray) -> float:
+    return frechet_distance(*moments(x), *moments(y))
+
+
+Test = Callable[..., PermutationResult]  # a, b, real features, prompts and the options of the test
+TESTS: dict[str, Test] = {
+    "kid": lambda a, b, real, prompts, **o: mmd_permutation_test(a, b, prompts, cubic_kernel, **o),
+    "kid_to_real": lambda a, b, real, prompts, **o: mmd_permutation_test(
+        a, b, prompts, cubic_kernel, reference=real, **o
+    ),
+    "cmmd": lambda a, b, real, prompts, **o: mmd_permutation_test(
+        unit_rows(a), unit_rows(b), prompts, rbf_kernel, **o
+    ),
+    "fd": lambda a, b, real, prompts, **o: permutation_test(a, b, prompts, _frechet, **o),
+    "fd_to_real": lambda a, b, real, prompts, **o: permutation_test(
+        a, b, prompts, lambda x, y: _frechet(real, x) - _frechet(real, y), two_sided=True, **o
+    ),
+}
+
+
+def simulate_features(
+    rng: np.random.Generator, prompts: int, seeds: int, width: int
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
+    """Return the features of two methods that do not differ, ``(prompts * seeds, width)``, prompt by prompt."""
+    prompt = rng.normal(size=(prompts, 1, width))
+    noise = rng.normal(size=(prompts, seeds, width))
+    whims = rng.normal(size=(2, prompts, 1, width))
+    own = rng.normal(size=(2, prompts, seeds, width))
+    a, b = (prompt + noise + whims + own).reshape(2, prompts * seeds, width)
+    return a, b
+
+
+def permutation_p_values(
+    config: NullConfig, statistic: str, comparisons: int
+) -> Float[np.ndarray, " comparisons"]:
+    """Return the p-value of each simulated comparison of two methods that do not differ."""
+    rng, units = np.random.default_rng(config.seed), _units(config, config.sets)
+    p = np.empty(comparisons)
+    for i in _bar(range(comparisons), comparisons, statistic):
+        a, b = simulate_features(rng, config.sets, config.seeds, config.width)
+        real = simulate_features(rng, config.sets, config.seeds, config.width)[0]
+        p[i] = TESTS[statistic](a, b, real, units, permutations=config.permutations, seed=i).p
+    return p
+
+
+def _units(config: NullConfig, prompts: int) -> list[int]:
+    if config.unit == "image":
+        return list(range(prompts * config.seeds))
+    return np.repeat(np.arange(prompts), config.seeds).tolist()
+
+
+def _share(hits: Sequence[bool], bar: str) -> str:
+    """A share in percent, with a mark if it is out of the bar."""
+    low, high = BARS[bar]
+    percent = 100 * sum(hits) / len(hits)
+    return f"{percent:.1f}%" + ("" if low <= percent <= high else " !")
+
+
+def _bar(items: Iterable[T], total: int, name: str) -> Iterable[T]:
+    return tqdm(items, desc=name, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+@friendly_errors("eval.null")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this script."""
+    config = parse_config(NullConfig, argv, prog="python -m eval.null", description=__doc__ or "")
+    for part in config.parts:
+        rows = PARTS[part](config)
+        if rows:
+            print(f"\n{markdown(rows)}", flush=True)
+    bars = "; ".join(f"{name} {low:g} to {high:g}%" for name, (low, high) in BARS.items())
+    print(f"\nWith ! out of the bar: {bars}.\n-: asks for the median, which moved.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
