@@ -13,6 +13,7 @@ from eval.feature_sets import Features, FeatureSets, two_sets
 from guidance.errors import UserError
 
 _BLOCK = 1024  # rows of a distance matrix held at once
+_EXACT = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # else equal points are not at distance 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,10 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
     a, b = two_sets(real, generated)
     if min(len(a), len(b)) <= k or k < 1:
         raise UserError(f"Expected more rows than k={k} (at least 1) in each set, got {len(a)} and {len(b)}.")
-    return PrecisionRecall(float(_covered(b, a, k).double().mean()), float(_covered(a, b, k).double().mean()))
+    shares = [
+        covered(points, centres, radii(centres, k)).double().mean() for points, centres in ((b, a), (a, b))
+    ]
+    return PrecisionRecall(*map(float, shares))
 
 
 class PrecisionRecallMetric(FeatureSets):
@@ -77,9 +81,17 @@ class PrecisionRecallMetric(FeatureSets):
         return precision_recall(real, generated, self.k)
 
 
-def _covered(points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"], k: int) -> Bool[Tensor, " n"]:
-    """Which points lie within the ball of some centre."""
-    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}
-    own = [torch.cdist(part, centres, **exact) for part in centres.split(_BLOCK)]
-    radius = torch.cat([d.kthvalue(k + 1, dim=1).values for d in own])  # the nearest is the point itself
-    return torch.cat([(torch.cdist(p, centres, **exact) <= radius).any(1) for p in points.split(_BLOCK)])
+def radii(centres: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
+    """Distance of each centre to its k-th nearest neighbour among the others."""
+    own = [torch.cdist(part, centres, **_EXACT) for part in centres.split(_BLOCK)]
+    nearest = [
+        d.topk(k + 1, dim=1, largest=False).values[:, -1] for d in own
+    ]  # the first is the point itself
+    return torch.cat(nearest)
+
+
+def covered(
+    points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"], radius: Float[Tensor, " m"]
+) -> Bool[Tensor, " n"]:
+    """Tell which points lie within some centre's ball."""
+    return torch.cat([(torch.cdist(p, centres, **_EXACT) <= radius).any(1) for p in points.split(_BLOCK)])

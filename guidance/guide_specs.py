@@ -145,6 +145,10 @@ class ClipSpec(GuideSpec):
         options |= {"weights": self.weights or None, "normalize": self.normalize, "decoder": decoder}
         return ClipGuide(clip, scale, every=self.every, **self._interval(), **options)
 
+    def describe(self, guide: Any) -> dict[str, Any]:
+        """With the fingerprint of the CLIP, which must not grade what it has guided."""
+        return super().describe(guide) | {"clip_fingerprint": self._parts[0].fingerprint}
+
 
 @dataclasses.dataclass
 class EmbeddingSpec(GuideSpec):
@@ -175,6 +179,10 @@ class EmbeddingSpec(GuideSpec):
         options |= {"normalize": self.normalize, "every": self.every}
         head, clip = self.loaded
         return EmbeddingGuide(head, clip, scale, **self._interval(), **options)
+
+    def describe(self, guide: Any) -> dict[str, Any]:
+        """With the fingerprint of the CLIP, which must not grade what it has guided."""
+        return super().describe(guide) | {"clip_fingerprint": self.loaded[1].fingerprint}
 
 
 @dataclasses.dataclass

@@ -1,0 +1,202 @@
+"""Evaluate images: guided against unguided, or any arms of the same prompts, with intervals and a report.
+
+    python -m eval.images runs/samples/NAME                          # a run of sample/guided.py, against unguided
+    python -m eval.images runs/v1-4 runs/v1-5 'vary=[model_fingerprint]'              # two checkpoints, the same seeds
+    python -m eval.images runs/ddim runs/euler 'vary=[scheduler]'                     # two schedulers
+    python -m eval.images photos_a photos_b prompts=prompts.csv clip=clip:openai/clip-vit-base-patch16
+    python -m eval.images runs/edits edits=testbed:test                               # directional similarity
+    python -m eval.images dit_samples reference=imagenet_stats.npz features=inception # one arm: FID
+
+Folders are runs with records or plain folders of images, paired by file name.  Writes report.html (one file, opens
+anywhere), summary.json, rows.csv and rows.parquet.  Features are cached by image: a killed run goes on, a second one is
+quick.  Several processes share the work: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m eval.images ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guidance.config import friendly_errors, option, parse_config
+from guidance.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.arm_images import Arms
+
+SUMMARY, REPORT = "summary.json", "report.html"
+OUTPUTS = (SUMMARY, REPORT, "rows.csv", "rows.parquet")
+
+TESTBED_REFERENCE = "testbed:test"
+DEFAULT_CLIP = "clip:openai/clip-vit-base-patch16"  # of the diffusers guide "Evaluating diffusion models"
+
+
+@dataclasses.dataclass
+class EvalImagesConfig:
+    """Options of this script."""
+
+    folders: list[str] = option([], "folders of runs or of images; words without '=' are added")
+    output: str | None = option(None, "folder of the results; null: FOLDER/eval, or runs/eval/NAMES")
+    baseline: str | None = option(None, "arm the others are compared with; null: unguided, or the first")
+    arms: list[str] = option([], "arms to compare, besides the baseline; empty: all")
+    vary: list[str] = option([], "record fields in which pairs differ on purpose: scheduler, num_steps, ...")
+    prompts: str | None = option(None, "table with file_name and prompt, for plain folders")
+    exclude: bool = option(False, "leave out, and count, pairs with a missing or broken image")
+    clip: str | None = option("auto", "CLIP that scores: judge-clip, clip:NAME; null for none")
+    features: str | None = option(
+        "auto", "network of set metrics: judge, vision:NAME, clip:NAME, inception; null"
+    )
+    reference: str | None = option("auto", "real images: testbed:test, a folder, parquet, hub id, npz; null")
+    reference_size: int | None = option(None, "images of the reference; null: all, of the testbed 2000")
+    edits: str | None = option(None, "edit pairs for directional similarity: testbed:test or a file")
+    permutations: int = option(199, "random swaps of permutation tests of set metrics")
+    sort_by: str | None = option(
+        None, "metric that picks the best and worst examples; null: truth or CLIP score"
+    )
+    cache: str = option("runs/eval/cache", "folder of cached features")
+    batch_size: int = option(64, "images at once")
+    title: str | None = option(None, "of the report")
+    wandb: bool = option(False, "log the table to Weights & Biases, offline where there is no account")
+
+
+def evaluate_images(
+    config: EvalImagesConfig, command: str = "", *, progress: bool = True
+) -> dict[str, Any] | None:
+    """Compare arms of images and write the report; what was written of the same images and options before stays.
+
+    Args:
+        config: What to compare with what.
+        command: That made it, for the report.
+        progress: Show what is done.
+
+    Returns:
+        The content of summary.json; None in all but the main one of several processes.
+
+    Raises:
+        UserError: If arms are not paired, or something in the config cannot be used.
+    """
+    from eval.arm_images import load_arms
+    from guidance.io import check_writable
+
+    output = Path(config.output or default_output(config.folders))
+    check_writable(output / SUMMARY)
+    options: dict[str, Any] = {k: getattr(config, k) for k in ("baseline", "vary", "prompts", "exclude")}
+    arms = load_arms(config.folders, only=config.arms, **options)
+    key = _key(config, arms)
+    if (made := _made(output, key)) is not None:
+        return made
+    from eval.comparison_files import log_to_wandb, write_comparison
+    from eval.image_bench import ImageBench
+    from guidance.processes import join_processes
+
+    state = join_processes()
+    options = {name: getattr(config, name) for name in ("clip", "features", "reference", "reference_size")}
+    options |= {name: getattr(config, name) for name in ("edits", "permutations", "cache", "batch_size")}
+    bench = ImageBench(arms, state, progress=progress and state.is_main_process, **options)
+    bench.fill()
+    if not state.is_main_process:
+        return None
+    title = config.title or " and ".join(Path(folder).resolve().name for folder in config.folders)
+    comparison = bench.compare(title, command, _chosen(config))
+    found = write_comparison(comparison, output, key=key, sort_by=config.sort_by)
+    if config.wandb:
+        log_to_wandb(comparison, output)
+    return found
+
+
+def _key(config: EvalImagesConfig, arms: Arms) -> str:
+    """Identify what the results depend on: images, prompts, options, and the files that options name."""
+    from guidance.records import toolkit_version
+
+    images = {name: [(*i.pair, i.prompt, i.digest) for i in rows] for name, rows in arms.images.items()}
+    ignored = ("folders", "output", "cache", "batch_size", "wandb")
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ignored}
+    named = [
+        Path(v) for text in options.values() if isinstance(text, str) for v in (text, text.partition(":")[2])
+    ]
+    files = [
+        f for path in named if path != Path() for f in ([path] if path.is_file() else sorted(path.rglob("*")))
+    ]
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    told = (arms.baseline, arms.excluded, arms.converted, images, options, stats, toolkit_version())
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _made(output: Path, key: str) -> dict[str, Any] | None:
+    """The summary of an output that is complete and of this key; None if there is none."""
+    from guidance.io import read_json
+
+    if not all((output / name).is_file() for name in OUTPUTS):
+        return None
+    try:
+        found = read_json(output / SUMMARY)
+    except UserError:
+        return None
+    return found if isinstance(found, dict) and found.get("key") == key else None
+
+
+def default_output(folders: Sequence[str]) -> Path:
+    """FOLDER/eval of one run, else a folder of runs/eval called like what is compared.
+
+    >>> default_output(["out/v1-4", "out/v1-5"]).as_posix()
+    'runs/eval/v1-4-vs-v1-5'
+    """
+    if len(folders) == 1 and any(Path(folders[0]).glob("records*.jsonl")):
+        return Path(folders[0]) / "eval"
+    names = "-vs-".join(Path(folder).resolve().name for folder in folders)
+    return Path("runs/eval") / (re.sub(r"[^A-Za-z0-9._-]+", "-", names)[:80] or "images")
+
+
+def _chosen(config: EvalImagesConfig) -> dict[str, Any]:
+    """Options other than the defaults."""
+    default = dataclasses.asdict(EvalImagesConfig())
+    return {k: v for k, v in dataclasses.asdict(config).items() if v != default[k]}
+
+
+def _read_words(argv: Sequence[str]) -> list[str]:
+    """Turn words without a key into the option `folders`.
+
+    >>> _read_words(["runs/a", "clip=null", "runs/b"])
+    ['clip=null', 'folders=["runs/a", "runs/b"]']
+    """
+    words, rest, folders = iter(argv), [], []
+    for word in words:
+        if word == "--config":
+            rest += [word, next(words, "")]
+        elif word.startswith("-") or re.match(r"[\w.]+=", word):
+            rest.append(word)
+        else:
+            folders.append(word)
+    return rest + ([f"folders={json.dumps(folders, ensure_ascii=False)}"] if folders else [])
+
+
+@friendly_errors("eval.images")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of this script."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = parse_config(
+        EvalImagesConfig, _read_words(words), prog="python -m eval.images", description=__doc__ or ""
+    )
+    found = evaluate_images(config, "python -m eval.images " + shlex.join(words))
+    if found is not None:
+        output = config.output or default_output(config.folders)
+        print(f"\n{found['table']}\n")
+        for caveat in found["caveats"]:
+            print(f"{caveat['kind']}: {caveat['text']}")
+        print(f"\nreport: {Path(output) / REPORT}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from guidance.processes import join_processes, leave_processes
+
+        leave_processes(join_processes())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
