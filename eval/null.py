@@ -1,6 +1,7 @@
 """Do the statistics keep their promises?  Thousands of simulated comparisons, without and with an effect.
 
-    python -m eval.null                                       # the whole table, eight minutes on one core
+    python -m eval.null                                       # the whole table, minutes on one core
+    python -m eval.null parts=[paired] method=bca resamples=1999   # the bootstrap: ten times the time
     python -m eval.null parts=[paired] prompts=[50,500]       # other sizes
     python -m eval.null parts=[permutation] statistics=[fd]   # fd and fd_to_real: minutes, a decomposition a swap
     python -m eval.null unit=image                            # wrong on purpose: seeds as if they were independent
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -37,8 +38,6 @@ T = TypeVar("T")
 #: the same with the arms of a random half of the prompts swapped, a symmetric heavy tail; right or wrong (0/1).
 KINDS = ("normal", "skewed", "swapped", "agreement")
 SCALES = 5  # in the family that Holm's method corrects, all against one baseline
-_FEW = 99  # resamples where the interval is not read
-
 #: Lowest and highest share, percent, by what is counted.
 BARS = {
     "false positives": (4.0, 6.0),
@@ -59,7 +58,8 @@ class NullConfig:
     seeds: int = option(4, "images a prompt")
     unit: str = option("prompt", "prompt: seeds belong together; image: each by itself, which is wrong")
     effect: float = option(0.2, "planted mean effect; prompts are 1 apart, agreement is a share")
-    resamples: int = option(1999, "of a bootstrap; a comparison takes 9999, which costs five times the time")
+    method: Literal["t", "bca"] = option("t", "interval of a paired difference, as in eval.paired")
+    resamples: int = option(9999, "of method=bca")
     statistics: list[str] = option(["kid", "kid_to_real", "cmmd"], "permutation: also fd, fd_to_real")
     sets: int = option(40, "permutation: prompts of a comparison")
     width: int = option(8, "permutation: features an image")
@@ -111,9 +111,10 @@ def simulate_values(
 def compare(config: NullConfig, kind: str, prompts: int, effect: float) -> Iterator[PairedDifference]:
     """Yield simulated comparisons of two methods, with the statistics of a real one."""
     rng = np.random.default_rng([config.seed, KINDS.index(kind), prompts, effect > 0])
+    options: dict[str, Any] = {"method": config.method, "resamples": config.resamples}
     for i in range(config.comparisons):
         a, b = simulate_values(rng, kind, prompts, config.seeds, effect)
-        yield paired_difference(a, b, _units(config, prompts), seed=i, resamples=config.resamples)
+        yield paired_difference(a, b, _units(config, prompts), **options, seed=i)
 
 
 def check_paired(config: NullConfig) -> list[dict[str, str]]:
@@ -149,7 +150,7 @@ def check_holm(config: NullConfig) -> list[dict[str, str]]:
         for _ in _bar(range(config.comparisons), config.comparisons, f"{kind}, Holm"):
             a, *others = simulate_values(rng, kind, prompts, config.seeds, arms=1 + SCALES)
             units = _units(config, prompts)
-            p = [paired_difference(a, b, units, resamples=_FEW).wilcoxon_p for b in others]
+            p = [paired_difference(a, b, units).wilcoxon_p for b in others]
             adjusted.append(bool((holm(p) < 0.05).any()))
             raw.append(min(p) < 0.05)
         row = {"values": kind, "prompts": str(prompts)}

@@ -1,20 +1,23 @@
 """Paired statistics of a comparison: two methods on the same prompts, seeds and noise.
 
 The prompt is the unit.  Seeds of a prompt are averaged before anything else: treated as independent, eight
-seeds a prompt gave 37% false positives where 5% were promised.
+seeds a prompt gave 37% false positives where 5% were promised.  ``python -m eval.null`` simulates how often each
+statistic here is wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import stats
 
 from guidance.errors import UserError
+
+Method = Literal["t", "bca"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,7 @@ class PairedDifference:
         effect_interval: ``interval`` in the same unit (the standard deviation is taken as known).
         wins, ties, losses: Prompts on which b's mean is higher, equal, lower.
         share_improved: ``(wins + ties / 2) / n_prompts``.
-        share_interval: Its Wilson interval.
+        share_interval: Its Wilson interval, of the prompts that are no ties.
         wilcoxon_p: Two-sided Wilcoxon signed-rank test on prompt means; 1 if all are equal.
         confidence: Of the intervals.
     """
@@ -58,27 +61,29 @@ def paired_difference(
     values_b: Float[np.ndarray, " n"],
     prompts: Sequence[Hashable],
     confidence: float = 0.95,
+    method: Method = "t",
     seed: int = 0,
     resamples: int = 9999,
 ) -> PairedDifference:
     """Compare two methods image by image, with uncertainty over prompts.
 
-    The interval is the bias-corrected and accelerated bootstrap of the mean difference; prompts are
-    resampled, each with all its seeds.
+    The interval of the mean difference is Student's over prompt means by default.  The bootstrap that resamples
+    prompts, each with all its seeds, corrects for skewness, but leaves out 0 in up to 7% of comparisons without an
+    effect where deltas have heavy tails; Student's does so in 4 to 6% from 20 prompts on.
 
     Args:
         values_a: One value an image of the baseline (unguided).
         values_b: The same for the other method: same prompt, seed and noise, row by row.
         prompts: The prompt (or its id) of each row.
         confidence: Of the intervals, between 0 and 1.
-        seed: Of the bootstrap; the result is a function of it.
-        resamples: Of the bootstrap.
+        method: "t", or "bca" for the bias-corrected and accelerated cluster bootstrap, see `mean_interval`.
+        seed, resamples: Of the bootstrap; the result is a function of them.
 
     Raises:
         UserError: If lengths differ, a value is not finite, or there are fewer than two prompts.
 
     Reference:
-        Efron 1987, Better bootstrap confidence intervals; Wilson 1927; Wilcoxon 1945.
+        Student 1908; Efron 1987, Better bootstrap confidence intervals; Wilson 1927; Wilcoxon 1945.
     """
     a, b = np.asarray(values_a, np.float64), np.asarray(values_b, np.float64)
     _check(a, b, prompts, confidence, resamples)
@@ -87,7 +92,7 @@ def paired_difference(
     diff = mean_b - mean_a
     # differences of means carry rounding: what is equal in exact arithmetic must count as a tie
     diff[np.abs(diff) <= 1e-12 * np.maximum(np.abs(mean_a), np.abs(mean_b))] = 0.0
-    interval = bootstrap_mean(diff, confidence=confidence, seed=seed, resamples=resamples)
+    interval = mean_interval(diff, method, confidence=confidence, seed=seed, resamples=resamples)
     spread = float(a.std(ddof=1))
     unit = spread if spread > 0 else float("nan")
     wins, losses = int((diff > 0).sum()), int((diff < 0).sum())
@@ -105,7 +110,7 @@ def paired_difference(
         ties=ties,
         losses=losses,
         share_improved=(wins + ties / 2) / len(diff),
-        share_interval=wilson(wins + ties / 2, len(diff), confidence),
+        share_interval=_share_interval(wins, losses, ties, confidence),
         wilcoxon_p=float(stats.wilcoxon(diff).pvalue) if wins + losses else 1.0,
         confidence=confidence,
     )
@@ -121,24 +126,60 @@ def prompt_numbers(prompts: Sequence[Hashable]) -> Int[np.ndarray, " n"]:
     return np.array([index[prompt] for prompt in prompts], dtype=np.int64)
 
 
-def bootstrap_mean(
-    values: Float[np.ndarray, " n"], *, confidence: float = 0.95, seed: int = 0, resamples: int = 9999
+def mean_interval(
+    values: Float[np.ndarray, " n"],
+    method: Method = "t",
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 9999,
 ) -> tuple[float, float]:
-    """Return the BCa bootstrap interval of the mean of independent values; a point if they are all equal."""
+    """Return an interval of the mean of independent values; a point if they are all equal.
+
+    Args:
+        values: Two or more.
+        method: "t": Student's.  "bca": the bias-corrected and accelerated bootstrap, its level raised so that it is as
+            wide as Student's on normal data (Hesterberg 2015): without that it is too narrow for small n.
+        confidence: Of the interval.
+        seed, resamples: Of the bootstrap.
+
+    Reference:
+        Hesterberg 2015, What teachers should know about the bootstrap, section 3.2 (expanded percentiles).
+    """
+    if method not in ("t", "bca"):
+        raise UserError(f"Expected the method 't' or 'bca', got {method!r}.")
     x = np.asarray(values, np.float64)
+    n = len(x)
     if np.ptp(x) == 0:
         return float(x[0]), float(x[0])
-    batch = max(1, 2_000_000 // len(x))  # bounds memory; the draws do not depend on it
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, n - 1))
+    if method == "t":
+        half = quantile * float(x.std(ddof=1)) / np.sqrt(n)
+        return float(x.mean() - half), float(x.mean() + half)
+    batch = max(1, 2_000_000 // n)  # bounds memory; the draws do not depend on it
     result = stats.bootstrap(
         (x,),
         np.mean,
         n_resamples=resamples,
         batch=batch,
-        confidence_level=confidence,
+        confidence_level=float(2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * quantile) - 1),
         method="BCa",
         rng=np.random.default_rng(seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _share_interval(wins: int, losses: int, ties: int, confidence: float) -> tuple[float, float]:
+    """Interval of ``(wins + ties / 2) / n``: Wilson's of the decided prompts, ties being as many as they are.
+
+    Ties as half a win each in Wilson's own formula would be too wide: 2% false positives where most prompts tie.
+    """
+    decided = wins + losses
+    if not decided:
+        return 0.5, 0.5
+    low, high = wilson(wins, decided, confidence)
+    share = decided / (decided + ties)
+    return 0.5 + (low - 0.5) * share, 0.5 + (high - 0.5) * share
 
 
 def wilson(k: float, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -25,13 +25,13 @@ def false_positives(config: NullConfig, kind: str) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("kind", ["normal", "swapped"])
 def test_right_statistics_keep_their_level(kind: str) -> None:
-    config = NullConfig(comparisons=N, resamples=499)
+    config = NullConfig(comparisons=N)
     assert all(LOW <= hits <= HIGH for hits in false_positives(config, kind))
 
 
 @pytest.mark.parametrize("kind", ["normal", "agreement"])
 def test_seeds_as_if_independent_are_caught(kind: str) -> None:
-    config = NullConfig(comparisons=N, resamples=199, unit="image")
+    config = NullConfig(comparisons=N, unit="image")
     assert min(false_positives(config, kind)[:2]) > HIGH
 
 
@@ -39,14 +39,14 @@ def test_a_biased_interval_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too narrow by a third: the table marks both the false positives and the coverage."""
     from eval import paired
 
-    right = paired.bootstrap_mean
+    right = paired.mean_interval
 
-    def narrow(values: np.ndarray, **options: object) -> tuple[float, float]:
-        low, high = right(values, **options)  # type: ignore[arg-type]
+    def narrow(values: np.ndarray, *method: str, **options: object) -> tuple[float, float]:
+        low, high = right(values, *method, **options)  # type: ignore[arg-type]
         return (5 * low + high) / 6, (low + 5 * high) / 6
 
-    monkeypatch.setattr(paired, "bootstrap_mean", narrow)
-    (row,) = check_paired(NullConfig(comparisons=N, resamples=199, kinds=["normal"], prompts=[100]))
+    monkeypatch.setattr(paired, "mean_interval", narrow)
+    (row,) = check_paired(NullConfig(comparisons=N, kinds=["normal"], prompts=[100]))
     assert row["interval without 0"].endswith("!") and row["effect in the interval"].endswith("!")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.paired import bootstrap_mean, holm, paired_difference, wilson
+from eval.paired import holm, mean_interval, paired_difference, wilson
 from guidance.errors import UserError
 
 
@@ -18,7 +18,8 @@ def test_seeds_are_averaged_before_anything_else() -> None:
     assert (result.mean_a, result.mean_b) == (pytest.approx(5), pytest.approx(19 / 3))
     assert (result.wins, result.ties, result.losses) == (2, 1, 0)
     assert result.share_improved == pytest.approx(2.5 / 3)
-    assert result.share_interval == wilson(2.5, 3)
+    low, high = wilson(2, 2)  # of the prompts that are no ties
+    assert result.share_interval == pytest.approx((0.5 + (low - 0.5) * 2 / 3, 0.5 + (high - 0.5) * 2 / 3))
     assert result.effect_size == pytest.approx(result.mean_diff / np.std(a, ddof=1))
 
 
@@ -35,11 +36,13 @@ def test_copies_of_seeds_add_no_certainty() -> None:
 def test_agrees_with_scipy_on_one_seed_a_prompt() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((2, 40))
-    result = paired_difference(a, b, range(40), resamples=2000)
+    result = paired_difference(a, b, range(40))
     assert result.wilcoxon_p == pytest.approx(stats.wilcoxon(b - a).pvalue)
     t = stats.ttest_rel(b, a).confidence_interval()
-    np.testing.assert_allclose(result.interval, (t.low, t.high), atol=0.06)
-    assert result.interval[0] < result.mean_diff < result.interval[1]
+    assert result.interval == pytest.approx((t.low, t.high))
+    low, high = paired_difference(a, b, range(40), method="bca").interval
+    np.testing.assert_allclose((low, high), (t.low, t.high), atol=0.06)
+    assert low < result.mean_diff < high
 
 
 def test_swapping_the_sides_mirrors_the_result() -> None:
@@ -55,16 +58,18 @@ def test_swapping_the_sides_mirrors_the_result() -> None:
 def test_the_interval_is_a_function_of_the_seed() -> None:
     rng = np.random.default_rng(3)
     a, b, prompts = rng.random(50), rng.random(50), np.arange(50) % 10
-    one = paired_difference(a, b, prompts.tolist(), resamples=300)
-    assert one == paired_difference(a, b, prompts.tolist(), resamples=300)
-    assert one != paired_difference(a, b, prompts.tolist(), resamples=300, seed=1)
+    one = paired_difference(a, b, prompts.tolist(), method="bca", resamples=300)
+    assert one == paired_difference(a, b, prompts.tolist(), method="bca", resamples=300)
+    assert one != paired_difference(a, b, prompts.tolist(), method="bca", resamples=300, seed=1)
 
 
-def test_interval_covers_the_truth_as_often_as_promised() -> None:
+@pytest.mark.parametrize("method", ["t", "bca"])
+def test_interval_covers_the_truth_as_often_as_promised(method) -> None:
     rng = np.random.default_rng(4)
     runs, n, hits = 300, 30, 0
     for _ in range(runs):
-        low, high = bootstrap_mean(rng.exponential(size=n), resamples=399, seed=int(rng.integers(1 << 30)))
+        seed = int(rng.integers(1 << 30))
+        low, high = mean_interval(rng.exponential(size=n), method, resamples=399, seed=seed)
         hits += low <= 1.0 <= high
     assert 0.88 <= hits / runs <= 0.98  # skewed data; the nominal level is 0.95
 
@@ -91,6 +96,17 @@ def test_equal_sides_give_a_point_and_p_one() -> None:
     assert np.isnan(shifted.effect_size)  # images of a without any spread
 
 
+def test_ties_leave_the_share_at_one_half() -> None:
+    """Nine ties in ten say little either way: the interval lies within them."""
+    deltas = np.r_[np.ones(6), -np.ones(4), np.zeros(90)]
+    result = paired_difference(np.zeros(100), deltas, range(100))
+    assert result.share_improved == 0.51
+    low, high = result.share_interval
+    assert 0.45 <= low < 0.5 < 0.51 < high <= 0.55
+    decided = wilson(6, 10)
+    assert (low - 0.5, high - 0.5) == pytest.approx(((decided[0] - 0.5) / 10, (decided[1] - 0.5) / 10))
+
+
 def test_rounding_is_no_win() -> None:
     seeds = np.array([0.1, 0.2, 0.3])
     result = paired_difference([*seeds, 1.0], [*seeds[::-1], 1.0], [0, 0, 0, 1])
@@ -103,7 +119,7 @@ def test_five_hundred_prompts_are_quick() -> None:
     rng = np.random.default_rng(6)
     a, b = rng.standard_normal((2, 2000))
     start = time.process_time()
-    paired_difference(a, b, (np.arange(2000) % 500).tolist())
+    paired_difference(a, b, (np.arange(2000) % 500).tolist(), method="bca")
     assert time.process_time() - start < 3
 
 
@@ -142,6 +158,8 @@ def test_bad_input_is_refused() -> None:
             paired_difference(a, b, prompts)
     with pytest.raises(UserError, match="confidence"):
         paired_difference(ok, ok, [1, 2, 3], confidence=95)
+    with pytest.raises(UserError, match="'t' or 'bca'"):
+        paired_difference(ok, [1.0, 2.0, 4.0], [1, 2, 3], method="bootstrap")
     with pytest.raises(UserError, match="p-values"):
         holm([0.5, 1.5])
     with pytest.raises(UserError, match="k <= n"):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval.clip_score import clip_score
-from eval.paired import bootstrap_mean
+from eval.paired import mean_interval
 from eval.studies.common import Bench, Sampled, StudyConfig, agreement, guided_arms
 from eval.tables import with_interval
 from guidance.arms import Arm
@@ -51,7 +51,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
             {
                 "arm": name,
                 "judge CLIP score [95%]": with_interval(
-                    scores[name].mean(), bootstrap_mean(scores[name]), ".1f"
+                    scores[name].mean(), mean_interval(scores[name]), ".1f"
                 ),
                 "of caption's gain": f"{100 * gains[name].mean() / gains['caption'].mean():.0f}%",
                 "of CFG 4's": f"{100 * gains[name].mean() / gains['caption, CFG 4'].mean():.0f}%",

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import maximum_filter
 
-from eval.paired import bootstrap_mean
+from eval.paired import mean_interval
 from eval.studies.common import Bench, StudyConfig, pixel_rms, share
 from eval.tables import with_interval
 from guidance.grid import labelled_grid
@@ -117,5 +117,5 @@ def _judge(
         "all others kept, % [95%]": share(kept),
         "moved outside the edit, grey levels": f"{np.sqrt(moved.sum((1, 2, 3)) / counted).mean():.1f}",
         "from the edited scene, grey levels": f"{pixel_rms(images, target).mean():.1f}",
-        "truth [95%]": with_interval(float(truth.mean()), bootstrap_mean(truth)),
+        "truth [95%]": with_interval(float(truth.mean()), mean_interval(truth)),
     }
