@@ -47,8 +47,12 @@ class ArmImage:
 
     def open(self) -> Image.Image:
         """Read it as RGB."""
-        with Image.open(self.file) as image:
-            return to_rgb(image)
+        with Image.open(self.file) as opened:
+            image = to_rgb(opened)
+        image.info["prompt"] = (
+            self.prompt
+        )  # as a PNG's text chunk would say; heads that know captions read it
+        return image
 
 
 def read_folder(folder: Path, prompts: str | os.PathLike[str] | None = None) -> dict[str, list[ArmImage]]:

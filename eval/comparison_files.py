@@ -12,7 +12,7 @@ import pandas
 from eval.report import write_report
 from eval.results import Comparison
 from eval.tables import markdown, with_interval
-from guidance.io import atomic_path, write_json
+from guidance.io import atomic_path, read_json, write_json
 from guidance.tracking import wandb_is_configured
 
 
@@ -39,7 +39,7 @@ def write_comparison(
     found = {k: v for k, v in dataclasses.asdict(comparison).items() if k != "rows"}
     found |= {"columns": list(comparison.rows[0]), "table": headline_table(comparison), "key": key}
     write_json(folder / "summary.json", found)
-    return found
+    return dict(read_json(folder / "summary.json"))  # as a second run reads it
 
 
 def headline_table(comparison: Comparison) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ class ImageBench:
             test scenes for images of the testbed, else None.
         reference_size: Images of it; None for all (of the testbed 2,000).
         edits: Edit pairs for directional similarity; None leaves it out.
+        rating: Folder of a head whose score of the finished images is shown; None leaves it out.
         permutations: Of each permutation test.
         cache: Folder of cached features.
         batch_size: Images at once.
@@ -63,6 +65,7 @@ class ImageBench:
         reference: str | None = AUTO,
         reference_size: int | None = None,
         edits: str | None = None,
+        rating: str | None = None,
         permutations: int = 199,
         cache: str | os.PathLike[str] = "runs/eval/cache",
         batch_size: int = 64,
@@ -88,7 +91,17 @@ class ImageBench:
         )
         self.classes = self.extractor if isinstance(self.extractor, ClassExtractor) else None
         self.readings = metrics.judge_readings(load_judges()) if self.testbed else None
+        self.rating = None if rating is None else self._load_rating(rating, batch_size)
         self._read: dict[tuple[str, str], Mapping[str, np.ndarray]] = {}
+
+    def _load_rating(self, folder: str, batch_size: int) -> Extractor:
+        from eval.rating import rating_extractor
+        from guidance.heads import load_head
+        from guidance.pipelines import load_pipeline
+
+        head = load_head(folder)
+        pipe = load_pipeline(head.config.base_model)
+        return rating_extractor(pipe, head, batch_size=batch_size)
 
     def fill(self) -> None:
         """Compute the features that are not cached yet, each process its share; returns when all of them are."""
@@ -102,7 +115,7 @@ class ImageBench:
 
     def _needed(self) -> list[tuple[Extractor, What]]:
         networks = [metrics.PIXELS, *([metrics.TRUTH, self.readings] if self.testbed else []), self.clip]
-        networks += [self.extractor] if self.reference else []
+        networks += [self.rating, *([self.extractor] if self.reference else [])]
         needed: list[tuple[Extractor, What]] = [(e, "embed") for e in networks if e is not None]
         return needed + ([(self.classes, "probabilities")] if self.classes is not None else [])
 
@@ -117,6 +130,8 @@ class ImageBench:
     def _features(self, extractor: Extractor, what: What, **shared: Any) -> np.ndarray:
         images = [image for rows in self.arms.images.values() for image in rows]
         digests = [image.digest for image in images]
+        if extractor is self.rating:  # it sees the prompt as well
+            digests = [hashlib.sha256(f"{i.digest} {i.prompt}".encode()).hexdigest() for i in images]
         bar = extractor.name if self.progress and shared else None
         return features_of(
             lambda i: images[i].open(), digests, extractor, self.cache, what=what, progress=bar, **shared
@@ -164,6 +179,9 @@ class ImageBench:
             if self.edits:
                 pairs = {pair.id: pair for pair in load_edit_pairs(self.edits)}
                 measured += metrics.edit_metrics(self.arms, self.read, self.clip, pairs)
+        if self.rating is not None:
+            guided = _guided_by(self.arms, self.rating.weights_fingerprint)
+            measured.append(metrics.rating_metric(self.read, self.rating, guided))
         return measured + metrics.pixel_metrics(self.read)
 
     def _measure_sets(self) -> tuple[list[SetMetric], list[SetValue], dict[str, int], int | None]:
@@ -221,13 +239,19 @@ class ImageBench:
         }
 
 
+def _weights(guide: Mapping[str, Any]) -> list[Any]:
+    """Fingerprints of a guide's networks."""
+    single = [guide.get("clip_fingerprint"), guide.get("head_fingerprint")]
+    return single + list(guide.get("committee_fingerprints", ()))
+
+
 def _guided_by(arms: Arms, fingerprint: str) -> Sequence[str]:
     """Arms that the network of these weights had guided."""
     return [
         name
         for name, images in arms.images.items()
         if any(
-            fingerprint in (guide.get("clip_fingerprint"), guide.get("head_fingerprint"))
+            fingerprint in _weights(guide)
             for image in images
             if image.record
             for guide in image.record.guides

@@ -151,6 +151,13 @@ def clip_metrics(
     return measured
 
 
+def rating_metric(features: FeatureReader, rating: Extractor, circular: Sequence[str]) -> Measured:
+    """The score that a head gives the finished images."""
+    note = "What the head says of the finished image, read at t = 0; no judge, but what guidance pushes."
+    metric = ImageMetric("rating", rating.name, "higher", rating.name, tuple(circular), note)
+    return Measured(metric, {arm: _wide(x[:, 0]) for arm, x in features(rating).items()})
+
+
 def edit_metrics(
     arms: Arms, features: FeatureReader, clip: TextExtractor, edits: Mapping[str, Any]
 ) -> list[Measured]:

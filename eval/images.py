@@ -56,6 +56,7 @@ class EvalImagesConfig:
     reference: str | None = option("auto", "real images: testbed:test, a folder, parquet, hub id, npz; null")
     reference_size: int | None = option(None, "images of the reference; null: all, of the testbed 2000")
     edits: str | None = option(None, "edit pairs for directional similarity: testbed:test or a file")
+    rating: str | None = option(None, "folder of a head whose score of finished images is shown")
     permutations: int = option(199, "random swaps of permutation tests of set metrics")
     sort_by: str | None = option(
         None, "metric that picks the best and worst examples; null: truth or CLIP score"
@@ -98,7 +99,9 @@ def evaluate_images(
 
     state = join_processes()
     options = {name: getattr(config, name) for name in ("clip", "features", "reference", "reference_size")}
-    options |= {name: getattr(config, name) for name in ("edits", "permutations", "cache", "batch_size")}
+    options |= {
+        name: getattr(config, name) for name in ("edits", "rating", "permutations", "cache", "batch_size")
+    }
     bench = ImageBench(arms, state, progress=progress and state.is_main_process, **options)
     bench.fill()
     if not state.is_main_process:

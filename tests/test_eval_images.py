@@ -225,6 +225,30 @@ def test_one_arm_alone_is_scored_against_the_reference(world, cache, tmp_path) -
     assert "unguided" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_heads_score_is_shown_and_circular_where_it_guided(
+    world, cache, tmp_path, tiny_pipe, tiny_folder
+) -> None:
+    from conftest import make_head
+
+    from guidance.heads import save_head
+    from guidance.pipelines import fingerprint
+
+    head = make_head(tiny_pipe, base_model=str(tiny_folder), base_fingerprint=fingerprint(tiny_pipe.unet))
+    save_head(head, tmp_path / "head")
+    captions, hazy, clear = world
+    guide = {"method": "midblock", "guidance_scale": 1.0, "committee_fingerprints": [fingerprint(head)]}
+    arms = {"unguided": hazy, "scale=2": clear}
+    folder = write_run(tmp_path / "run", arms, captions, **{"scale=2": {"guides": [guide]}})
+    options = {"rating": str(tmp_path / "head"), "features": None, "clip": None}
+    summary = evaluate([folder], tmp_path / "out", cache, **options)
+    (metric,) = [m for m in summary["image_metrics"] if m["key"] == "rating"]
+    assert metric["circular"] == ["scale=2"]
+    assert delta(summary, "rating")["paired"]["mean_a"] == pytest.approx(4, abs=4)  # an expected rating
+    again = evaluate([folder], tmp_path / "again", tmp_path / "other cache", batch_size=5, **options)
+    one, two = (delta(s, "rating")["paired"]["interval"] for s in (summary, again))
+    assert one == pytest.approx(two, abs=1e-4)
+
+
 def test_edits_are_scored_by_direction(cache, tmp_path) -> None:
     pairs = load_edit_pairs("testbed:test", 12)
     same = [np.asarray(p.image) for p in pairs]

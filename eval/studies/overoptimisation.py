@@ -6,19 +6,17 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from PIL import Image
 
+from eval.extractor_base import Extractor
+from eval.rating import PROMPT, rating_extractor
 from eval.studies.common import Bench, Sampled, StudyConfig, agreement, change, guided_arms
 from eval.tables import with_interval
 from guidance.arms import Arm
-from guidance.encoding import FeatureEncoder
 from guidance.guide_specs import AmortisedSpec, GuideSpec, MidBlockSpec
-from guidance.guides import MidBlockGuide
 from guidance.io import atomic_path
 from guidance.options import option
 
@@ -57,8 +55,8 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     arms = {name: guided_arms(name, spec, config.scales) for name, spec in specs.items()}
     every = [Arm("unguided"), *itertools.chain.from_iterable(arms.values())]
     sampled = bench.sample("overoptimisation", bench.captions(), every, cfg_scale=config.cfg_scale)
-    judge = MidBlockGuide(bench.head(first))
-    own = {name: head_scores(bench.pipe, judge, s) for name, s in sampled.items()}
+    rate = rating_extractor(bench.pipe, bench.head(first))
+    own = {name: head_scores(rate, s) for name, s in sampled.items()}
     base, rows = sampled["unguided"], []
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for name, guided in arms.items():
@@ -82,20 +80,12 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     return rows
 
 
-@torch.no_grad()
-def head_scores(
-    pipe: Any, guide: MidBlockGuide, sampled: Sampled, batch: int = 64
-) -> Float[np.ndarray, " n"]:
-    """What a head thinks of finished images: its objective on their features without noise, at t = 0."""
-    config = guide.head.config
-    encoder = FeatureEncoder(pipe, tap=config.tap, noise="none", caption=config.caption)
-    scores = []
-    for i in range(0, len(sampled.images), batch):
-        x0 = encoder.latents([Image.fromarray(image) for image in sampled.images[i : i + batch]])
-        text = encoder.text([r.prompt for r in sampled.records[i : i + batch]])
-        h, t = encoder.encode(x0, text, [(k, 0) for k in range(len(x0))])
-        scores.append(guide.score(h.float(), t))
-    return torch.cat(scores).double().cpu().numpy()
+def head_scores(rate: Extractor, sampled: Sampled) -> Float[np.ndarray, " n"]:
+    """What a head thinks of finished images."""
+    images = [Image.fromarray(image) for image in sampled.images]
+    for image, record in zip(images, sampled.records, strict=True):
+        image.info[PROMPT] = record.prompt
+    return rate.embed(images)[:, 0].astype(np.float64)
 
 
 def _plot(file: Path, curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
