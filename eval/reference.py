@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 from eval.extractor_base import Extractor
@@ -79,7 +79,7 @@ def load_reference(
         mu, sigma, known = load_statistics(name)
         return Reference(name, known or 0, None, mu, sigma)
     pictures = _open_source(name, n, seed)
-    kept = None if cache is None else Path(cache) / "references" / f"{extractor.fingerprint}-{pictures.key}"
+    kept = None if cache is None else _kept(cache, extractor, pictures)
     digests = _read_digests(kept) if kept else None
     known_digests = digests or pictures.images().digests
     features = features_of(
@@ -112,7 +112,10 @@ def fill_reference(
     """
     if (name := os.fspath(source)).endswith(".npz"):
         return
-    images = _open_source(name, n, seed).images()
+    pictures = _open_source(name, n, seed)
+    if _read_digests(_kept(cache, extractor, pictures)) is not None:
+        return
+    images = pictures.images()
     features_of(
         images.open,
         images.digests,
@@ -170,8 +173,8 @@ def _open_source(name: str, n: int | None, seed: int) -> _Source:
 
 
 def _testbed(name: str, n: int | None, seed: int) -> _Source:
-    from guidance.testbed.render import render_scenes
-    from guidance.testbed.scenes import scenes
+    from guidance.testbed.render import render, render_scenes
+    from guidance.testbed.scenes import sample_scene, scenes
 
     split = name.partition(":")[2]
     if split not in TESTBED_SIZES:
@@ -180,11 +183,16 @@ def _testbed(name: str, n: int | None, seed: int) -> _Source:
     number = n or TESTBED_SIZES[split]
     start = hashlib.sha256(render_scenes(scenes(split, 4, seed=seed)).tobytes()).hexdigest()
 
-    @functools.cache
-    def images() -> _Images:
-        arrays: UInt8[np.ndarray, "n 64 64 3"] = render_scenes(scenes(split, number, seed=seed))
-        digests = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
-        return _Images(digests, lambda i: Image.fromarray(arrays[i]))
+    @functools.lru_cache(number)  # of two networks the second sees the same pictures
+    def draw(i: int) -> Image.Image:
+        return Image.fromarray(render(sample_scene(split, i, seed)))
+
+    def images() -> (
+        _Images
+    ):  # known without being drawn: by the first few, which show the renderer, and their number
+        return _Images(
+            [hashlib.sha256(f"{split} {seed} {i} {start}".encode()).hexdigest() for i in range(number)], draw
+        )
 
     return _Source(_key("testbed", split, number, seed, start), images)
 
@@ -290,6 +298,11 @@ def _choose(available: int, n: int | None, seed: int, where: str) -> list[int]:
 
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _kept(cache: str | os.PathLike[str], extractor: Extractor, pictures: _Source) -> Path:
+    """Where digests (.json) and statistics (.npz) of a reference are."""
+    return Path(cache) / "references" / f"{extractor.fingerprint}-{pictures.key}"
 
 
 def _read_digests(kept: Path) -> list[str] | None:
