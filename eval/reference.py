@@ -187,12 +187,9 @@ def _testbed(name: str, n: int | None, seed: int) -> _Source:
     def draw(i: int) -> Image.Image:
         return Image.fromarray(render(sample_scene(split, i, seed)))
 
-    def images() -> (
-        _Images
-    ):  # known without being drawn: by the first few, which show the renderer, and their number
-        return _Images(
-            [hashlib.sha256(f"{split} {seed} {i} {start}".encode()).hexdigest() for i in range(number)], draw
-        )
+    def images() -> _Images:  # known without being drawn: the first few show the renderer
+        names = [f"{split} {seed} {i} {start}" for i in range(number)]
+        return _Images([hashlib.sha256(name.encode()).hexdigest() for name in names], draw)
 
     return _Source(_key("testbed", split, number, seed, start), images)
 
