@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
-from eval.feature_sets import unit_pairs
+from eval.feature_sets import Features, unit_pairs
+from eval.similarity import MeanOverPairs
 from guidance.errors import UserError, nearest
 
 
@@ -56,3 +59,37 @@ def clip_score(
         )
     images, texts = (x.cpu().numpy() for x in unit_pairs(image_emb, text_emb))
     return np.asarray(VARIANTS[variant](np.einsum("nd,nd->n", images, texts)))
+
+
+class ClipScore(MeanOverPairs):
+    """Mean `clip_score` of streamed pairs of an image and its text.
+
+    torchmetrics' own ``CLIPScore`` runs the network itself, fails on a stock CLIPModel of transformers 5 and cuts long
+    texts without their end token; this takes embeddings, of :class:`guidance.clip.Clip` for example.
+
+    Args:
+        variant: As of `clip_score`; "torchmetrics" clamps the mean at 0, as that library does.
+
+    >>> metric = ClipScore()
+    >>> metric.update(np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[0.0, 2.0], [-1.0, 0.0]]))
+    >>> round(float(metric.compute()["mean"]), 6), round(float(metric.compute()["pairs"]))
+    (-10.0, 2)
+    """
+
+    def __init__(self, variant: str = "cosine", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if variant not in VARIANTS:
+            raise UserError(
+                f"Expected a variant of the CLIP score, got {variant!r}.{nearest(variant, VARIANTS)}"
+            )
+        self.variant = variant
+
+    def update(self, image_emb: Features, text_emb: Features) -> None:
+        """Add pairs; the arguments of `clip_score`."""
+        clamped = self.variant == "torchmetrics"
+        self.add(np.asarray(clip_score(image_emb, text_emb, "cosine" if clamped else self.variant)))
+
+    def compute(self) -> dict[str, Any]:
+        """Return ``mean``, ``pairs`` and ``excluded`` (always 0), float64."""
+        found = super().compute()
+        return found | ({"mean": found["mean"].clamp(min=0)} if self.variant == "torchmetrics" else {})

@@ -95,7 +95,7 @@ def pair_mean(values: Float[np.ndarray, " n"]) -> PairMean:
     return PairMean(mean, len(valid), len(values) - len(valid))
 
 
-class _MeanOverPairs(Metric):
+class MeanOverPairs(Metric):
     """Mean of a value a pair, from sums; pairs without a value are counted and left out."""
 
     is_differentiable = False
@@ -115,14 +115,15 @@ class _MeanOverPairs(Metric):
         mean = float(self.total / self.pairs)
         return as_tensors(PairMean(mean, float(self.pairs), float(self.excluded)), self.device)
 
-    def _add(self, values: Float[np.ndarray, " n"]) -> None:
+    def add(self, values: Float[np.ndarray, " n"]) -> None:
+        """Add values of pairs, NaN where there is none."""
         part = pair_mean(values)
         self.total = self.total + float(np.nansum(values))
         self.pairs = self.pairs + part.pairs
         self.excluded = self.excluded + part.excluded
 
 
-class ImageSimilarity(_MeanOverPairs):
+class ImageSimilarity(MeanOverPairs):
     """Mean `image_similarity` of streamed pairs.
 
     >>> metric = ImageSimilarity()
@@ -133,10 +134,10 @@ class ImageSimilarity(_MeanOverPairs):
 
     def update(self, before: Features, after: Features) -> None:
         """Add pairs; the arguments of `image_similarity`."""
-        self._add(image_similarity(before, after))
+        self.add(image_similarity(before, after))
 
 
-class DirectionalSimilarity(_MeanOverPairs):
+class DirectionalSimilarity(MeanOverPairs):
     """Mean `directional_similarity` of streamed pairs; `compute` says how many had no direction.
 
     >>> metric, eye = DirectionalSimilarity(), np.eye(3)
@@ -147,4 +148,4 @@ class DirectionalSimilarity(_MeanOverPairs):
 
     def update(self, before: Features, after: Features, text_before: Features, text_after: Features) -> None:
         """Add pairs; the arguments of `directional_similarity`."""
-        self._add(directional_similarity(before, after, text_before, text_after))
+        self.add(directional_similarity(before, after, text_before, text_after))

@@ -13,7 +13,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal import CLIPScore
 
-from eval.clip_score import clip_score
+from eval.clip_score import ClipScore, clip_score
 from eval.frechet import FrechetDistance, frechet_distance
 from guidance.errors import UserError
 
@@ -206,6 +206,10 @@ def test_clip_score_agrees_with_torchmetrics(sign: int) -> None:
     metric.update(torch.zeros(8, 3, 4, 4), ["x"] * 8)
     expected = float(metric.compute())
     assert float(clip_score(images, texts, variant="torchmetrics")) == pytest.approx(expected, abs=1e-4)
+    streamed = ClipScore("torchmetrics")
+    for rows in (slice(5), slice(5, None)):
+        streamed.update(images[rows], texts[rows])
+    assert float(streamed.compute()["mean"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_bad_clip_score_input() -> None:

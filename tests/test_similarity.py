@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
+from eval.clip_score import ClipScore
 from eval.similarity import DirectionalSimilarity, ImageSimilarity, directional_similarity, image_similarity
 from guidance.errors import UserError
 
@@ -46,7 +47,7 @@ def test_pairs_without_a_direction_are_nan_and_counted() -> None:
     assert float(found["mean"]) == pytest.approx(np.nanmean(values))
 
 
-@pytest.mark.parametrize("build", [ImageSimilarity, DirectionalSimilarity])
+@pytest.mark.parametrize("build", [ImageSimilarity, DirectionalSimilarity, ClipScore])
 def test_batches_merging_and_processes_change_nothing(build) -> None:
     def filled(rows: slice, batch: int):
         metric = build()
