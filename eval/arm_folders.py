@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from guidance.encoding import to_rgb
@@ -112,6 +115,11 @@ def _read_table(file: Path) -> dict[str, dict[str, Any]]:
             raise UserError(f"Expected one row an image in '{file}', got two for '{name}'; remove one.")
         told[key] = rest | {"prompt": " ".join(str(prompt or "").split())}
     return told
+
+
+def load_images(folder: str | os.PathLike[str], records: Sequence[Record]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Read the images of records, uint8 RGB."""
+    return np.stack([np.asarray(Image.open(Path(folder) / r.image).convert("RGB")) for r in records])
 
 
 def _digest(file: Path) -> str:

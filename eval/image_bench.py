@@ -192,7 +192,7 @@ class ImageBench:
             fd, kd = ("FID", "KID") if inception else (f"FD-{label}", f"KD-{label}")
             widths[fd] = len(real.mu)
             found.append(sets.frechet_statistic(rows, real.mu, real.sigma, fd, real.name, n))
-            if real.features is not None:
+            if real.features is not None and len(self.arms.rows) > sets.NEIGHBOURS:
                 found.append(sets.kernel_statistic(rows, real.features, kd, real.name, n))
                 found.append(sets.precision_statistic(rows, real.features, label, real.name, n))
                 found.append(sets.recall_statistic(rows, real.features, label, real.name, n))

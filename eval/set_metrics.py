@@ -21,6 +21,7 @@ from eval.precision_recall import covered, radii
 from eval.results import SetMetric, SetValue
 
 BLOCKS = 3
+NEIGHBOURS = 3  # of precision and recall
 #: Widest features whose Frechet distance is tested: two eigenproblems a permutation, 10 ms at 128, 200 ms at 512.
 WIDEST_TEST = 256
 #: Most images whose recall is tested: all distances among two arms are held, 64 MB at 2,000.
@@ -92,7 +93,7 @@ def cmmd_statistic(
 
 
 def precision_statistic(
-    rows: Mapping[str, Rows], real: Rows, label: str, reference: str, permutations: int, k: int = 3
+    rows: Mapping[str, Rows], real: Rows, label: str, reference: str, permutations: int, k: int = NEIGHBOURS
 ) -> SetStatistic:
     """Share of generated images within the manifold of real ones."""
     target = torch.as_tensor(real).double()
@@ -112,7 +113,7 @@ def precision_statistic(
 
 
 def recall_statistic(
-    rows: Mapping[str, Rows], real: Rows, label: str, reference: str, permutations: int, k: int = 3
+    rows: Mapping[str, Rows], real: Rows, label: str, reference: str, permutations: int, k: int = NEIGHBOURS
 ) -> SetStatistic:
     """Share of real images within the manifold of generated ones."""
     target = torch.as_tensor(real).double()
@@ -204,7 +205,7 @@ def list_blocks(prompts: Prompts, seeds: Sequence[int]) -> list[Int[np.ndarray, 
         rank[order] = np.arange(len(number)) - np.repeat(first, np.bincount(number))
         number = rank
     rows = [np.flatnonzero(number % BLOCKS == block) for block in range(BLOCKS)]
-    return rows if min(map(len, rows)) > 3 else []  # three neighbours are needed for precision and recall
+    return rows if min(map(len, rows)) > NEIGHBOURS else []
 
 
 def _test_rows(value: Callable[[np.ndarray], float], n: int, prompts: Prompts, permutations: int) -> float:

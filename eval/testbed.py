@@ -8,13 +8,18 @@ python -m eval.testbed part=card             # writes the last quality table int
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from guidance.config import friendly_errors, option, parse_config
 from guidance.errors import UserError
+
+if TYPE_CHECKING:
+    from guidance.prompts import Prompt
 
 
 @dataclasses.dataclass
@@ -28,6 +33,7 @@ class MeasureConfig:
     num_images: int = option(1000, "quality: images per CFG weight")
     cfg_scales: list[float] = option([3.0, 4.0, 5.0], "quality: CFG weights")
     num_prompts: int = option(500, "guidance: test prompts, one seed each")
+    seed: int = option(0, "guidance: which test prompts and noises; none of the seeds before it come again")
     scale: float = option(3.0, "guidance: the one portable scale; its negative is measured too")
     start: float = option(0.1, "guidance: fraction of the steps where it begins")
     cfg_scale: float = option(4.0, "guidance: CFG weight")
@@ -109,28 +115,23 @@ def quality_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def measure_guidance(config: MeasureConfig) -> str:
-    """Sample the arms of every setting into run folders and tabulate them.
+def measure_guidance(config: MeasureConfig, command: str = "") -> str:
+    """Sample the arms of every setting into run folders, evaluate them there and tabulate them.
 
     Returns:
         Markdown: one table per (scheduler, steps).
     """
-    from eval.arms import as_dict, compare_arms, markdown_table
-    from eval.frechet import moments
+    from eval.images import EvalImagesConfig, evaluate_images
+    from eval.tables import arm_table
     from guidance.arms import Arm, midblock_arms
     from guidance.heads import load_head
     from guidance.io import atomic_path, write_json
     from guidance.pipelines import load_pipeline
-    from guidance.prompts import load_prompts
     from guidance.records import RecordStore
     from guidance.run import list_jobs, sample_arms
-    from guidance.testbed.judges import load_judges
-    from guidance.testbed.render import render_scenes
-    from guidance.testbed.scenes import scenes
 
-    pipe, head, judges = load_pipeline(config.model), load_head(config.head), load_judges()
-    jobs = list_jobs(load_prompts("testbed", config.num_prompts, 0), 1, 0)
-    reference = moments(judges.features(render_scenes(scenes("test", config.reference))))
+    pipe, head = load_pipeline(config.model), load_head(config.head)
+    jobs = list_jobs(_fresh_prompts(config.num_prompts, config.seed), 1, 1_000_000 * config.seed)
     settings = [("ddim", n) for n in config.steps] + [(s, 25) for s in config.schedulers]
     text, summary = [], {}
     for scheduler, steps in settings:
@@ -144,14 +145,24 @@ def measure_guidance(config: MeasureConfig) -> str:
         for arms, cfg in runs:
             options: dict[str, Any] = {"num_steps": steps, "cfg_scale": cfg, "scheduler": scheduler}
             sample_arms(pipe, jobs, arms, store, model=config.model, batch_size=config.batch_size, **options)
-        results = compare_arms(store.folder, judges, reference, vary=["cfg_scale"])
-        text.append(f"### {scheduler}, {steps} steps\n{markdown_table(results)}")
+        judged = EvalImagesConfig([str(store.folder)], reference_size=config.reference)
+        found = evaluate_images(judged, command)
+        assert found is not None  # one process
+        text.append(f"### {scheduler}, {steps} steps\n{arm_table(found)}")
         print("\n" + text[-1], flush=True)
-        summary[f"{scheduler}-{steps}"] = as_dict(results)
+        summary[f"{scheduler}-{steps}"] = {k: found[k] for k in ("arms", "deltas", "set_values")}
         write_json(Path(config.output) / "guidance.json", summary)
     with atomic_path(Path(config.output) / "guidance.md") as temporary:
         temporary.write_text("\n\n".join(text) + "\n")
     return "\n\n".join(text)
+
+
+def _fresh_prompts(n: int, seed: int) -> list[Prompt]:
+    """Test prompts of a seed without those that any seed before it had: what was tuned on them is tested on others."""
+    from guidance.prompts import load_prompts
+
+    known = {p.text for s in range(seed) for p in load_prompts("testbed", n, s)}
+    return [p for p in load_prompts("testbed", 8 * n if known else n, seed) if p.text not in known][:n]
 
 
 def write_card(config: MeasureConfig) -> Path:
@@ -178,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.part == "quality":
         print(quality_table(measure_quality(config)))
     elif config.part == "guidance":
-        measure_guidance(config)
+        words = sys.argv[1:] if argv is None else argv
+        measure_guidance(config, f"python -m eval.testbed {shlex.join(words)}")
     else:
         print(f"wrote {write_card(config)}")
     return 0

@@ -36,7 +36,7 @@ def run_demo(config: DemoConfig) -> Path:
     """Run the four stages; each is skipped where its result is there already.
 
     Returns:
-        The output folder, with ``grid.png``, ``table.md``, ``summary.json`` and one PNG and record per image.
+        The output folder, with ``grid.png``, ``table.md``, ``eval/report.html`` and one PNG and record per image.
     """
     begun = time.monotonic()
 
@@ -56,7 +56,7 @@ def run_demo(config: DemoConfig) -> Path:
     print(
         f"Truth: pixel formulas, in sd of training scenes; change in sd of the unguided images; paired by prompt.\n"
         f"FD-judge of {config.num_prompts} images is biased upwards (128 features): compare rows, not levels.\n"
-        f"Look at {folder / 'grid.png'}; numbers in {folder / 'summary.json'}. {time.monotonic() - begun:.0f} s in all."
+        f"Look at {folder / 'grid.png'} and {folder / 'eval' / 'report.html'}. {time.monotonic() - begun:.0f} s in all."
     )
     return folder
 
@@ -88,18 +88,16 @@ def _sample(config: DemoConfig) -> Path:
 
 
 def _compare(config: DemoConfig, folder: Path) -> str:
-    from eval.arms import as_dict, compare_arms, markdown_table
-    from eval.frechet import moments
-    from guidance.io import atomic_path, write_json
-    from guidance.testbed.judges import load_judges
-    from guidance.testbed.render import render_scenes
-    from guidance.testbed.scenes import scenes
+    from eval.images import EvalImagesConfig, evaluate_images
+    from eval.tables import arm_table
+    from guidance.io import atomic_path
 
-    judges = load_judges()
-    reference = moments(judges.features(render_scenes(scenes("test", config.reference))))
-    results = compare_arms(folder, judges, reference)
-    table = markdown_table(results)
-    write_json(folder / "summary.json", {"config": dataclasses.asdict(config), "arms": as_dict(results)})
+    judged = EvalImagesConfig(
+        [str(folder)], reference_size=config.reference, permutations=99, title="make demo"
+    )
+    found = evaluate_images(judged, "make demo")
+    assert found is not None  # one process
+    table = arm_table(found)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(table + "\n")
     return table

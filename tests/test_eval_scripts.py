@@ -13,9 +13,9 @@ from conftest import make_head
 
 from eval import cost
 from eval import testbed as measure
-from eval.arms import as_dict, compare_arms, markdown_table
-from eval.frechet import moments
-from guidance.errors import UserError
+from eval.frechet import frechet_distance, moments
+from eval.images import EvalImagesConfig, evaluate_images
+from eval.tables import arm_table
 from guidance.heads import save_head
 from guidance.pipelines import TESTBED_FOLDER, fingerprint, load_pipeline
 from guidance.records import RecordStore
@@ -74,22 +74,26 @@ def clear_and_hazy(tiny_pipe, tiny_head, tmp_path) -> tuple[Path, list, list]:
     return store.folder, clear, hazy
 
 
-def test_arms_of_known_images(clear_and_hazy, judges, reference) -> None:
+def test_the_table_of_known_images(clear_and_hazy, judges, reference, tmp_path) -> None:
     folder, clear, hazy = clear_and_hazy
-    base, guided = compare_arms(folder, judges, reference)
-    assert (base.arm, base.truth, base.n) == ("unguided", None, 24)
+    options = {"reference_size": 300, "permutations": 9, "cache": str(tmp_path / "cache")}
+    found = evaluate_images(EvalImagesConfig([str(folder)], str(tmp_path / "out"), **options), progress=False)
     before, after = (truth_score(render_scenes(s)) for s in (hazy, clear))
-    assert base.truth_mean == pytest.approx(before.mean()) and guided.truth_mean == pytest.approx(
-        after.mean()
-    )
-    assert guided.truth.mean_diff == pytest.approx((after - before).mean())
-    assert guided.truth.share_improved == np.mean(after > before)
-    assert min(guided.agreement.values()) > 0.9 and guided.frechet < base.frechet
-    table = markdown_table([base, guided]).splitlines()
-    assert len(table) == 4 and f"{after.mean():+.2f}" in table[3]
-    assert json.loads(json.dumps(as_dict([base, guided])))[1]["n"] == 24
-    with pytest.raises(UserError, match="Expected an arm 'cfg'"):
-        compare_arms(folder, judges, reference, baseline="cfg")
+    base, guided = (line.split(" | ") for line in arm_table(found).splitlines()[2:])
+    assert base[0] == "| unguided" and base[1:4] == [f"{before.mean():+.2f}", "-", "-"]
+    assert guided[1] == f"{after.mean():+.2f}"
+    change = (after - before).mean() / before.std(ddof=1)
+    assert guided[2].startswith(f"{change:+.2f} [")
+    assert guided[3].startswith(f"{100 * np.mean(after > before):.0f}%")
+    agree = judges.agreement(render_scenes(clear), [s.caption for s in clear])["object"].mean()
+    assert guided[4].startswith(f"{100 * agree:.1f} / ")
+    fd = frechet_distance(*reference, *moments(judges.features(render_scenes(clear))))
+    assert float(guided[6]) == pytest.approx(fd, abs=0.051)
+
+
+def test_prompts_of_another_seed_are_others() -> None:
+    first, second = (measure._fresh_prompts(60, seed) for seed in (0, 1))
+    assert len(first) == len(second) == 60 and not {p.text for p in first} & {p.text for p in second}
 
 
 def test_cost_counts_and_times(tiny_folder, tmp_path, capsys) -> None:
@@ -134,11 +138,9 @@ def test_guidance_is_measured_in_every_setting_and_resumes(
     words += ["num_prompts=3", "steps=[25]", "schedulers=[euler]", "reference=300", "batch_size=3", "scale=2"]
     assert measure.main(words) == 0
     summary = json.loads((tmp_path / "out" / "guidance.json").read_text())
-    assert {k: [a["arm"] for a in v] for k, v in summary.items()}.keys() == {"ddim-25", "euler-25"}
-    assert (
-        len(summary["ddim-25"]) == 4 and len(summary["euler-25"]) == 2
-    )  # with the negative scale and plain CFG
-    assert any("CFG 8" in a["arm"] for a in summary["ddim-25"])
+    names = {k: [a["name"] for a in v["arms"]] for k, v in summary.items()}
+    assert names["euler-25"] == ["unguided", "scale=2"]
+    assert set(names["ddim-25"]) == {"unguided", "scale=2", "scale=-2", "unguided, CFG 8"}
     text = (tmp_path / "out" / "guidance.md").read_text()
     monkeypatch.setattr("guidance.run.sample_latents", None)  # nothing is sampled again
     assert measure.main(words) == 0
@@ -151,7 +153,7 @@ def test_the_demo_from_head_to_table(tmp_path, monkeypatch, capsys) -> None:
     words += [f"output={tmp_path}/a demo", f"head={tmp_path}/head"]
     assert demo.main(words) == 0
     folder = tmp_path / "a demo"
-    assert {"grid.png", "table.md", "summary.json"} <= {p.name for p in folder.iterdir()}
+    assert all((folder / name).is_file() for name in ("grid.png", "table.md", "eval/report.html"))
     assert len(RecordStore(folder).load(check="sha256")) == 12
     assert (folder / "table.md").read_text().count("\n") == 5
     assert "[3/3" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from eval.arms import load_images
+from eval.arm_folders import load_images
 from eval.paired import PairedDifference, paired_difference, wilson
 from eval.tables import with_interval
 from guidance.arms import Arm, guide_arms
