@@ -25,10 +25,10 @@ class DemoConfig:
     output: str = option("runs/demo", "folder of images, grid, table and summary")
     head: str = option("runs/heads/testbed-aesthetic", "the head; trained first if it is absent")
     num_prompts: int = option(64, "test prompts, one seed each")
-    scales: list[float] = option([-3.0, 1.5, 3.0], "guidance scales beside unguided")
+    scales: list[float] = option([-2.5, 1.25, 2.5], "guidance scales beside unguided")
     start: float = option(0.1, "fraction of the steps where guidance begins")
     num_steps: int = option(25, "sampling steps")
-    cfg_scale: float = option(4.0, "classifier-free guidance weight")
+    cfg_scale: float = option(3.0, "classifier-free guidance weight")
     reference: int = option(1000, "test scenes for the Frechet distance")
 
 
