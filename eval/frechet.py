@@ -20,6 +20,8 @@ from eval.feature_sets import feature_rows
 from guidance.errors import UserError
 from guidance.io import atomic_path
 
+_WELL_CONDITIONED = 1e-10  # least pivot against the largest
+
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d), ddof 1, of features (n, d), in float64."""
@@ -32,9 +34,9 @@ def frechet_distance(
 ) -> float:
     """Return the squared Frechet (2-Wasserstein) distance of two Gaussians.
 
-    ``|mu1 - mu2|^2 + tr S1 + tr S2 - 2 sum sqrt(lambda)``, ``lambda`` the eigenvalues of ``S1^1/2 S2
-    S1^1/2``, clipped at 0; ``S1^1/2`` is taken on the support of S1.  All in float64, by symmetric
-    eigenproblems: an order of magnitude faster than the matrix square root, and never complex.
+    ``|mu1 - mu2|^2 + tr S1 + tr S2 - 2 sum sqrt(lambda)``, ``lambda`` the eigenvalues of ``R^T S2 R`` with ``S1 = R
+    R^T``, clipped at 0: those of ``S1^1/2 S2 S1^1/2``, which the root chosen does not change.  All in float64, by
+    symmetric eigenproblems: an order of magnitude faster than the matrix square root, and never complex.
 
     Args:
         mu1, mu2: Means (tensors or arrays).
@@ -57,9 +59,7 @@ def frechet_distance(
         raise UserError(f"Expected means (d,) and covariances (d, d) of one d, got {shapes}.")
     if not all(torch.isfinite(x).all() for x in (mu1, s1, mu2, s2)):
         raise UserError("Expected finite means and covariances, got NaN or infinity; check the features.")
-    values, vectors = torch.linalg.eigh(s1)
-    support = values > values.max().clamp(min=0) * d * torch.finfo(torch.float64).eps
-    root = vectors[:, support] * values[support].sqrt()
+    root = _root(s1)
     eigenvalues = torch.linalg.eigvalsh(root.T @ s2 @ root).clamp(min=0)
     return float((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * eigenvalues.sqrt().sum())
 
@@ -105,6 +105,17 @@ def load_statistics(
             "them with save_reference or save_statistics."
         ) from error
     return mu, sigma, n
+
+
+def _root(s: Float[Tensor, "d d"]) -> Float[Tensor, "d k"]:
+    """Return R with ``s = R R^T``: Cholesky's where s is far from singular, else from eigenvectors of its support."""
+    lower, failed = torch.linalg.cholesky_ex(s)
+    pivots = lower.diagonal().square()
+    if not failed and pivots.min() > _WELL_CONDITIONED * pivots.max():
+        return lower  # a tenth of the time of eigenvectors
+    values, vectors = torch.linalg.eigh(s)
+    support = values > values.max().clamp(min=0) * len(s) * torch.finfo(torch.float64).eps
+    return vectors[:, support] * values[support].sqrt()
 
 
 class FrechetDistance(Metric):
