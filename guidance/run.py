@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ from guidance.steering import check_copies, steer_latents
 
 #: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
 SEED_STRIDE = 1000
+
+#: What must be equal between an image that is there and the one that is asked for.
+_MADE_BY: tuple[str, ...] = ("prompt", "noise_hash", "guides", "conditioning", "steering", "cfg_scale", "cfg")
+_MADE_BY += ("scheduler", "num_steps", "model_fingerprint", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,115 @@ def check_sampling(
         return type(pipe.scheduler).__name__
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How an arm is sampled, beside its guides; see :func:`guidance.sampling.sample_latents`."""
+
+    num_steps: int = 25
+    cfg_scale: float | ClassifierFree = 4.0
+    scheduler: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What is sampled at once: a fixed batch of jobs under one arm; no image depends on who samples it."""
+
+    jobs: tuple[Job, ...]
+    arm: Arm
+    sampling: Sampling
+
+
+class UnitSampler:
+    """Samples units, image by image into a record store.
+
+    Args:
+        pipe: Pipeline that :func:`check_sampling` has passed for the arms of all units.
+        store: Where images and records go, and which are done.
+        model: What to call the model in the records.
+    """
+
+    def __init__(self, pipe: Any, store: RecordStore, *, model: str) -> None:
+        self.pipe, self.store = pipe, store
+        self._model = {"model": model, "model_fingerprint": fingerprint(pipe.unet)}
+        self._model |= {"dtype": str(pipe.unet.dtype).removeprefix("torch."), "version": toolkit_version()}
+        self._schedulers: dict[str | None, str] = {}
+        self._jobs: dict[Job, dict[str, Any]] = {}  # what a record says of a job under any arm
+
+    def missing(self, unit: Unit) -> list[Job]:
+        """The jobs of a unit that are not done.
+
+        Raises:
+            UserError: If an image of the same name was made in another way.
+        """
+        return [job for job in unit.jobs if not _is_done(self.store, self._plan(job, unit))]
+
+    def images(self, unit: Unit) -> list[tuple[Job, Record, Any]]:
+        """Sample a unit whole; nothing is written."""
+        begun = time.perf_counter()
+        arm, options = unit.arm, dict(vars(unit.sampling))
+        texts, seeds = [job.prompt.text for job in unit.jobs], [job.seed for job in unit.jobs]
+        if arm.conditioning is not None:
+            options["guide_prompts"] = texts
+            texts = [arm.conditioning] * len(texts)
+        latents, scores, skipped = _sample_arm(self.pipe, texts, seeds, arm, options)
+        images = decode_latents(
+            self.pipe, latents
+        )  # ends on the CPU: the clock sees all of the device's work
+        measured: dict[str, Any] = {"batch_size": len(unit.jobs)}
+        measured["seconds"] = round((time.perf_counter() - begun) / len(unit.jobs), 5)
+        return [
+            (job, self._plan(job, unit, **measured, score=scores[i], nan_skipped=skipped[i]), images[i])
+            for i, job in enumerate(unit.jobs)
+        ]
+
+    def sample(self, unit: Unit, jobs: Collection[Job]) -> None:
+        """Sample a unit whole, and write the images of some of its jobs."""
+        for job, record, image in self.images(unit):
+            if job in jobs:
+                self.store.append(record, image)
+
+    def _plan(self, job: Job, unit: Unit, **measured: Any) -> Record:
+        """The record of an image, with everything that is known before it is sampled and what was measured."""
+        arm, sampling, cfg = unit.arm, unit.sampling, ClassifierFree.of(unit.sampling.cfg_scale)
+        values: dict[str, Any] = {
+            "arm": arm.name,
+            "guides": list(arm.descriptions),
+            "head": arm.head,
+            "conditioning": arm.conditioning,
+            "steering": None if arm.steering is None else arm.steering.describe(),
+            "cfg_scale": float(cfg.scale),
+            "cfg": cfg.describe(),
+            "scheduler": self._scheduler(sampling.scheduler),
+            "num_steps": sampling.num_steps,
+            "image": f"images/{arm.name}/{job.prompt.id}_seed{job.seed}.png",
+        }
+        values |= {"seconds": 0.0, "batch_size": 0, "score": None, "nan_skipped": 0, "sha256": "", "bytes": 0}
+        return Record(**(self._job(job) | self._model | values | measured))
+
+    def _job(self, job: Job) -> dict[str, Any]:
+        if job not in self._jobs:
+            prompt = job.prompt
+            noise = initial_noise(self.pipe, [torch.Generator().manual_seed(job.seed)])
+            told: dict[str, Any] = {
+                "prompt_id": prompt.id,
+                "prompt": prompt.text,
+                "category": prompt.category,
+            }
+            told |= {"challenge": prompt.challenge, "seed": job.seed, "noise_hash": noise_hash(noise)}
+            tokenizer = self.pipe.tokenizer
+            told["truncated"] = (
+                len(tokenizer(prompt.text, verbose=False).input_ids) > tokenizer.model_max_length
+            )
+            self._jobs[job] = told
+        return self._jobs[job]
+
+    def _scheduler(self, name: str | None) -> str:
+        if name not in self._schedulers:
+            with using_scheduler(self.pipe, name):
+                self._schedulers[name] = type(self.pipe.scheduler).__name__
+        return self._schedulers[name]
+
+
 def sample_arms(
     pipe: Any,
     jobs: Sequence[Job],
@@ -109,69 +222,27 @@ def sample_arms(
     Raises:
         UserError: If the store holds images of the same name made in another way.
     """
-    name = check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler, batch_size=batch_size)
-    cfg = ClassifierFree.of(cfg_scale)
-    common: dict[str, Any] = {"cfg_scale": float(cfg.scale), "cfg": cfg.describe()}
-    common |= {"scheduler": name, "num_steps": num_steps}
-    common |= {"model": model, "model_fingerprint": fingerprint(pipe.unet), "version": toolkit_version()}
-    common["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
-    options: dict[str, Any] = {"num_steps": num_steps, "cfg_scale": cfg, "scheduler": scheduler}
+    check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler, batch_size=batch_size)
+    sampler, sampling = UnitSampler(pipe, store, model=model), Sampling(num_steps, cfg_scale, scheduler)
     units = [
-        (batch, arm)
-        for i, batch in enumerate(_batches(jobs, batch_size))
+        Unit(batch, arm, sampling)
+        for i, batch in enumerate(list_batches(jobs, batch_size))
         for j, arm in enumerate(arms)
         if (i + j) % num_processes == process_index  # arms differ in cost: every process has some of each
     ]
-    planned = {(arm.name, job): _plan(pipe, job, arm, common) for batch, arm in units for job in batch}
-    missing = {key for key, record in planned.items() if not _is_done(store, record)}
-    with tqdm(total=len(missing), disable=not progress, unit="image", desc="sample") as bar:
-        for batch, arm in units:
-            todo = [job for job in batch if (arm.name, job) in missing]
-            if todo:
-                bar.set_postfix_str(arm.name, refresh=False)
-                for job, record, image in _sample_batch(pipe, batch, arm, planned, options):
-                    if job in todo:
-                        store.append(record, image)
-                bar.update(len(todo))
-    return len(missing)
+    todo = [(unit, missing) for unit in units if (missing := sampler.missing(unit))]
+    total = sum(len(missing) for _, missing in todo)
+    with tqdm(total=total, disable=not progress, unit="image", desc="sample") as bar:
+        for unit, missing in todo:
+            bar.set_postfix_str(unit.arm.name, refresh=False)
+            sampler.sample(unit, missing)
+            bar.update(len(missing))
+    return total
 
 
-def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    for i in range(0, len(jobs), size):
-        yield list(jobs[i : i + size])
-
-
-def _plan(pipe: Any, job: Job, arm: Arm, common: dict[str, Any]) -> Record:
-    """The record of an image with everything that is known before it is sampled."""
-    noise = initial_noise(pipe, [torch.Generator().manual_seed(job.seed)])
-    prompt = job.prompt
-    return Record(
-        prompt_id=prompt.id,
-        prompt=prompt.text,
-        category=prompt.category,
-        challenge=prompt.challenge,
-        seed=job.seed,
-        noise_hash=noise_hash(noise),
-        arm=arm.name,
-        guides=list(arm.descriptions),
-        **common,
-        image=f"images/{arm.name}/{prompt.id}_seed{job.seed}.png",
-        sha256="",
-        bytes=0,
-        seconds=0.0,
-        batch_size=0,
-        score=None,
-        nan_skipped=0,
-        truncated=_is_truncated(pipe, prompt.text),
-        head=arm.head,
-        conditioning=arm.conditioning,
-        steering=None if arm.steering is None else arm.steering.describe(),
-    )
-
-
-def _is_truncated(pipe: Any, text: str) -> bool:
-    tokenizer = pipe.tokenizer
-    return len(tokenizer(text, verbose=False).input_ids) > tokenizer.model_max_length
+def list_batches(jobs: Sequence[Job], size: int) -> list[tuple[Job, ...]]:
+    """Cut jobs into batches, the last of which may be smaller."""
+    return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
 
 
 def _is_done(store: RecordStore, planned: Record) -> bool:
@@ -179,20 +250,7 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
     found = store.get(*planned.key)
     if found is None or not store.has(*planned.key):
         return False
-    made_by = (
-        "prompt",
-        "noise_hash",
-        "guides",
-        "conditioning",
-        "steering",
-        "cfg_scale",
-        "cfg",
-        "scheduler",
-        "num_steps",
-        "model_fingerprint",
-        "dtype",
-    )
-    for field in made_by:
+    for field in _MADE_BY:
         was, now = getattr(found, field), getattr(planned, field)
         if was != now:
             raise UserError(
@@ -200,23 +258,6 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
                 f"{was!r}; choose another output folder, or set fresh=true to move this one aside."
             )
     return True
-
-
-def _sample_batch(
-    pipe: Any, batch: Sequence[Job], arm: Arm, planned: dict[tuple[str, Job], Record], options: dict[str, Any]
-) -> Iterator[tuple[Job, Record, Any]]:
-    begun = time.perf_counter()
-    texts, seeds = [job.prompt.text for job in batch], [job.seed for job in batch]
-    if arm.conditioning is not None:
-        options = options | {"guide_prompts": texts}
-        texts = [arm.conditioning] * len(texts)
-    latents, scores, skipped = _sample_arm(pipe, texts, seeds, arm, options)
-    images = decode_latents(pipe, latents)  # ends on the CPU: the clock sees all of the device's work
-    seconds = (time.perf_counter() - begun) / len(batch)
-    for i, job in enumerate(batch):
-        measured: dict[str, Any] = {"seconds": round(seconds, 5), "batch_size": len(batch)}
-        measured |= {"score": scores[i], "nan_skipped": skipped[i]}
-        yield job, dataclasses.replace(planned[arm.name, job], **measured), images[i]
 
 
 def _sample_arm(

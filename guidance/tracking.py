@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,64 @@ def start_tracking(accelerator: Any, project: str, config: Mapping[str, Any], ru
             failed[0] = not _survives(accelerator.log, dict(values), step)
 
     return log
+
+
+def log_table(accelerator: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Log a table; a failure warns, and nothing more.
+
+    Args:
+        accelerator: With running trackers.
+        name: Of the table.
+        columns: Their names.
+        rows: Cells: text, numbers, None, or the path of an image.  TensorBoard, which has no tables, shows the text of
+            a row beside its images, one step a row.
+    """
+    for tracker in accelerator.trackers:
+        _survives(_TABLES[tracker.name], tracker.tracker, name, list(columns), [list(row) for row in rows])
+
+
+def log_files(accelerator: Any, name: str, files: Sequence[Path]) -> None:
+    """Keep files with the run, in W&B as an artifact; TensorBoard notes where they are.  A failure warns."""
+    for tracker in accelerator.trackers:
+        _survives(_FILES[tracker.name], tracker.tracker, name, list(files))
+
+
+def _wandb_table(run: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    import wandb
+
+    data = [[wandb.Image(str(cell)) if isinstance(cell, Path) else cell for cell in row] for row in rows]
+    run.log({name: wandb.Table(columns=[*columns], data=data)})
+
+
+def _wandb_files(run: Any, name: str, files: list[Path]) -> None:
+    import wandb
+
+    artifact = wandb.Artifact(name, type="records")
+    for file in files:
+        artifact.add_file(str(file))
+    run.log_artifact(artifact)
+
+
+def _board_table(writer: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    import numpy as np
+    from PIL import Image
+
+    for step, row in enumerate(rows):
+        named = dict(zip(columns, row, strict=True))
+        files = {column: cell for column, cell in named.items() if isinstance(cell, Path)}
+        told = [f"**{column}**: {cell}" for column, cell in named.items() if column not in files]
+        writer.add_text(name, "; ".join([*told, *files]), step)
+        images = [np.asarray(Image.open(file).convert("RGB")) for file in files.values()]
+        if images:
+            writer.add_image(name, np.concatenate(images, axis=1), step, dataformats="HWC")
+
+
+def _board_files(writer: Any, name: str, files: list[Path]) -> None:
+    writer.add_text(name, ", ".join(str(file.resolve()) for file in files))
+
+
+_TABLES = {"wandb": _wandb_table, "tensorboard": _board_table}
+_FILES = {"wandb": _wandb_files, "tensorboard": _board_files}
 
 
 def stop_tracking(accelerator: Any) -> None:
