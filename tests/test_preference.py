@@ -1,0 +1,584 @@
+"""Preference studies without a browser: queues, votes on the disk, statistics, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from eval import preference, preference_votes
+from eval.paired import wilson
+from eval.preference_analysis import analyse
+from eval.preference_desk import Desk, NotShown
+from eval.preference_models import bradley_terry, metric_agreement
+from eval.preference_pairs import Plan, ask_pairs, queue
+from eval.preference_report import join_report
+from eval.preference_simulate import Crowd, check_coverage, prefer, true_rate
+from eval.preference_stats import (
+    agreement_between,
+    agreement_within,
+    attention,
+    clustered_interval,
+    design_effect,
+    exact_power,
+    krippendorff_alpha,
+    position_bias,
+    preference_rate,
+    votes_needed,
+)
+from eval.preference_study import find_images, load_study, read_secret
+from eval.preference_votes import Vote, VoteStore, read_lines, standing
+from guidance.errors import UserError
+from guidance.records import Record, RecordStore
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a fox", "<script>alert(1)</script>", "two hens & a \u202e cat", '"quoted" prompt']
+
+
+def write_run(
+    folder: Path, arms: tuple[str, ...] = ("unguided", "scale=2"), n: int = 12, size: int = 24
+) -> Path:
+    """A run of noise images, each arm a little brighter than the one before."""
+    store = RecordStore(folder)
+    for a, arm in enumerate(arms):
+        for i in range(n):
+            guides = [{"method": "midblock", "name": "g", "guidance_scale": float(a)}] if a else []
+            record = Record(
+                prompt_id=f"p{i:02}", prompt=PROMPTS[i] if i < len(PROMPTS) else f"prompt {i}", category="",
+                challenge="", seed=i, noise_hash=str(i), arm=arm, guides=guides, cfg_scale=4.0, scheduler="DDIM",
+                num_steps=5, model="m", model_fingerprint="f", dtype="float32", image=f"images/{arm}/{i}.png",
+                sha256="", bytes=0, seconds=0.1, batch_size=1, score=None, nan_skipped=0, truncated=False, head="",
+                version="test",
+            )  # fmt: skip
+            noise = np.random.default_rng([a, i]).integers(0, 200, (size, size, 3), dtype=np.uint8)
+            store.append(record, noise + np.uint8(20 * a))
+    return folder
+
+
+def vote(rater: str, trial: int, choice: str | None, **changes: object) -> Vote:
+    answers = None if choice is None else {"looks": choice}
+    made = Vote("", 0.0, "s", rater, trial, "pair", f"p{trial}", 0, "a", "b", False, answers, 1.0)
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def made_votes(y: list[float], raters: int = 1, **changes: object) -> list[Vote]:
+    """Votes 1 (second), 0.5 or 0, one after the other on as many prompts as each rater gets."""
+    names = {1.0: "right", 0.5: "tie", 0.0: "left"}
+    per = len(y) // raters
+    return [vote(f"r{i // per}", i % per, names[float(v)], **changes) for i, v in enumerate(y)]
+
+
+def make_desk(run: Path, *options: str) -> Desk:
+    """The desk of a study of a run, as `serve` makes it."""
+    config = preference.parse_config(
+        preference.ServeConfig, preference.read_words([str(run), *options]), prog="", description=""
+    )
+    study = preference._open(config)
+    return Desk(study, find_images([str(run)], study), VoteStore(study.folder), read_secret(study.folder))
+
+
+# Queues
+
+
+def test_a_queue_is_a_function_of_seed_and_rater() -> None:
+    plan = Plan(seed=3, per_rater=40)
+    assert queue(100, plan, "ann") == queue(100, plan, "ann")
+    assert queue(100, plan, "ann") != queue(100, plan, "bob")
+    assert queue(100, plan, "ann") != queue(100, dataclasses.replace(plan, seed=4), "ann")
+
+
+@pytest.mark.parametrize("rater", ["ann", "bob", "Żółć 7"])
+def test_a_queue_holds_what_the_plan_says(rater: str) -> None:
+    plan = Plan(per_rater=40, shared=0.25, repeats=0.2, checks=0.1)
+    trials = queue(100, plan, rater)
+    kinds = Counter(t.kind for t in trials)
+    assert kinds == {"pair": 40, "repeat": 8, "check": 4} and [t.index for t in trials] == list(range(52))
+    first = {t.item: t.index for t in trials if t.kind == "pair"}
+    assert len(first) == 40 and sum(t.swapped for t in trials if t.kind == "pair") == 20
+    assert all(t.index - first[t.item] >= 5 for t in trials if t.kind == "repeat")
+    shared = set.intersection(
+        *({t.item for t in queue(100, plan, str(i)) if t.kind == "pair"} for i in range(30))
+    )
+    assert len(shared) == 10 and shared <= first.keys()
+
+
+def test_all_pairs_are_asked_where_there_are_few() -> None:
+    assert {t.item for t in queue(7, Plan(), "ann") if t.kind == "pair"} == set(range(7))
+    assert {t.item for t in queue(300, Plan(per_rater=None), "ann") if t.kind == "pair"} == set(range(300))
+    assert len(queue(1, Plan(repeats=1, checks=1), "ann")) == 2
+
+
+def test_pairs_of_arms() -> None:
+    assert ask_pairs(["a", "b", "c"], "baseline") == [("a", "b"), ("a", "c")]
+    assert ask_pairs(["a", "b", "c"], "all") == [("a", "b"), ("a", "c"), ("b", "c")]
+    with pytest.raises(UserError, match="got 'a' alone"):
+        ask_pairs(["a"], "baseline")
+    with pytest.raises(UserError, match="repeats"):
+        Plan(repeats=1.5)
+    with pytest.raises(UserError, match="per_rater"):
+        Plan(per_rater=0)
+
+
+# The store
+
+WRITER = """
+import sys
+from eval.preference_votes import Vote, VoteStore
+store = VoteStore(sys.argv[1])
+for i in range(100000):
+    v = Vote("", 0.0, "s", sys.argv[2], i, "pair", f"p{i}", 0, "a", "b", False, {"looks": "left"})
+    print(store.append(v).id, flush=True)
+"""
+
+
+def test_nothing_acknowledged_is_lost_when_writers_are_killed(tmp_path: Path) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, tmp_path, name], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for name in ("ann", "bob")
+    ]
+    while not all(read_lines_of(tmp_path, name) > 20 for name in ("ann", "bob")):
+        time.sleep(0.05)
+    for writer in writers:
+        os.kill(writer.pid, signal.SIGKILL)
+    told = [line for writer in writers for line in writer.communicate()[0].splitlines()]
+    whole = {line for line in told if len(line) == 32}  # the pipe's own last line may be torn
+    stored = {v.id for v in read_lines(tmp_path)}
+    assert len(whole) >= 40 and whole <= stored and len(stored) <= len(told) + 2
+
+
+def read_lines_of(folder: Path, rater: str) -> int:
+    return sum(v.rater == rater for v in read_lines(folder))
+
+
+def test_a_torn_last_line_is_dropped_and_a_broken_one_named(tmp_path: Path) -> None:
+    store = VoteStore(tmp_path)
+    store.append(vote("ann", 0, "left"))
+    whole = store.path.read_bytes()
+    store.path.write_bytes(whole + whole[:-20])
+    assert len(read_lines(tmp_path)) == 1
+    again = VoteStore(tmp_path)  # another process: a file of its own
+    again.append(vote("ann", 1, "tie"))
+    assert len(read_lines(tmp_path)) == 2 and again.path != store.path
+    store.path.write_bytes(whole[:30] + b"\n" + whole)
+    with pytest.raises(UserError, match="line 1 of"):
+        read_lines(tmp_path)
+    store.path.write_bytes(whole.replace(b'"left"', b'"LEFT"'))
+    with pytest.raises(UserError, match="answers among"):
+        read_lines(tmp_path)
+
+
+def test_undo_and_retries(tmp_path: Path) -> None:
+    store = VoteStore(tmp_path)
+    assert store.append_once(vote("ann", 0, "left")) and not store.append_once(vote("ann", 0, "right"))
+    assert store.append_once(vote("ann", 0, None)) and not store.append_once(vote("ann", 0, None))
+    assert store.append_once(vote("ann", 0, "right")) and store.append_once(vote("bob", 0, "skip"))
+    for votes in (store, VoteStore(tmp_path)):
+        assert [v.answers for v in votes.votes_of("ann").values()] == [{"looks": "right"}]
+        assert votes.count() == 1
+    lines = read_lines(tmp_path)
+    assert len(lines) == 4 and len(standing(lines)) == 2
+    own = [v.time for v in lines if v.rater == "ann"]
+    assert own == sorted(set(own))
+
+
+def test_threads_share_a_store(tmp_path: Path) -> None:
+    store = VoteStore(tmp_path)
+    work = [
+        threading.Thread(target=lambda r=r: [store.append_once(vote(r, i, "tie")) for i in range(20)])
+        for r in ("ann", "ann", "bob")
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert Counter(v.rater for v in read_lines(tmp_path)) == {"ann": 20, "bob": 20}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool) -> None:
+    store = VoteStore(tmp_path)
+    store.append(vote("ann", 0, "left"))
+    before, write = store.path.read_bytes(), os.write
+
+    def full(file: int, data: bytes) -> int:
+        if half:
+            return write(file, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(preference_votes.os, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.append_once(vote("ann", 1, "left"))
+    assert store.path.read_bytes() == before and store.count() == 1
+    assert store.append_once(vote("ann", 1, "left")) and len(read_lines(tmp_path)) == 2
+
+
+def test_votes_of_several_machines_are_merged_once(tmp_path: Path) -> None:
+    here, there = VoteStore(tmp_path / "here"), VoteStore(tmp_path / "there")
+    here.append(vote("ann", 0, "left"))
+    for i in range(3):
+        there.append(vote("bob", i, "right"))
+    assert preference_votes.merge(here.folder, [there.folder, there.path], "s") == 3
+    assert preference_votes.merge(here.folder, [there.path], "s") == 0
+    assert len(read_lines(here.folder)) == 4 and VoteStore(here.folder).count() == 4
+    with pytest.raises(UserError, match="study other"):
+        preference_votes.merge(here.folder, [there.path], "other")
+    with pytest.raises(UserError, match="found none"):
+        preference_votes.merge(here.folder, [tmp_path / "nowhere"], "s")
+
+
+# Statistics
+
+
+def test_rates_count_ties_half_and_sides_right() -> None:
+    choices = ["left"] * 3 + ["right"] * 5 + ["tie"] * 2 + ["skip"]
+    votes = [vote("ann", i, c) for i, c in enumerate(choices)]
+    rate = preference_rate(votes, "a", "b", "looks")
+    assert (rate.wins, rate.ties, rate.losses, rate.skips, rate.n) == (5, 2, 3, 1, 10)
+    assert rate.rate == 0.6 and rate.vote_interval == wilson(6, 10) and (rate.prompts, rate.raters) == (10, 1)
+    turned = [dataclasses.replace(v, swapped=True) for v in votes]
+    assert preference_rate(turned, "a", "b", "looks").wins == 3
+    others = [
+        vote("bob", 0, "left", kind="check"),
+        vote("bob", 0, "left", kind="repeat"),
+        vote("bob", 1, "tie", first="c"),
+    ]
+    assert preference_rate([*votes, *others], "a", "b", "looks") == rate
+    empty = preference_rate(votes, "a", "c", "looks")
+    assert empty.n == 0 and np.isnan(empty.rate)
+
+
+def test_independent_votes_give_wilsons_interval_and_copies_give_no_more() -> None:
+    y = np.array([1.0] * 130 + [0.0] * 70)
+    low, high = clustered_interval(y, range(200))
+    assert abs(low - wilson(130, 200)[0]) < 2e-3 and abs(high - wilson(130, 200)[1]) < 2e-3
+    five = np.repeat(y, 5)
+    assert clustered_interval(five, np.repeat(np.arange(200), 5).tolist()) == pytest.approx(
+        (low, high), abs=1e-12
+    )
+    assert design_effect(five, np.repeat(np.arange(200), 5).tolist()) == pytest.approx(5, rel=0.01)
+    assert clustered_interval(np.ones(30), [i // 3 for i in range(30)])[0] < wilson(30, 30)[0]
+    assert clustered_interval(np.ones(3), ["p"] * 3) == (0.0, 1.0)
+
+
+def test_numbers_of_votes() -> None:
+    # 783: Fleiss' formula, as G*Power and R's power.prop.test have it for one sample; the exact test needs a few more
+    assert votes_needed(0.55) == 783 and votes_needed(0.6) == 194 and votes_needed(0.7) == 47
+    assert votes_needed(0.45) == votes_needed(0.55)
+    assert 0.78 < exact_power(783, 0.55) < 0.80 < exact_power(786, 0.55) < exact_power(820, 0.55) < 0.82
+    rng = np.random.default_rng(0)
+    votes = rng.binomial(783, 0.55, 4000)
+    shown = np.mean([not wilson(int(k), 783)[0] <= 0.5 <= wilson(int(k), 783)[1] for k in votes])
+    assert 0.77 < shown < 0.83
+    with pytest.raises(UserError, match=r"other than 0\.5"):
+        votes_needed(0.5)
+
+
+def test_agreement() -> None:
+    # krippendorff 0.9.0: alpha(..., level_of_measurement="interval") of the same answers is 0.42598187311178237
+    units = [[0, 0], [1, 1, 1], [0.5, 1, 0.5], [1, 0.5, 1], [0, 1, 0], [0, 0], [1, 1], [1, 0]]
+    assert krippendorff_alpha(units) == pytest.approx(0.42598187311178237)
+    assert krippendorff_alpha([[1, 1], [0, 0], [0.5]]) == 1 and np.isnan(krippendorff_alpha([[1, 1], [1, 1]]))
+    votes = made_votes([1, 0, 1, 1, 1, 0, 0, 0.5], raters=2)
+    found = agreement_between(votes, "looks")
+    assert (found.pairs, found.same) == (4, 0.5)
+    twice = [vote("ann", 0, "left"), vote("ann", 9, "left", kind="repeat", prompt_id="p0", swapped=True)]
+    assert agreement_within(twice, "looks").same == 0 and agreement_within(votes, "looks").pairs == 0
+
+
+def test_position_bias_and_attention() -> None:
+    votes = [vote("ann", i, "left" if i < 70 else "right", swapped=i % 2 == 0) for i in range(100)]
+    left, n, (low, _) = position_bias(votes, "looks")
+    assert (left, n) == (70, 100) and low > 0.5
+    assert preference_rate(votes, "a", "b", "looks").rate == 0.5
+    checks = [vote("ann", i, c, kind="check") for i, c in enumerate(["left", "right", "tie", "left"])]
+    assert attention([*votes, *checks]) == {"ann": (2, 4)}
+
+
+def test_bradley_terry_finds_the_strengths() -> None:
+    strengths, rng, votes = {"a": 0.0, "b": 0.6, "c": 1.5, "d": 0.2}, np.random.default_rng(0), []
+    for i, (first, second) in enumerate(
+        itertools.islice(itertools.cycle([("a", "b"), ("b", "c"), ("c", "d")]), 3000)
+    ):
+        p = 1 / (1 + np.exp(strengths[first] - strengths[second]))
+        votes.append(vote("ann", i, "right" if rng.random() < p else "left", first=first, second=second))
+    found = bradley_terry(votes, ["a", "b", "c", "d", "alone"], "looks")
+    assert [s.arm for s in found] == ["a", "b", "c", "d"]
+    for s in found[1:]:
+        assert s.interval[0] < strengths[s.arm] < s.interval[1] and abs(s.log_odds - strengths[s.arm]) < 0.35
+    two = bradley_terry(made_votes([1] * 30 + [0] * 10), ["a", "b"], "looks")
+    assert two[1].rate == pytest.approx(30.25 / 40.5)  # half a tie is added
+    assert np.isfinite(bradley_terry(made_votes([1] * 30), ["a", "b"], "looks")[1].log_odds)
+
+
+def test_metrics_are_compared_with_the_majority() -> None:
+    votes = made_votes([1, 1, 0, 0.5, 1, 0, 0, 0.5, 1, 1, 1, 0.5], raters=3)
+    rows = [
+        {"arm": arm, "prompt_id": f"p{i}", "seed": 0, "clip": value, "blur": -value}
+        for arm, values in {"a": [0.0, 0.0, 0.0, 0.0], "b": [1.0, -1.0, 1.0, 1.0]}.items()
+        for i, value in enumerate(values)
+    ]
+    found = metric_agreement(votes, rows, {"clip": ("CLIP", "higher"), "blur": ("Blur", "lower")}, "looks")
+    # majorities: p0 second, p1 second, p2 first by two to one... p3 a tie, which does not count
+    assert [(m.metric, m.pairs, m.agree) for m in found] == [("clip", 3, 1), ("blur", 3, 1)]
+    rows[0]["clip"] = None
+    assert metric_agreement(votes, rows, {"clip": ("CLIP", "higher")}, "looks")[0].pairs == 2
+
+
+def test_simulated_raters_vote_at_their_true_rate() -> None:
+    rng, d = np.random.default_rng(0), np.random.default_rng(1).normal(0.5, 1, 200_000)
+    crowd = Crowd(raters=4, tie=0.5, position=0.8, random_raters=0.25)
+    careless = rng.random(len(d)) < 0.25
+    y = prefer(d, rng.random(len(d)) < 0.5, crowd, rng, careless)
+    assert abs(y.mean() - true_rate(d, crowd)) < 0.004 and 0.1 < (y == 0.5).mean() < 0.4
+    with pytest.raises(UserError, match="noise above 0"):
+        Crowd(noise=0)
+
+
+def test_the_interval_over_prompts_covers_and_that_of_votes_does_not() -> None:
+    d = np.random.default_rng(0).normal(0.5, 1.5, 2000)
+    found = {c.interval: c for c in check_coverage(d, Crowd(), prompts=60, per_prompt=6, studies=1000)}
+    assert 0.93 <= found["prompts"].covered <= 0.97
+    assert found["votes"].covered < 0.88
+
+
+# The desk
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run") / "r")
+
+
+def test_nothing_tells_which_is_which(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    file = run / "images/unguided/0.png"
+    told = PngInfo()
+    told.add_text("arm", "unguided")
+    Image.open(file).save(tmp_path / "told.png", pnginfo=told)
+    raw = (tmp_path / "told.png").read_bytes()
+    lines = (run / "records.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    first |= {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    file.write_bytes(raw)
+    (run / "records.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    desk = make_desk(run, "per_rater=null", "repeats=0.5", "checks=0.5")
+    ids: list[str] = []
+    for rater in ("ann", "bob"):
+        state = desk.state(rater)
+        while state["trial"]:
+            assert set(state["trial"]) == {"id", "prompt", "left", "right"}
+            text = json.dumps({**state, "trial": {**state["trial"], "prompt": ""}})
+            assert not [
+                w for w in ("unguided", "scale", "images/", "p00", "check", "repeat", ".png/") if w in text
+            ]
+            for side in ("left", "right"):
+                ids.append(state["trial"][side].removeprefix("image/").removesuffix(".png"))
+                png = desk.image(ids[-1])
+                assert png is not None and Image.open(io.BytesIO(png)).info == {}
+                assert b"tEXt" not in png and b"unguided" not in png
+            state = desk.vote(rater, state["trial"]["id"], {"looks": "tie"}, 1.5)
+    assert len(set(ids)) == len(ids) == 2 * 2 * 24
+    assert desk.image("0" * 32) is None and desk.image("../../records.jsonl") is None
+
+
+def test_a_vote_on_a_pair_that_was_not_shown_is_refused(tmp_path: Path) -> None:
+    desk = make_desk(write_run(tmp_path / "r"))
+    own, other = desk.state("ann")["trial"]["id"], desk.state("bob")["trial"]["id"]
+    for forged in (other, "0" * 32, "", None, 3, "ü"):
+        with pytest.raises(NotShown):
+            desk.vote("ann", forged, {"looks": "left"}, 1)
+    for answers in (
+        None,
+        {},
+        {"looks": "both"},
+        {"fits": "left"},
+        {"looks": "left", "fits": "left"},
+        {"looks": [1]},
+    ):
+        with pytest.raises(UserError, match="for each of the questions"):
+            desk.vote("ann", own, answers, 1)
+    for name in ("", "x" * 61, "a\u202eb", None, 5):
+        with pytest.raises(UserError, match="name of 1 to"):
+            desk.state(name)
+    assert desk.store.count() == 0
+    assert desk.vote(" ann ", own, {"looks": "left"}, float("inf"))["done"] == 1
+    assert desk.vote("ann", own, {"looks": "left"}, 1)["done"] == 1  # a retry
+    state = desk.undo("ann", own)
+    assert state["done"] == 0 and state["trial"]["id"] == own
+    assert desk.join("")["rater"] != desk.join(None)["rater"]
+
+
+def test_images_that_go_are_skipped_and_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "r", n=6)
+    desk = make_desk(run, "repeats=0", "checks=0")
+    trials = queue(6, desk.study.plan, "ann")
+    gone = run / f"images/scale=2/{desk.study.items[trials[0].item].seed}.png"
+    other = run / f"images/unguided/{desk.study.items[trials[1].item].seed}.png"
+    content = gone.read_bytes()
+    gone.unlink()
+    state = desk.state("ann")
+    assert (
+        state["lost"] == 1
+        and state["total"] == 5
+        and state["trial"]["prompt"] == desk.study.items[trials[1].item].prompt
+    )
+    other.write_bytes(content)  # another image of the same name
+    urls = [state["trial"][side].split("/")[1].removesuffix(".png") for side in ("left", "right")]
+    assert [desk.image(url) for url in urls].count(None) == 1
+    assert desk.state("ann")["lost"] == 2
+    assert capsys.readouterr().err.count("gone or was changed") == 2
+    gone.write_bytes(content)
+    assert desk.state("ann")["lost"] == 1
+    assert make_desk(run, "repeats=0", "checks=0").study.id == desk.study.id  # a new start does not mind
+
+
+def test_a_path_outside_the_run_is_never_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "r", n=3)
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((run / "images/unguided/0.png").read_bytes())
+    records = (run / "records.jsonl").read_text()
+    (run / "records.jsonl").write_text(records.replace("images/unguided/0.png", "../secret.png"))
+    assert "inside the run" in refused(capsys, "serve", run)
+    (run / "records.jsonl").write_text(records)
+    desk = make_desk(run)
+    (run / "images/unguided/0.png").unlink()
+    (run / "images/unguided/0.png").symlink_to(secret)
+    with pytest.raises(UserError, match="inside the run"):
+        find_images([str(run)], desk.study)
+    with pytest.raises(UserError, match="1 folders"):
+        find_images([str(run), str(run)], desk.study)
+
+
+def test_plain_folders_with_a_table_of_prompts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for arm in ("a", "b"):
+        (tmp_path / arm).mkdir()
+        for i in range(4):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / arm / f"{i}.jpg", quality=95)
+    rows = [{"file_name": f"{i}.jpg", "prompt": f"prompt {i}"} for i in range(4)]
+    pandas.DataFrame(rows).to_csv(tmp_path / "prompts.csv", index=False)
+    config = preference.ServeConfig(
+        folders=[str(tmp_path / "a"), str(tmp_path / "b")], prompts=str(tmp_path / "prompts.csv")
+    )
+    study = preference._open(config)
+    desk = Desk(study, find_images(config.folders, study), VoteStore(study.folder), b"s")
+    shown = desk.state("ann")["trial"]
+    assert shown["prompt"].startswith("prompt ") and "by name only" in study.notes[0]
+    png = desk.image(shown["left"].split("/")[1].removesuffix(".png"))
+    assert png is not None and Image.open(io.BytesIO(png)).format == "PNG"
+
+
+def test_two_questions_are_answered_at_once(tmp_path: Path) -> None:
+    desk = make_desk(write_run(tmp_path / "r"), "questions=[looks, fits]")
+    trial = desk.state("ann")["trial"]["id"]
+    desk.vote("ann", trial, {"looks": "left", "fits": "skip"}, 2)
+    found = analyse(desk.study, desk.study.folder)
+    assert [sum(r.n for r in q["rates"]) for q in found["questions"].values()] in ([1, 0], [0, 0])
+
+
+# The script
+
+
+def command(*words: object) -> None:
+    preference.main([str(word) for word in words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        command(*words)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and len(error.splitlines()) == 1, error
+    return error
+
+
+def test_the_whole_path_with_simulated_raters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "r", ("unguided", "scale=1", "scale=2"), n=30)
+    options = ("compare=adjacent", "raters=5", "per_rater=30", "random_raters=0.2", "position=0.3")
+    command("simulate", run, *options)
+    said = capsys.readouterr().out
+    assert "a quality drawn at random" in said and "true rate of 'scale=2' over 'scale=1'" in said
+    command("simulate", run, *options)
+    assert capsys.readouterr().out.startswith("0 answers")
+    command("export", run, "study=simulated")
+    folder = run / "preference" / "simulated"
+    table = pandas.read_csv(folder / "votes.csv")
+    trials = sum(len(queue(60, load_study(folder).plan, f"simulated-{i:03}")) for i in range(5))
+    assert len(table) == trials and set(table.choice) <= {"left", "right", "tie", "skip"}
+    (run / "eval").mkdir()
+    page = '<main>\n<section id="cost">\n<h2>Cost</h2>\n</section>\n</main>'
+    (run / "eval/report.html").write_text(page)
+    command("report", run, "study=simulated", "attention=0")
+    summary = json.loads((folder / "summary.json").read_text())
+    counted = table[(table.kind == "pair") & (table.choice != "skip")]
+    assert summary["votes_cast"] == summary["votes_counted"] == len(counted)
+    rates = summary["questions"]["looks"]["rates"]
+    assert sum(r["wins"] + r["ties"] + r["losses"] for r in rates) == len(counted)
+    assert [r["second"] for r in rates] == ["scale=1", "scale=2"]
+    assert [s["arm"] for s in summary["questions"]["looks"]["strengths"]] == [
+        "unguided",
+        "scale=1",
+        "scale=2",
+    ]
+    html = (folder / "preference.html").read_text()
+    assert "are a program&#39;s" in html and "Bradley" in html and "<script" not in html
+    joined = (run / "eval/report.html").read_text()
+    assert joined.count('<section id="preference">') == 1 and joined.index("preference") < joined.index(
+        'id="cost"'
+    )
+    assert join_report(joined, analyse(load_study(folder), folder)).count('<section id="preference">') == 1
+
+
+def test_votes_travel_between_machines(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name / "r") for name in ("here", "there")]
+    for run, rater in zip(runs, ("ann", "bob"), strict=True):
+        desk = make_desk(run)
+        desk.vote(rater, desk.state(rater)["trial"]["id"], {"looks": "left"}, 1)
+    command("export", runs[1])
+    command("merge", runs[0], runs[1] / "preference/main/votes.jsonl")
+    command("report", runs[0])
+    summary = json.loads((runs[0] / "preference/main/summary.json").read_text())
+    assert [r["name"] for r in summary["raters"]] == ["ann", "bob"] and summary["answers_cast"] == 2
+
+
+def test_what_cannot_be_asked_is_refused_in_a_sentence(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = write_run(tmp_path / "alone", ("unguided",), n=3)
+    assert "two or more arms" in refused(capsys, "serve", alone)
+    assert not (alone / "preference").exists()
+    assert "found none" in refused(capsys, "serve", tmp_path / "nowhere")
+    assert "folder of a run, got none" in refused(capsys, "serve")
+    assert "Did you mean 'serve'" in refused(capsys, "sreve", run)
+    assert "Did you mean 'looks'" in refused(capsys, "serve", run, "questions=[look]")
+    assert "other than 0.5" in refused(capsys, "serve", run, "detect=0.5")
+    assert "name of letters" in refused(capsys, "serve", run, "study=../x")
+    assert "found none" in refused(capsys, "report", run, "study=never")
+    make_desk(run)
+    assert "found none; let raters vote" in refused(capsys, "report", run)
+    assert "seed: 0 there, 1 here" in refused(capsys, "serve", run, "seed=1")
+    assert "got none" in refused(capsys, "merge", run)
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    assert "line 1 of" in refused(capsys, "merge", run, tmp_path / "broken.jsonl")
+    VoteStore(run / "preference" / "simulated").append(vote("ann", 0, "left"))
+    assert "without people's votes" in refused(capsys, "simulate", run)
