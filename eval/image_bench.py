@@ -177,7 +177,12 @@ class ImageBench:
             guided = _guided_by(self.arms, self.clip.weights_fingerprint)
             measured += metrics.clip_metrics(self.arms, self.read, self.clip, guided)
             if self.edits:
-                pairs = {pair.id: pair for pair in load_edit_pairs(self.edits)}
+                count = (
+                    len({row.prompt_id for row in self.arms.rows})
+                    if self.edits.startswith("testbed")
+                    else None
+                )
+                pairs = {pair.id: pair for pair in load_edit_pairs(self.edits, count)}
                 measured += metrics.edit_metrics(self.arms, self.read, self.clip, pairs)
         if self.rating is not None:
             guided = _guided_by(self.arms, self.rating.weights_fingerprint)

@@ -30,7 +30,15 @@ RECORDS_FILE = "records.jsonl"
 UNGUIDED = "unguided"
 
 #: What must be equal between the images of a pair, besides prompt id and seed.
-PAIRED_FIELDS = ("prompt", "noise_hash", "model_fingerprint", "scheduler", "num_steps", "cfg_scale", "cfg")
+PAIRED_FIELDS: tuple[str, ...] = (
+    "prompt",
+    "noise_hash",
+    "start",
+    "model_fingerprint",
+    "scheduler",
+    "num_steps",
+)
+PAIRED_FIELDS += ("cfg_scale", "cfg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Record:
         conditioning: What the denoiser was told instead of the prompt; None: the prompt.
         steering: Particles and their potential; None: one sample an image.
         cfg: What :class:`guidance.cfg.ClassifierFree` does beside its weight; None: nothing.
+        start: Image that sampling began with (its digest) and the strength; None: noise.
     """
 
     prompt_id: str
@@ -89,6 +98,7 @@ class Record:
     conditioning: str | None = None
     steering: dict[str, Any] | None = None
     cfg: dict[str, Any] | None = None
+    start: dict[str, Any] | None = None
 
     @property
     def scale(self) -> float:

@@ -24,14 +24,15 @@ from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
 from guidance.records import Record, RecordStore, noise_hash, toolkit_version
 from guidance.sampling import decode_latents, initial_noise, sample_latents, using_scheduler
+from guidance.start import ImageStart, begin_with
 from guidance.steering import check_copies, steer_latents
 
 #: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
 SEED_STRIDE = 1000
 
 #: What must be equal between an image that is there and the one that is asked for.
-_MADE_BY: tuple[str, ...] = ("prompt", "noise_hash", "guides", "conditioning", "steering", "cfg_scale", "cfg")
-_MADE_BY += ("scheduler", "num_steps", "model_fingerprint", "dtype")
+_MADE_BY: tuple[str, ...] = ("prompt", "noise_hash", "start", "guides", "conditioning", "steering")
+_MADE_BY += ("cfg_scale", "cfg", "scheduler", "num_steps", "model_fingerprint", "dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Job:
 
     prompt: Prompt
     seed: int
+    start: ImageStart | None = None
 
 
 def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> list[Job]:
@@ -130,10 +132,12 @@ class UnitSampler:
         if arm.conditioning is not None:
             options["guide_prompts"] = texts
             texts = [arm.conditioning] * len(texts)
+        if unit.jobs[0].start is not None:
+            options["start"] = begin_with(
+                self.pipe, [job.start for job in unit.jobs if job.start is not None]
+            )
         latents, scores, skipped = _sample_arm(self.pipe, texts, seeds, arm, options)
-        images = decode_latents(
-            self.pipe, latents
-        )  # ends on the CPU: the clock sees all of the device's work
+        images = decode_latents(self.pipe, latents)  # on the CPU: the clock sees all of the device's work
         measured: dict[str, Any] = {"batch_size": len(unit.jobs)}
         measured["seconds"] = round((time.perf_counter() - begun) / len(unit.jobs), 5)
         return [
@@ -175,6 +179,8 @@ class UnitSampler:
                 "category": prompt.category,
             }
             told |= {"challenge": prompt.challenge, "seed": job.seed, "noise_hash": noise_hash(noise)}
+            if job.start is not None:
+                told["start"] = {"image": job.start.digest, "strength": job.start.strength}
             tokenizer = self.pipe.tokenizer
             told["truncated"] = (
                 len(tokenizer(prompt.text, verbose=False).input_ids) > tokenizer.model_max_length

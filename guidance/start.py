@@ -8,7 +8,7 @@ pixels they first draw the VAE's posterior from the sample's generator, where :f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from guidance.encoding import encode_pixels, to_float
+from guidance.encoding import encode_pixels, fit_image, to_float
 from guidance.errors import UserError
 
 #: PIL images or arrays: RGB, uint8, (h, w, 3); masks: grey, bool or uint8, (h, w), white (above half) is repainted.
@@ -230,6 +230,27 @@ def _check_channels(pipe: Any, channels: int, *, masked: bool) -> None:
             f"Expected a denoiser of {channels} input channels, got {found}; "
             f"an inpainting one ({2 * channels + 1}) needs start=FromMask(...)."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStart:
+    """An image to begin with, opened when its batch is sampled; see :class:`FromImage`.
+
+    Attributes:
+        image: Opens it.
+        digest: Identifies its pixels in records.
+        strength: Fraction of the steps to take; the same for all jobs of a run.
+    """
+
+    image: Callable[[], Image.Image] = dataclasses.field(compare=False)
+    digest: str
+    strength: float
+
+
+def begin_with(pipe: Any, starts: Sequence[ImageStart]) -> FromImage:
+    """Open and encode the images of a batch, resized and cut to the pipeline's size where they have another."""
+    size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    return FromImage(encode_images(pipe, [fit_image(s.image(), size) for s in starts]), starts[0].strength)
 
 
 def encode_images(pipe: Any, images: Pictures) -> Float[Tensor, "b c y x"]:

@@ -29,6 +29,7 @@ class DemoConfig:
     start: float = option(0.1, "fraction of the steps where guidance begins")
     num_steps: int = option(25, "sampling steps")
     cfg_scale: float = option(3.0, "classifier-free guidance weight")
+    cfg_matched: float = option(6.0, "plain CFG weight to show beside guidance; 0 for none")
     reference: int = option(1000, "test scenes for the Frechet distance")
 
 
@@ -71,20 +72,22 @@ def _train(head: str) -> None:
 
 
 def _sample(config: DemoConfig) -> Path:
-    from sample.guided import GuidedConfig, sample_guided
+    from sample.sweep import SweepConfig, run_sweep
 
-    guided = GuidedConfig(
-        num_prompts=config.num_prompts,
-        scales=config.scales,
+    sweep = SweepConfig(
+        scale=config.scales,
         start=config.start,
         head=config.head,
+        num_prompts=config.num_prompts,
         num_steps=config.num_steps,
         cfg_scale=config.cfg_scale,
+        cfg_matched=config.cfg_matched > 0,
+        cfg_scales_matched=[config.cfg_matched] if config.cfg_matched > 0 else [],
         output=config.output,
         batch_size=32,
         grid_rows=10,
     )
-    return sample_guided(guided)
+    return run_sweep(sweep)
 
 
 def _compare(config: DemoConfig, folder: Path) -> str:

@@ -41,6 +41,8 @@ class GuidedConfig:
     prompts: Any = option("testbed", "a named set (testbed, parti, coco, ...), a file, or a list of texts")
     num_prompts: int | None = option(8, "prompts to take of a set or file; null for all")
     category: Any = option(None, "category or challenge to take prompts of, or a list of them; null for all")
+    edits: str | None = option(None, "edit pairs (testbed:test, a file) instead of prompts: images to change")
+    strength: float = option(0.6, "with edits: fraction of the steps taken, 1 forgets the image")
     seeds_per_prompt: int = option(1, "images per prompt and arm; draw j of prompt i has seed + 1000 i + j")
     seed: int = option(0, "first seed, and choice of the prompts")
     scales: list[float] = option([1.0], "guidance scales; 0, unguided, is always sampled too")
@@ -100,20 +102,19 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     from guidance.arms import guide_arms, list_scales, midblock_arms
     from guidance.guide_specs import read_guide
     from guidance.heads import load_head
+    from guidance.jobs import read_jobs
     from guidance.pipelines import load_pipeline
     from guidance.processes import join_processes
-    from guidance.prompts import load_prompts
     from guidance.records import RecordStore
-    from guidance.run import check_sampling, list_jobs, sample_arms
+    from guidance.run import check_sampling, sample_arms
     from guidance.run_folder import move_aside, read_settings, write_grid, write_settings
 
     state = join_processes()
     progress = progress and state.is_main_process
     # everything that can be wrong is checked before the first file is written
     scales = list_scales(config.scales)
-    count = config.num_prompts if isinstance(config.prompts, str) else None
-    prompts = load_prompts(config.prompts, count, config.seed, category=config.category)
-    jobs = list_jobs(prompts, config.seeds_per_prompt, config.seed)
+    told = [getattr(config, k) for k in ("prompts", "num_prompts", "seeds_per_prompt", "seed")]
+    jobs = read_jobs(*told, category=config.category, edits=config.edits, strength=config.strength)
     folder = Path(config.output or default_output(config))
     made = None if config.fresh else read_settings(folder, _settings(config), free=FREE)
     scales = list_scales([*made["scales"], *scales]) if made else scales
@@ -188,8 +189,12 @@ def default_output(config: GuidedConfig) -> Path:
 
 def _settings(config: GuidedConfig) -> dict[str, Any]:
     """What the folder remembers: all options but where it is and how it was opened."""
-    # a category that is not set leaves no trace: folders made before there was one keep name and config
-    left_out = ("output", "fresh", *(["category"] if not config.category else []))
+    # what is not set leaves no trace: folders made before there were such options keep name and config
+    unset = [
+        *(["category"] if not config.category else []),
+        *(["edits", "strength"] if not config.edits else []),
+    ]
+    left_out = ("output", "fresh", *unset)
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
 
 

@@ -68,6 +68,8 @@ class SweepConfig:
     cfg_scales_matched: list[float] = option([], "their weights; empty: four up to thrice cfg_scale")
     prompts: Any = option("testbed", "a named set (testbed, parti, coco, ...), a file, or a list of texts")
     num_prompts: int | None = option(8, "prompts to take of a set or file; null for all")
+    edits: str | None = option(None, "edit pairs (testbed:test, a file) instead of prompts: images to change")
+    strength: float = option(0.6, "with edits: fraction of the steps taken, 1 forgets the image")
     category: Any = option(None, "category or challenge to take prompts of, or a list of them; null for all")
     seeds_per_prompt: int = option(1, "images per prompt and cell; draw j of prompt i has seed + 1000 i + j")
     seed: int = option(0, "first seed, and choice of the prompts")
@@ -196,12 +198,13 @@ def _run_script(module: str, words: Sequence[str]) -> None:
 
 
 def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
-    from guidance.prompts import load_prompts
-    from guidance.run import list_jobs
+    from guidance.jobs import read_jobs
     from guidance.sweep import matched_scales
     from guidance.sweep_axes import read_axes
     from guidance.sweep_folder import plan_sweep
 
+    told = [getattr(config, k) for k in ("prompts", "num_prompts", "seeds_per_prompt", "seed")]
+    jobs = read_jobs(*told, category=config.category, edits=config.edits, strength=config.strength)
     axes = read_axes({name: getattr(config, name) for name in AXIS_OPTIONS})
     if any(axes["guide"]):  # guides stand instead of the head
         if len(axes["head"]) > 1:
@@ -210,13 +213,11 @@ def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
             )
         axes["head"] = [None]
     matched = config.cfg_scales_matched or matched_scales(min(axes["cfg_scale"]))
-    count = config.num_prompts if isinstance(config.prompts, str) else None
-    prompts = load_prompts(config.prompts, count, config.seed, category=config.category)
     options: dict[str, Any] = {"combine": config.combine, "baseline": config.baseline, "fresh": config.fresh}
     options |= {"matched": matched if config.cfg_matched else ()}
     options |= {"batch_size": None if config.batch_size == "auto" else config.batch_size}
     plan = plan_sweep(config.output or default_output(config), _settings(config), axes, **options)
-    return plan, list_jobs(prompts, config.seeds_per_prompt, config.seed)
+    return plan, jobs
 
 
 def _arms(config: SweepConfig, plan: SweepPlan) -> tuple[ArmBuilder, dict[str, Arm]]:

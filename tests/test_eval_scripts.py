@@ -154,8 +154,8 @@ def test_the_demo_from_head_to_table(tmp_path, monkeypatch, capsys) -> None:
     assert demo.main(words) == 0
     folder = tmp_path / "a demo"
     assert all((folder / name).is_file() for name in ("grid.png", "table.md", "eval/report.html"))
-    assert len(RecordStore(folder).load(check="sha256")) == 12
-    assert (folder / "table.md").read_text().count("\n") == 5
+    assert len(RecordStore(folder).load(check="sha256")) == 16  # with plain CFG beside guidance
+    assert (folder / "table.md").read_text().count("\n") == 6
     assert "[3/3" in capsys.readouterr().out
 
 

@@ -1,0 +1,81 @@
+"""Jobs of scripts: prompts, or images that are changed towards edited captions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import make_head
+
+from guidance.arms import midblock_arms
+from guidance.edit_pairs import load_edit_pairs
+from guidance.errors import UserError
+from guidance.jobs import read_jobs
+from guidance.prompts import load_prompts
+from guidance.records import RecordStore
+from guidance.run import list_jobs, sample_arms
+from guidance.sampling import sample_images
+from guidance.start import FromImage, encode_images
+from sample import guided, sweep
+
+
+def edits(n: int = 3, **options):
+    return read_jobs([], n, 1, 0, edits="testbed:test", **options)
+
+
+def test_prompts_are_listed_as_ever() -> None:
+    assert read_jobs("testbed", 5, 2, 3) == list_jobs(load_prompts("testbed", 5, 3), 2, 3)
+    assert [job.prompt.text for job in read_jobs(["a hen", "a fox"], 1, 1, 0)] == ["a hen", "a fox"]
+
+
+def test_edits_start_with_their_images_and_end_as_the_loop_says(tiny_pipe, tmp_path) -> None:
+    pairs, jobs = load_edit_pairs("testbed:test", 3), edits(strength=0.5)
+    assert [job.prompt.text for job in jobs] == [pair.edited_caption for pair in pairs]
+    store = RecordStore(tmp_path)
+    arms = midblock_arms(make_head(tiny_pipe), [2.0])
+    sample_arms(tiny_pipe, jobs, arms, store, model="tiny", num_steps=4, progress=False)
+    latents = encode_images(tiny_pipe, [np.asarray(pair.image) for pair in pairs])
+    wanted = sample_images(
+        tiny_pipe,
+        [p.edited_caption for p in pairs],
+        [job.seed for job in jobs],
+        start=FromImage(latents, 0.5),
+        num_steps=4,
+    )
+    from eval.arm_folders import load_images
+
+    records = [store.get("unguided", job.prompt.id, job.seed) for job in jobs]
+    assert np.abs(load_images(store.folder, records).astype(int) - wanted).max() <= 1
+    assert records[0].start == {"image": jobs[0].start.digest, "strength": 0.5}
+    assert sample_arms(tiny_pipe, jobs, arms, store, model="tiny", num_steps=4, progress=False) == 0
+    with pytest.raises(UserError, match="to be made with start="):
+        sample_arms(tiny_pipe, edits(strength=0.7), arms, store, model="tiny", num_steps=4, progress=False)
+
+
+def test_both_scripts_take_edits(tiny_pipe, tiny_folder, tmp_path) -> None:
+    words = [f"model={tiny_folder}", "edits=testbed:test", "num_prompts=2", "num_steps=3", "head=null"]
+    words += ["seeds_per_prompt=1"]
+    guided.main([*words, "scales=[0]", f"output={tmp_path / 'one'}"])
+    sweep.main([*words, "scale=0", "cfg_scale=[2, 4]", "cfg_matched=false", f"output={tmp_path / 'grid'}"])
+    lines = [json.loads(line) for line in (tmp_path / "grid" / "records.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["start"]["strength"] == 0.6 for line in lines)
+    one = {r.key[1:]: r.sha256 for r in RecordStore(tmp_path / "one").load()}
+    four = [r for r in RecordStore(tmp_path / "grid").load() if r.cfg_scale == 4]
+    assert {r.key[1:]: r.sha256 for r in four} == one
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"strength": 0.0}, "strength above 0"), ({"edits": "testbed:tset"}, "testbed:test")],
+)
+def test_bad_edits_get_a_sentence(options, message) -> None:
+    with pytest.raises(UserError, match=message):
+        read_jobs([], 2, 1, 0, **{"edits": "testbed:test", **options})
+
+
+def test_edits_without_images_are_refused(tmp_path) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text(json.dumps({"input": "a hen", "edit": "make it a fox", "output": "a fox"}) + "\n")
+    with pytest.raises(UserError, match="without; name others"):
+        read_jobs([], None, 1, 0, edits=str(file))
