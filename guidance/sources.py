@@ -73,7 +73,9 @@ def load_examples(
     if source == TESTBED:
         from guidance.testbed.data import load_testbed
 
-        dataset = load_testbed(split, TESTBED_SIZES[split] if n is None else n, seed=seed)
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # of several processes each draws by itself
+        workers = min(os.cpu_count() or 1, 4) if alone else 1
+        dataset = load_testbed(split, TESTBED_SIZES[split] if n is None else n, seed=seed, workers=workers)
     else:
         wanted = [image_column, caption_column, *target_columns, rating_column, group_column]
         by_name = _load_all(source, split_column)
