@@ -8,7 +8,6 @@ nobody reads.
 
 from __future__ import annotations
 
-import errno
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 
 from eval.extractor_base import ClassExtractor
 from guidance.errors import UserError
-from guidance.io import read_json, write_json
+from guidance.io import append_bytes, read_json, write_json
 
 What = Literal["embed", "probabilities"]
 _FORMAT = "image features 1"
@@ -93,15 +92,9 @@ class FeatureStore:
         rows = np.empty(len(digests), self._row)
         rows["digest"] = [np.frombuffer(bytes.fromhex(_checked(digest)), np.uint8) for digest in digests]
         rows["features"] = features
-        with open(self._own, "ab", buffering=0) as stream:
-            end, data = stream.tell(), rows.tobytes()
-            try:
-                if stream.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._own))
-                os.fsync(stream.fileno())
-            except BaseException:  # rows that follow must begin where rows begin
-                stream.truncate(end)
-                raise
+        append_bytes(
+            self._own, rows.tobytes()
+        )  # whole or not at all: rows that follow begin where rows begin
 
     @property
     def _header(self) -> Path:

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.config import friendly_errors, option, parse_config
+from guidance.config import friendly_errors, list_words, option, parse_config
 from guidance.errors import UserError
 from guidance.recipes import FeatureRecipe
 
@@ -160,25 +158,10 @@ def _names(folders: Sequence[str]) -> dict[str, str]:
     return {"/".join(path.parts[-depth:]): folder for path, folder in unique.items()}
 
 
-def _read_words(argv: Sequence[str]) -> list[str]:
-    """Turn words without a key into the option `heads`.
-
-    >>> _read_words(["my/head", "split=validation", "--config", "a.yaml"])
-    ['split=validation', '--config', 'a.yaml', 'heads=["my/head"]']
-    """
-    words, rest, heads = iter(argv), [], []
-    for word in words:
-        if word.startswith("-") or re.match(r"[\w.]+=", word):
-            rest += [word, *itertools.islice(words, int(word == "--config"))]
-        else:
-            heads.append(word)
-    return rest + ([f"heads={json.dumps(heads, ensure_ascii=False)}"] if heads else [])
-
-
 @friendly_errors("eval.heads")
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this script."""
-    words = _read_words(sys.argv[1:] if argv is None else argv)
+    words = list_words(sys.argv[1:] if argv is None else argv, "heads")
     config = parse_config(EvalHeadsConfig, words, prog="python -m eval.heads", description=__doc__ or "")
     from eval.head_tables import head_tables
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shlex
 import sys
@@ -25,17 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guidance.config import friendly_errors, option, parse_config
+from guidance.config import friendly_errors, list_words, option, parse_config
 from guidance.errors import UserError
+from guidance.processes import join_processes, launched, leave_processes
 
 if TYPE_CHECKING:
     from eval.arm_images import Arms
 
 SUMMARY, REPORT = "summary.json", "report.html"
 OUTPUTS = (SUMMARY, REPORT, "rows.csv", "rows.parquet")
-
-TESTBED_REFERENCE = "testbed:test"
-DEFAULT_CLIP = "clip:openai/clip-vit-base-patch16"  # of the diffusers guide "Evaluating diffusion models"
 
 
 @dataclasses.dataclass
@@ -95,7 +92,6 @@ def evaluate_images(
         return made
     from eval.comparison_files import log_to_wandb, write_comparison
     from eval.image_bench import ImageBench
-    from guidance.processes import join_processes
 
     state = join_processes()
     options = {name: getattr(config, name) for name in ("clip", "features", "reference", "reference_size")}
@@ -163,29 +159,15 @@ def _chosen(config: EvalImagesConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(config).items() if v != default[k]}
 
 
-def _read_words(argv: Sequence[str]) -> list[str]:
-    """Turn words without a key into the option `folders`.
-
-    >>> _read_words(["runs/a", "clip=null", "runs/b"])
-    ['clip=null', 'folders=["runs/a", "runs/b"]']
-    """
-    words, rest, folders = iter(argv), [], []
-    for word in words:
-        if word == "--config":
-            rest += [word, next(words, "")]
-        elif word.startswith("-") or re.match(r"[\w.]+=", word):
-            rest.append(word)
-        else:
-            folders.append(word)
-    return rest + ([f"folders={json.dumps(folders, ensure_ascii=False)}"] if folders else [])
-
-
 @friendly_errors("eval.images")
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this script."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = parse_config(
-        EvalImagesConfig, _read_words(words), prog="python -m eval.images", description=__doc__ or ""
+        EvalImagesConfig,
+        list_words(words, "folders"),
+        prog="python -m eval.images",
+        description=__doc__ or "",
     )
     found = evaluate_images(config, "python -m eval.images " + shlex.join(words))
     if found is not None:
@@ -194,9 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for caveat in found["caveats"]:
             print(f"{caveat['kind']}: {caveat['text']}")
         print(f"\nreport: {Path(output) / REPORT}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from guidance.processes import join_processes, leave_processes
-
+    if launched() > 1:
         leave_processes(join_processes())
     return 0
 

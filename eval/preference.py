@@ -13,15 +13,13 @@ A study lies in RUN/preference/NAME.  Options, also after 'serve --help': key=va
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from guidance.config import friendly_errors, option, parse_config
+from guidance.config import friendly_errors, list_words, option, parse_config
 from guidance.errors import UserError, nearest
 
 
@@ -263,23 +261,6 @@ _COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 
 
-def read_words(argv: Sequence[str]) -> list[str]:
-    """Turn words without a key into the option ``folders``.
-
-    >>> read_words(["runs/a", "port=0"])
-    ['port=0', 'folders=["runs/a"]']
-    """
-    words, rest, folders = iter(argv), [], []
-    for word in words:
-        if word == "--config":
-            rest += [word, next(words, "")]
-        elif word.startswith("-") or re.match(r"[\w.]+=", word):
-            rest.append(word)
-        else:
-            folders.append(word)
-    return rest + ([f"folders={json.dumps(folders, ensure_ascii=False)}"] if folders else [])
-
-
 @friendly_errors("eval.preference")
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this script."""
@@ -291,7 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"Expected a command first, got '{command}'.{nearest(command, _COMMANDS)}")
     kind, run = _COMMANDS[command]
     prog = f"python -m eval.preference {command}"
-    run(parse_config(kind, read_words(words), prog=prog, description=(run.__doc__ or "").splitlines()[0]))
+    run(
+        parse_config(
+            kind, list_words(words, "folders"), prog=prog, description=(run.__doc__ or "").splitlines()[0]
+        )
+    )
     return 0
 
 

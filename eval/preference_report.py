@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from eval.preference_stats import Agreement, Rate
 from eval.preference_study import QUESTIONS
+from eval.report import open_template
 from eval.report_svg import INK, RULE, SERIES, plain, svg_axes
 from eval.report_text import MISSING, interval, number, percent
 from guidance.io import atomic_path, write_json
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _SECTION = re.compile(r'<section id="preference">.*?</section>\n*', re.S)
 
 
@@ -35,7 +32,7 @@ def write_preference(found: Mapping[str, Any], folder: Path, page: Path | None =
     """
     write_json(folder / "summary.json", found)
     report = folder / "preference.html"
-    _write(report, _environment().get_template("preference_report.html.j2").render(**_view(found)))
+    _write(report, open_template("preference_report.html.j2").render(**_view(found)))
     if page is not None and page.is_file():
         _write(page, join_report(page.read_text(encoding="utf-8"), found))
     return report
@@ -43,7 +40,7 @@ def write_preference(found: Mapping[str, Any], folder: Path, page: Path | None =
 
 def join_report(page: str, found: Mapping[str, Any]) -> str:
     """Return the HTML of `eval.report` with the section of this study before its costs; an earlier one is replaced."""
-    section = _environment().get_template("preference_section.html.j2").render(**_view(found))
+    section = open_template("preference_section.html.j2").render(**_view(found))
     text = _SECTION.sub("", page)
     before, mark, after = text.partition('<section id="cost">')
     if not mark:
@@ -179,18 +176,6 @@ def _forest(rates: Sequence[Rate], salt: str) -> str:
         axes.set_xlabel("% prefer the first named")
         axes.grid(axis="y", visible=False)
     return svg[0]
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"svg": Markup}
-    return environment
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ by side.  Nothing is ever changed: an undo is a line, too.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from guidance.errors import UserError
-from guidance.io import atomic_path
+from guidance.io import append_bytes, atomic_path
 
 CHOICES = ("left", "right", "tie", "skip")
 PATTERN = "votes-*.jsonl"
@@ -222,18 +221,7 @@ def _line(vote: Vote) -> bytes:
 def _append_line(path: Path, line: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        end = os.fstat(file).st_size
-        try:
-            if os.write(file, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file)
-        except BaseException:  # leave no half line behind
-            os.ftruncate(file, end)
-            raise
-    finally:
-        os.close(file)
+    append_bytes(path, line)
     if is_new:  # the file's name must survive a power cut, too
         parent = os.open(path.parent, os.O_RDONLY)
         try:

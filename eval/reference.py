@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from eval.arm_folders import SUFFIXES
 from eval.extractor_base import Extractor
 from eval.feature_store import features_of
 from eval.frechet import FrechetDistance, load_statistics, save_statistics
@@ -28,7 +29,6 @@ from guidance.errors import UserError, nearest
 from guidance.io import read_json, write_json
 from guidance.sources import TESTBED_SIZES, decode_image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _CHUNK = 4096  # features added to the sums at once
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from eval import report_text as text
@@ -21,6 +21,19 @@ from eval.results import ArmSummary, Comparison
 from guidance.io import atomic_path
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+def open_template(name: str) -> Template:
+    """Open a template of this folder; what it is given is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"svg": Markup, "number": text.number}
+    return environment.get_template(name)
 
 
 def write_report(comparison: Comparison, path: str | os.PathLike[str], **options: Any) -> Path:
@@ -63,16 +76,8 @@ def render(
     """
     metric = text.primary_metric(comparison, sort_by)
     focus = text.focus_arm(comparison, arm)
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"svg": Markup, "number": text.number}
     headline, *qualifications = text.headline(comparison)
-    return environment.get_template("report.html.j2").render(
+    return open_template("report.html.j2").render(
         c=comparison,
         headline=headline,
         qualifications=qualifications,

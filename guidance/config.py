@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +38,7 @@ from guidance.options import (
 __all__ = [
     "ConfigError",
     "friendly_errors",
+    "list_words",
     "load_config",
     "option",
     "parse_config",
@@ -276,3 +280,18 @@ def _require_finite(config: Any) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
+def list_words(argv: Sequence[str], key: str) -> list[str]:
+    """Turn words without a key into a list option of a script.
+
+    >>> list_words(["my/head", "split=validation", "--config", "a.yaml"], "heads")
+    ['split=validation', '--config', 'a.yaml', 'heads=["my/head"]']
+    """
+    words, rest, listed = iter(argv), [], []
+    for word in words:
+        if word.startswith("-") or re.match(r"[\w.]+=", word):
+            rest += [word, *itertools.islice(words, int(word == "--config"))]
+        else:
+            listed.append(word)
+    return rest + ([f"{key}={json.dumps(listed, ensure_ascii=False)}"] if listed else [])

@@ -7,6 +7,7 @@ second run after a kill at any time, never sees half a file under its final name
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -103,6 +104,37 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_bytes(path: str | os.PathLike[str], data: bytes, *, end: int | None = None) -> int:
+    """Append to a file in one synchronised write; what a failure has left behind is cut off again.
+
+    Args:
+        path: The file; made if it is not there.
+        data: What to append: whole lines or rows.
+        end: Where the last whole one ends; what follows, torn by a kill, is cut off first.  None: the file's end.
+
+    Returns:
+        Where the file ends now.
+
+    Raises:
+        OSError: If not all of it is on the disk.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        start = os.fstat(file).st_size if end is None else end
+        os.ftruncate(file, start)
+        os.lseek(file, start, os.SEEK_SET)
+        try:
+            if os.write(file, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+            os.fsync(file)
+        except BaseException:
+            os.ftruncate(file, start)
+            raise
+    finally:
+        os.close(file)
+    return start + len(data)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

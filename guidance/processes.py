@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guidance.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launched() -> int:
+    """How many processes ``accelerate launch`` or ``torchrun`` started; told without a heavy import."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_processes() -> PartialState:
@@ -20,11 +34,56 @@ def join_processes() -> PartialState:
     import torch
     from accelerate import PartialState
 
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return PartialState(cpu=several and not torch.accelerator.is_available())
+    return PartialState(cpu=launched() > 1 and not torch.accelerator.is_available())
 
 
 def leave_processes(state: PartialState) -> None:
     """Part from the other processes at a script's end; alone there is nothing to part from."""
     if state.num_processes > 1:
         state.destroy_process_group()
+
+
+def load_on(state: PartialState, model: str, *, revision: str | None, device: str | None, dtype: str) -> Any:
+    """Load a pipeline on the device of this process.
+
+    Args:
+        state: The processes of this launch.
+        model, revision: See :func:`guidance.pipelines.load_pipeline`.
+        device: None takes the process's own, or the best there is.
+        dtype: Name of a torch type.
+
+    Raises:
+        UserError: If there is no such device or model.
+    """
+    import torch
+
+    from guidance.pipelines import load_pipeline
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Expected a device of this machine, got '{device}' ({reason}); leave device out."
+        ) from error
+    own = state.device if state.num_processes > 1 else None
+    return load_pipeline(model, revision=revision, device=device or own, dtype=getattr(torch, dtype))
+
+
+def run_script(module: str, words: Sequence[str], *, processes: int = 1) -> None:
+    """Run a script as a user would, on several processes with one thread each.
+
+    Args:
+        module: Its name: "sample.sweep".
+        words: Its arguments.
+        processes: How many share the work.
+
+    Raises:
+        UserError: If it fails; it has said why.
+    """
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [sys.executable, "-m", *(launch if processes > 1 else []), module, *words]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+    if subprocess.run(command, env=os.environ | threads | {"PYTHONPATH": path}, check=False).returncode:
+        raise UserError(f"Expected {module} to finish, but it failed; its message is above.")

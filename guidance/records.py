@@ -7,7 +7,6 @@ at any time the folder holds whole images, whole records, and at most one torn l
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -24,7 +23,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from guidance.errors import UserError
-from guidance.io import atomic_path
+from guidance.io import append_bytes, atomic_path
 
 RECORDS_FILE = "records.jsonl"
 UNGUIDED = "unguided"
@@ -126,22 +125,34 @@ class RecordStore:
         self.folder = Path(folder)
         self.path = self.folder / (f"records-{process_index}.jsonl" if process_index else RECORDS_FILE)
         self._records: dict[tuple[str, str, int], Record] = {}
-        self._end = 0  # of the last whole line; what follows is cut off by the next append
+        # file -> where its last whole line ends, and the number of that line; what follows in our own file is cut off
+        # by the next append
+        self._ends: dict[Path, tuple[int, int]] = {}
         for file in sorted(self.folder.glob("records*.jsonl")):
-            end = self._read(file)
-            if file == self.path:
-                self._end = end
+            self._read(file)
 
-    def _read(self, file: Path) -> int:
-        """Read the whole lines of a file of records; returns where they end."""
-        end = 0
-        for number, line in enumerate(file.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break
-            record = _parse(line, f"line {number} of '{file}'")
-            self._records[record.key] = record
-            end += len(line)
-        return end
+    def refresh(self) -> None:
+        """Read what other processes have appended since."""
+        for file in self.folder.glob("records*.jsonl"):
+            if file != self.path and file.stat().st_size > self._ends.get(file, (0, 0))[0]:
+                self._read(file)
+
+    def _read(self, file: Path) -> None:
+        """Read the whole lines of a file of records that have not been read."""
+        end, number = self._ends.get(file, (0, 0))
+        with file.open("rb") as stream:
+            stream.seek(end)
+            for line in stream.read().splitlines(keepends=True):
+                if not line.endswith(b"\n"):  # torn, or just being written
+                    break
+                record = _parse(line, f"line {number + 1} of '{file}'")
+                self._records[record.key] = record
+                end, number = end + len(line), number + 1
+        self._ends[file] = end, number
+
+    def count(self, keys: Iterable[tuple[str, str, int]]) -> int:
+        """How many of these images are recorded."""
+        return sum(key in self._records for key in keys)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -202,18 +213,8 @@ class RecordStore:
         return record
 
     def _append_line(self, text: str) -> None:
-        line = text.encode() + b"\n"
-        with open(self.path, "r+b" if self.path.exists() else "w+b", buffering=0) as stream:
-            stream.truncate(self._end)
-            stream.seek(self._end)
-            try:
-                if stream.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-                os.fsync(stream.fileno())
-            except BaseException:  # leave no half line behind
-                stream.truncate(self._end)
-                raise
-        self._end += len(line)
+        end, number = self._ends.get(self.path, (0, 0))
+        self._ends[self.path] = append_bytes(self.path, text.encode() + b"\n", end=end), number + 1
 
 
 def audit_pairs(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from guidance.errors import UserError, nearest
+from guidance.processes import launched
 
 TESTBED = "testbed"
 #: Scenes per split of the testbed when no number is given; one scene costs about 8 ms to draw.
@@ -73,8 +74,7 @@ def load_examples(
     if source == TESTBED:
         from guidance.testbed.data import load_testbed
 
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # of several processes each draws by itself
-        workers = min(os.cpu_count() or 1, 4) if alone else 1
+        workers = min(os.cpu_count() or 1, 4) if launched() == 1 else 1  # of several each draws by itself
         dataset = load_testbed(split, TESTBED_SIZES[split] if n is None else n, seed=seed, workers=workers)
     else:
         wanted = [image_column, caption_column, *target_columns, rating_column, group_column]

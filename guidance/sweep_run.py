@@ -7,48 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from guidance.arms import Arm
 from guidance.claims import Claims
-from guidance.errors import UserError
-from guidance.pipelines import load_pipeline
 from guidance.records import Record, RecordStore
 from guidance.run import Job, Unit, UnitSampler, list_batches
 from guidance.run_folder import write_grid, write_sheets
 from guidance.sweep import Cell
 from guidance.sweep_folder import SweepPlan, remember_batch_size, remembered_batch_size, together
-from guidance.sweep_units import Divider, SharedStore, fill_units, image_keys
+from guidance.sweep_units import Divider, fill_units, image_keys
 
 #: Images a batch that was not named: where the search begins on an accelerator, and what it is on a CPU, which gains
 #: nothing from more.
 AUTO_BATCH, AUTO_BATCH_CPU = 64, 16
 
 Log = Callable[[dict[str, float], int], None]
-
-
-def load_on(state: Any, model: str, *, revision: str | None, device: str | None, dtype: str) -> Any:
-    """Load a pipeline on the device of this process.
-
-    Args:
-        state: The processes of this launch.
-        model, revision: See :func:`guidance.pipelines.load_pipeline`.
-        device: None takes the process's own, or the best there is.
-        dtype: Name of a torch type.
-
-    Raises:
-        UserError: If there is no such device or model.
-    """
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"Expected a device of this machine, got '{device}' ({reason}); leave device out."
-        ) from error
-    own = state.device if state.num_processes > 1 else None
-    return load_pipeline(model, revision=revision, device=device or own, dtype=getattr(torch, dtype))
 
 
 def fill_sweep(
@@ -81,7 +55,7 @@ def fill_sweep(
     Returns:
         The number of images that this process has made.
     """
-    store = SharedStore(plan.folder, claims.take_number("writer"))
+    store = RecordStore(plan.folder, claims.take_number("writer"))
     sampler = UnitSampler(pipe, store, model=model)
 
     def say(text: str, size: int) -> None:
@@ -160,7 +134,7 @@ class Progress:
     def __init__(
         self,
         units: Sequence[Unit],
-        store: SharedStore,
+        store: RecordStore,
         *,
         shown: bool,
         log: Log | None = None,

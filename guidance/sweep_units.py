@@ -7,50 +7,18 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from guidance.claims import Claims
 from guidance.errors import UserError
-from guidance.records import Record, RecordStore, _parse
+from guidance.records import Record
 from guidance.run import Job, Unit, UnitSampler, list_batches
 
 _POLL = 0.3  # seconds between looks at units that others work on
 
 Made = list[tuple[Job, Record, Any]]
-
-
-class SharedStore(RecordStore):
-    """A record store that also sees what other processes have appended since it was opened."""
-
-    def __init__(self, folder: str | Path, process_index: int = 0) -> None:
-        self._ends: dict[Path, int] = {}
-        super().__init__(folder, process_index)
-
-    def refresh(self) -> None:
-        """Read the records that other processes have appended."""
-        for file in self.folder.glob("records*.jsonl"):
-            if file != self.path and file.stat().st_size > self._ends.get(file, 0):
-                self._read(file)
-
-    def _read(self, file: Path) -> int:
-        end = self._ends.get(file, 0)
-        with open(file, "rb") as stream:
-            stream.seek(end)
-            for line in stream.read().splitlines(keepends=True):
-                if not line.endswith(b"\n"):  # torn, or just being written
-                    break
-                record = _parse(line, f"the line at byte {end} of '{file}'")
-                self._records[record.key] = record
-                end += len(line)
-        self._ends[file] = end
-        return end
-
-    def count(self, keys: Sequence[tuple[str, str, int]]) -> int:
-        """How many of these images are recorded."""
-        return sum(key in self._records for key in keys)
 
 
 class Divider:
@@ -117,7 +85,7 @@ def fill_units(
 
     Args:
         units: In the order in which to take them.
-        divider: Samples them into a :class:`SharedStore`.
+        divider: Samples them into a :class:`guidance.records.RecordStore`.
         claims: Of this process.
         progress: Called after each unit and while others are waited for.
 
@@ -148,7 +116,7 @@ def fill_units(
         left = waiting
         if left and made == before:
             time.sleep(_POLL)
-            _refresh(sampler.store)
+            sampler.store.refresh()
             progress()
     return made
 
@@ -156,7 +124,7 @@ def fill_units(
 def _sample_claimed(unit: Unit, divider: Divider, claims: Claims, name: str) -> int | None:
     """Sample and record what is missing of a unit; None if the claim was lost in the meantime."""
     sampler = divider.sampler
-    _refresh(sampler.store)  # another may have done it just before it was claimed
+    sampler.store.refresh()  # another may have done it just before it was claimed
     missing = sampler.missing(unit)
     if not missing:
         return 0
@@ -167,11 +135,6 @@ def _sample_claimed(unit: Unit, divider: Divider, claims: Claims, name: str) -> 
         if job in missing:
             sampler.store.append(record, image)
     return len(missing)
-
-
-def _refresh(store: RecordStore) -> None:
-    if isinstance(store, SharedStore):
-        store.refresh()
 
 
 def unit_name(unit: Unit) -> str:

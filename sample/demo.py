@@ -77,17 +77,14 @@ def _sample(config: DemoConfig) -> Path:
     """Run ``sample/sweep.py`` as a user would: on a CPU one process a core, of one thread each."""
     import torch
 
+    from guidance.processes import run_script
+
     words = [f"scale={json.dumps(config.scales)}", f"cfg_matched={config.cfg_matched > 0}".lower()]
     words += [f"cfg_scales_matched=[{config.cfg_matched:g}]"] if config.cfg_matched > 0 else []
     words += [f"{k}={getattr(config, k)}" for k in ("start", "head", "num_prompts", "num_steps", "cfg_scale")]
     words += ["seeds_per_prompt=1", "batch_size=16", "grid_rows=10", f"output={config.output}"]
     processes = 1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, 4)
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *(launch if processes > 1 else []), "sample.sweep", *words]
-    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    if subprocess.run(command, env=os.environ | threads | {"PYTHONPATH": path}, check=False).returncode:
-        raise UserError("Expected images to be sampled, but sample/sweep.py failed; its message is above.")
+    run_script("sample.sweep", words, processes=processes)
     return Path(config.output)
 
 

@@ -103,8 +103,7 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     from guidance.guide_specs import read_guide
     from guidance.heads import load_head
     from guidance.jobs import read_jobs
-    from guidance.pipelines import load_pipeline
-    from guidance.processes import join_processes
+    from guidance.processes import join_processes, load_on
     from guidance.records import RecordStore
     from guidance.run import check_sampling, sample_arms
     from guidance.run_folder import move_aside, read_settings, write_grid, write_settings
@@ -127,7 +126,7 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
         arms = midblock_arms(head, scales, **options)
     arms, cfg = _steered(config, arms), _classifier_free(config)
     _say(progress, f"Loading {config.model} ...")
-    pipe = load_pipeline(config.model, revision=config.revision, **_placement(config))
+    pipe = load_on(state, **{k: getattr(config, k) for k in ("model", "revision", "device", "dtype")})
     sampling = {k: getattr(config, k) for k in ("num_steps", "scheduler", "batch_size")}
     check_sampling(pipe, arms, **sampling)
     if cfg.modulate is not None:
@@ -196,24 +195,6 @@ def _settings(config: GuidedConfig) -> dict[str, Any]:
     ]
     left_out = ("output", "fresh", *unset)
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
-
-
-def _placement(config: GuidedConfig) -> dict[str, Any]:
-    import torch
-
-    from guidance.processes import join_processes
-
-    if config.device is not None:
-        try:
-            torch.zeros(1, device=config.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"Expected a device of this machine, got '{config.device}' ({reason}); leave device out."
-            ) from error
-    state = join_processes()
-    own = state.device if state.num_processes > 1 else None
-    return {"device": config.device or own, "dtype": getattr(torch, config.dtype)}
 
 
 def _say(progress: bool, text: str) -> None:

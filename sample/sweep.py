@@ -23,10 +23,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
     from guidance.run import Job
     from guidance.sweep import ArmBuilder
     from guidance.sweep_folder import SweepPlan
-
-ROOT = Path(__file__).resolve().parent.parent
 
 AXIS_OPTIONS = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler")
 #: Options that decide which cells there are, or how they are made: no image depends on them.
@@ -120,10 +115,10 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
     Raises:
         UserError: If something in the config cannot be used, or the folder is another's.
     """
-    from guidance.processes import join_processes
+    from guidance.processes import join_processes, load_on
     from guidance.run import check_sampling
     from guidance.sweep_folder import check_free, together, working_in
-    from guidance.sweep_run import fill_sweep, lay_out, load_on
+    from guidance.sweep_run import fill_sweep, lay_out
     from guidance.sweep_tracking import SweepTracking
 
     state = join_processes()
@@ -156,10 +151,9 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
 
 def describe_sweep(config: SweepConfig) -> str:
     """The plan of a sweep: cells, images, network calls, time and disk; nothing is written."""
-    from guidance.processes import join_processes
+    from guidance.processes import join_processes, load_on
     from guidance.records import RecordStore
     from guidance.sweep_estimate import count_costs, describe_plan, speed_from_batch, speed_from_records
-    from guidance.sweep_run import load_on
 
     plan, jobs = _plan(config)
     builder, arms = _arms(config, plan)
@@ -177,6 +171,7 @@ def describe_sweep(config: SweepConfig) -> str:
 
 def recommend(config: SweepConfig) -> None:
     """Evaluate a finished sweep, where that has not been done, and print which cell is best within the limits."""
+    from guidance.processes import run_script
     from guidance.sweep import varied_fields
     from guidance.sweep_folder import require_finished
 
@@ -184,17 +179,9 @@ def recommend(config: SweepConfig) -> None:
     require_finished(plan, jobs)
     baseline = plan.cells[0].name  # unguided cells come first
     words = [str(plan.folder), f"baseline={baseline}", f"vary={json.dumps(varied_fields(plan.cells))}"]
-    _run_script("eval.images", words)
+    run_script("eval.images", words)
     chosen = [f"metric={config.metric}"] if config.metric else []
-    _run_script("eval.recommend", [str(plan.folder), *chosen, f"limit={json.dumps(config.limit)}"])
-
-
-def _run_script(module: str, words: Sequence[str]) -> None:
-    """Run another script as a user would: scripts import no scripts."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", module, *words]
-    if subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode:
-        raise UserError(f"Expected {module} to finish, but it failed; its message is above.")
+    run_script("eval.recommend", [str(plan.folder), *chosen, f"limit={json.dumps(config.limit)}"])
 
 
 def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:

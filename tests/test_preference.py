@@ -45,6 +45,7 @@ from eval.preference_stats import (
 )
 from eval.preference_study import find_images, load_study, read_secret
 from eval.preference_votes import Vote, VoteStore, read_lines, standing
+from guidance.config import list_words
 from guidance.errors import UserError
 from guidance.records import Record, RecordStore
 
@@ -88,7 +89,7 @@ def made_votes(y: list[float], raters: int = 1, **changes: object) -> list[Vote]
 def make_desk(run: Path, *options: str) -> Desk:
     """The desk of a study of a run, as `serve` makes it."""
     config = preference.parse_config(
-        preference.ServeConfig, preference.read_words([str(run), *options]), prog="", description=""
+        preference.ServeConfig, list_words([str(run), *options], "folders"), prog="", description=""
     )
     study = preference._open(config)
     return Desk(study, find_images([str(run)], study), VoteStore(study.folder), read_secret(study.folder))

@@ -29,7 +29,7 @@ from guidance.run_folder import CLAIMS_FOLDER, MAX_COLUMNS, load_settings, write
 from guidance.sweep import Cell
 from guidance.sweep_folder import LOCK
 from guidance.sweep_run import find_batch_size
-from guidance.sweep_units import Divider, SharedStore, fill_units, is_out_of_memory, unit_name
+from guidance.sweep_units import Divider, fill_units, is_out_of_memory, unit_name
 from sample.sweep import SweepConfig, default_output, main, run_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,7 +224,7 @@ def tiny_units(done: Path) -> list:
 class Fake:
     """A sampler of units that takes no time."""
 
-    def __init__(self, store: SharedStore, units: list, real: Path) -> None:
+    def __init__(self, store: RecordStore, units: list, real: Path) -> None:
         self.store, self._records = store, {r.key: r for r in RecordStore(real).load()}
         self.sampled: list[str] = []
 
@@ -242,8 +242,8 @@ def test_what_was_lost_while_asleep_is_not_written(done: Path, tmp_path: Path) -
     """The process that took a unit over wrote it already."""
     units = tiny_units(done)[:3]
     mine, theirs = Claims(tmp_path / "c"), Claims(tmp_path / "c")
-    sampler = Fake(SharedStore(tmp_path), units, done)
-    other = Fake(SharedStore(tmp_path, 1), units, done)
+    sampler = Fake(RecordStore(tmp_path), units, done)
+    other = Fake(RecordStore(tmp_path, 1), units, done)
     first = sampler.images
 
     def slow(unit):
@@ -257,18 +257,18 @@ def test_what_was_lost_while_asleep_is_not_written(done: Path, tmp_path: Path) -
     assert fill_units(units, Divider(sampler, 2, halve=False, say=print), mine) == 4  # type: ignore[arg-type]
     assert len((tmp_path / "records.jsonl").read_bytes().splitlines()) == 4
     assert len((tmp_path / "records-1.jsonl").read_bytes().splitlines()) == 2
-    assert len(SharedStore(tmp_path)) == 6
+    assert len(RecordStore(tmp_path)) == 6
 
 
 def test_a_shared_store_follows_the_others(done: Path, tmp_path: Path) -> None:
     lines = (done / "records.jsonl").read_bytes().splitlines(keepends=True)
-    store = SharedStore(tmp_path)
+    store = RecordStore(tmp_path)
     (tmp_path / "records-1.jsonl").write_bytes(lines[0] + lines[1][:30])
     store.refresh()
     assert len(store) == 1
     (tmp_path / "records-1.jsonl").write_bytes(b"".join(lines[:3]))
     store.refresh()
-    assert len(store) == 3 and len(SharedStore(tmp_path)) == 3
+    assert len(store) == 3 and len(RecordStore(tmp_path)) == 3
     with open(tmp_path / "records-1.jsonl", "ab") as stream:
         stream.write(b"{}\n")
     with pytest.raises(UserError, match=r"records-1\.jsonl"):
@@ -333,10 +333,10 @@ def test_what_fits_is_found_with_the_most_costly_cell(done: Path, tmp_path: Path
 
     units = tiny_units(done)[:4]
     units[1] = dataclasses.replace(units[1], arm=dataclasses.replace(units[1].arm, guides=("a guide",)))
-    sampler, said = Small(SharedStore(tmp_path), units, done), []
+    sampler, said = Small(RecordStore(tmp_path), units, done), []
     divider = Divider(sampler, 64, halve=True, say=lambda text, size: said.append(size))  # type: ignore[arg-type]
     assert find_batch_size(divider, units) == 1 and said == [1]
-    assert {r.arm for r in SharedStore(tmp_path).load()} == {"scale=-2"} and len(SharedStore(tmp_path)) == 2
+    assert {r.arm for r in RecordStore(tmp_path).load()} == {"scale=-2"} and len(RecordStore(tmp_path)) == 2
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
