@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from guidance.errors import UserError
 from guidance.head_networks import TimeFilm
-from guidance.io import atomic_dir
-from guidance.model_folder import ModelFolder
+from guidance.model_card import adapter_card
+from guidance.model_folder import ModelFolder, Published
 from guidance.pipelines import latent_channels
 from guidance.schedule import NoiseSchedule
 
@@ -88,7 +88,7 @@ class AdapterBlock(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
-class Adapter(nn.Module):
+class Adapter(Published, nn.Module):
     """Predict the direction that raises the teacher's score from what a denoiser call gives anyway.
 
     ``f(x_t, eps, x0, t) ~ d``, the gradient of ``sum_i s_i log p_i(y | x_t)`` with respect to the model input, scaled
@@ -148,6 +148,11 @@ class Adapter(nn.Module):
                 h = block(h, film)
             return self.last(F.silu(h))
 
+    @property
+    def kept_as(self) -> ModelFolder[Any]:
+        """How adapters lie in a folder."""
+        return ADAPTER_FOLDER
+
     @torch.no_grad()
     def standardize(self, *inputs: Float[Tensor, "b c y x"]) -> None:
         """Set the mean and deviation of each input channel from a sample of ``(x_t, eps, x0)``."""
@@ -185,6 +190,7 @@ ADAPTER_FOLDER: ModelFolder[Adapter] = ModelFolder(
     format_version=FORMAT_VERSION,
     command="python -m train.amortise",
     build=Adapter,
+    card=adapter_card,
 )
 
 
@@ -194,31 +200,34 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], card: str = "
     Args:
         adapter: What to save.
         folder: A new or empty folder, or an adapter to replace.
-        card: Text of ``README.md``; none is written without.
+        card: Text of ``README.md``; "" for :func:`guidance.model_card.adapter_card`.
         **texts: Further files: ``train=...`` becomes ``train.yaml``.
 
     Raises:
         UserError: If ``folder`` holds something that is not an adapter.
     """
-    ADAPTER_FOLDER.check_replaceable(folder)
-    files = {f"{name}.yaml": text for name, text in texts.items()} | ({"README.md": card} if card else {})
-    with atomic_dir(folder) as temporary:
-        ADAPTER_FOLDER.write(adapter, temporary)
-        for name, text in files.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+    ADAPTER_FOLDER.save(adapter, folder, card or None, **texts)
 
 
-def load_adapter(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Adapter:
+def load_adapter(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Adapter:
     """Load an adapter, frozen and in eval mode.
 
     Args:
-        path: Folder that holds ``adapter.safetensors`` and ``config.json``.
+        path: Folder that holds ``adapter.safetensors`` and ``config.json``, or a hub id ``user/name``.
         device: Where to put it.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Never reach for the hub; take what its cache has.
 
     Raises:
         UserError: If there is no adapter (the message lists those beside it), or its files do not fit together.
     """
-    return ADAPTER_FOLDER.load(path, device)
+    return ADAPTER_FOLDER.load(path, device, revision=revision, local_files_only=local_files_only)
 
 
 def check_adapter_fits(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from guidance.errors import UserError, nearest
 from guidance.head_config import HeadConfig, timestep_bins
+from guidance.model_folder import ModelFolder, Published
 
 
 class TimeFilm(nn.Module):
@@ -50,7 +51,7 @@ def _modulate(x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
     return x * (1 + rearrange(film[0], shape)) + rearrange(film[1], shape)
 
 
-class Head(nn.Module):
+class Head(Published, nn.Module):
     """Base of all heads: standardises the features, calls :meth:`outputs`, divides by the temperature.
 
     Computes in float32 (float64 after ``.double()``) whatever the dtype of the features; only while training
@@ -70,6 +71,13 @@ class Head(nn.Module):
         if config.task == "regression":  # the network itself predicts standardised targets
             self.register_buffer("output_mean", torch.zeros(config.outputs))
             self.register_buffer("output_std", torch.ones(config.outputs))
+
+    @property
+    def kept_as(self) -> ModelFolder[Head]:
+        """How heads lie in a folder."""
+        from guidance.heads import HEAD_FOLDER  # which imports this file
+
+        return HEAD_FOLDER
 
     def _build_film(self, channels: Sequence[int]) -> None:
         config = self.config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -25,6 +24,7 @@ from guidance.head_metrics import (
 from guidance.head_training import FitState, predict
 from guidance.heads import Head, check_replaceable, write_head
 from guidance.io import atomic_dir, write_json
+from guidance.model_card import head_card
 
 _HEADLINES = ["cosine", "cosine_other", "retrieval", "accuracy", "chance", "auc", "ece"]
 _HEADLINES += ["spearman", "spearman_truth", "mae", "skill"]
@@ -136,27 +136,12 @@ def write_folder(
 def model_card(
     head: Head, name: str, results: Mapping[str, Any], fit: FitState, cost: Mapping[str, Any]
 ) -> str:
-    """Return the model card of a head as Markdown."""
-    config, test = head.config, results["test"]
+    """Return the model card of a trained head as Markdown, its test results by timestep included."""
+    test = results["test"]
     columns = [c for c in ("low", "high", "rows", *_HEADLINES, "nll") if c in test["bins"][0]]
+    fact = f"trained {fit.step} steps ({len(fit.history)} epochs); "
+    fact += ", ".join(f"{key} {value}" for key, value in cost.items())
     lines = [
-        f"# {Path(name).name}",
-        "",
-        f"A {config.kind} head that reads `{config.target}` ({config.task}) off `{config.tap}` of "
-        f"`{config.base_model}` (weights {config.base_fingerprint}, {config.prediction_type}).",
-        "",
-        *_usage(config, name),
-        "",
-        f"- outputs: {', '.join(config.labels) or config.outputs}",
-        f"- features: noise {config.noise}, timesteps {config.timesteps[0]} to {config.timesteps[1]}, "
-        f"prompt: {config.caption}",
-        f"- {'told' if config.time_conditioned else 'not told'} the timestep; "
-        f"{sum(p.numel() for p in head.parameters()):,} parameters",
-        f"- guides in the fractions {config.start} to {config.stop} of the sampling steps, where it clearly "
-        "beat chance on validation rows",
-        f"- trained {fit.step} steps ({len(fit.history)} epochs); "
-        + ", ".join(f"{key} {value}" for key, value in cost.items()),
-        "",
         "Measured on test rows; nothing was chosen on them. Skill is the lower end of a 95% interval; 0 is "
         "chance.",
         "",
@@ -165,32 +150,9 @@ def model_card(
         *("| " + " | ".join(_cell(entry[c]) for c in columns) + " |" for entry in test["bins"]),
         "",
         "Overall: " + ", ".join(f"{k} {_cell(v)}" for k, v in test["overall"].items()) + ".",
-        "",
     ]
-    return "\n".join(lines)
-
-
-def _usage(config: HeadConfig, name: str) -> list[str]:
-    """The lines of code that guide with a head."""
-    imports = ["from guidance import MidBlockGuide, apply_guidance, load_head, load_pipeline"]
-    guide = f'MidBlockGuide(load_head("{name}"))'
-    if config.task == "embedding":
-        imports = [
-            "from guidance import apply_guidance, load_head, load_pipeline",
-            "from guidance.clip import load_clip",
-            "from guidance.guides.embedding import EmbeddingGuide",
-        ]
-        texts = 'texts=["a prompt"]'
-        guide = f'EmbeddingGuide(load_head("{name}"), load_clip("{config.clip}"), {texts})'
-    return [
-        "```python",
-        *imports,
-        "",
-        f'pipe = load_pipeline("{config.base_model}")',
-        f"with apply_guidance(pipe, [{guide}]):",
-        '    image = pipe("a prompt").images[0]',
-        "```",
-    ]
+    chosen = "guides where it clearly beat chance on validation rows"
+    return head_card(head, name, facts=[chosen, fact], measured="\n".join(lines))
 
 
 def _cell(value: float | int) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from guidance.errors import UserError
 from guidance.head_config import FORMAT_VERSION, HeadConfig
 from guidance.head_networks import HEADS, AttentionHead, ConvHead, Head, LinearHead, build_head
-from guidance.io import atomic_dir
+from guidance.model_card import head_card
 from guidance.model_folder import ModelFolder
 from guidance.schedule import NoiseSchedule
 from guidance.taps import resolve_tap
@@ -43,18 +43,17 @@ HEAD_FOLDER: ModelFolder[Head] = ModelFolder(
     format_version=FORMAT_VERSION,
     command="accelerate launch train/head.py",
     build=build_head,
+    card=head_card,
 )
 
 
 def save_head(head: Head, folder: str | os.PathLike[str]) -> None:
-    """Save weights and config as a folder that :func:`load_head` reads; it appears as a whole or not at all.
+    """Save weights, config and model card as a folder that :func:`load_head` reads; as a whole or not at all.
 
     Raises:
         UserError: If ``folder`` holds something that is not a head.
     """
-    check_replaceable(folder)
-    with atomic_dir(folder) as temporary:
-        write_head(head, temporary)
+    HEAD_FOLDER.save(head, folder)
 
 
 def write_head(head: Head, folder: Path) -> None:
@@ -67,17 +66,25 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
     HEAD_FOLDER.check_replaceable(folder)
 
 
-def load_head(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Head:
+def load_head(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Head:
     """Load a head, frozen and in eval mode.
 
     Args:
-        path: Folder that holds ``head.safetensors`` and ``config.json``.
+        path: Folder that holds ``head.safetensors`` and ``config.json``, or a hub id ``user/name``.
         device: Where to put it.
+        revision: Branch, tag or commit on the hub.
+        local_files_only: Never reach for the hub; take what its cache has.
 
     Raises:
         UserError: If there is no head (the message lists those beside it), or its files do not fit together.
     """
-    return HEAD_FOLDER.load(path, device)
+    return HEAD_FOLDER.load(path, device, revision=revision, local_files_only=local_files_only)
 
 
 def check_fits(head: Head, unet: nn.Module, schedule: NoiseSchedule, fingerprint: str | None = None) -> None:

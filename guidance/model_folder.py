@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from guidance.errors import UserError, nearest
-from guidance.io import read_json, write_json
+from guidance.hub import fetch, is_hub_id, push_folder
+from guidance.io import atomic_dir, read_json, write_json
 from guidance.schedule import NoiseSchedule
 
 CONFIG_FILE = "config.json"
@@ -39,6 +41,7 @@ class ModelFolder(Generic[M]):
         format_version: Version of the format.
         command: The command that trains one.
         build: Makes an untrained model from its config; the model keeps it as ``config``.
+        card: Model card of a model, given the name that loads it.
     """
 
     kind: str
@@ -48,6 +51,7 @@ class ModelFolder(Generic[M]):
     format_version: int
     command: str
     build: Callable[[Any], M]
+    card: Callable[[M, str], str]
 
     @property
     def _one(self) -> str:
@@ -59,6 +63,26 @@ class ModelFolder(Generic[M]):
         tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(tensors, folder / self.weights, {"format": "pt"})
         write_json(folder / CONFIG_FILE, model.config)
+
+    def save(self, model: M, folder: str | os.PathLike[str], card: str | None = None, **texts: str) -> None:
+        """Save weights, config and model card as one folder; it appears as a whole or not at all.
+
+        Args:
+            model: What to save.
+            folder: A new or empty folder, or one with a model of this kind to replace.
+            card: Text of ``README.md``; None takes :attr:`card`.
+            **texts: Further files: ``train=...`` becomes ``train.yaml``.
+
+        Raises:
+            UserError: If ``folder`` holds something else.
+        """
+        self.check_replaceable(folder)
+        files = {"README.md": card or self.card(model, os.fspath(folder))}
+        files |= {f"{name}.yaml": text for name, text in texts.items()}
+        with atomic_dir(folder) as temporary:
+            self.write(model, temporary)
+            for name, text in files.items():
+                (temporary / name).write_text(text, encoding="utf-8")
 
     def check_replaceable(self, folder: str | os.PathLike[str]) -> None:
         """Refuse to replace a folder that is not empty and holds no model of this kind."""
@@ -81,20 +105,38 @@ class ModelFolder(Generic[M]):
                 f"({differs[0]}); choose another output, or set overwrite=true."
             )
 
-    def load(self, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> M:
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> M:
         """Load a model, frozen and in eval mode.
 
         Args:
-            path: Folder that holds weights and config.
+            path: Folder that holds weights and config, or a hub id ``user/name``.
             device: Where to put it.
+            revision: Branch, tag or commit on the hub.
+            local_files_only: Never reach for the hub; take what its cache has.
 
         Raises:
             UserError: If there is none (the message lists those beside it), or its files do not fit together.
         """
-        weights, description = Path(path) / self.weights, Path(path) / CONFIG_FILE
+        folder, advice = Path(path), ""
+        if is_hub_id(path):
+            options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+            folder = fetch(os.fspath(path), (self.weights, CONFIG_FILE), **options)
+            advice = " The repository has no such files: choose another, or another revision."
+        elif revision is not None:
+            raise UserError(
+                f"Expected a hub id with revision='{revision}', got the folder '{path}'; leave revision out."
+            )
+        weights, description = folder / self.weights, folder / CONFIG_FILE
         if not weights.is_file() or not description.is_file():
             raise UserError(
-                f"Expected {self._one}, {self.weights} and {CONFIG_FILE}, in '{path}'.{self._beside(Path(path))}"
+                f"Expected {self._one}, {self.weights} and {CONFIG_FILE}, in '{path}'.{advice or self._beside(folder)}"
             )
         values = read_json(description)
         known = {field.name for field in dataclasses.fields(self.config)}
@@ -148,4 +190,43 @@ class ModelFolder(Generic[M]):
                 f"{name} was trained on other weights ({config.base_model}, {config.base_fingerprint}) than this "
                 f"model's ({fingerprint}); its {gives} may be off.",
                 stacklevel=3,  # the caller of check_fits
+            )
+
+
+class Published:
+    """What a model of a :class:`ModelFolder` has beside its network: it saves itself, and goes to the hub."""
+
+    @property
+    def kept_as(self) -> ModelFolder[Any]:
+        """How models of this kind lie in a folder."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save weights, config and model card as a folder; see :meth:`ModelFolder.save`."""
+        self.kept_as.save(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Publish weights, config and model card as ``user/name``; loading takes that name in place of a folder.
+
+        A folder of ``train/head.py`` or ``train/amortise.py`` says more of the training than the model itself knows:
+        :func:`guidance.hub.push_folder`, which this calls and which explains the arguments, publishes it whole.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            self.kept_as.save(self, folder, self.kept_as.card(self, repo_id))
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
             )

@@ -219,38 +219,22 @@ def _plain(config: AmortiseConfig) -> dict[str, Any]:
 
 
 def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:
-    """Return the model card of an adapter as Markdown."""
-    config, metrics, bins = adapter.config, adapter.config.metrics, adapter.config.metrics["bins"]
-    terms = [f"{term['guidance_scale']:g} x `{term['predicts']}` ({term['head']})" for term in config.teacher]
+    """Return the model card of a trained adapter as Markdown."""
+    from guidance.model_card import adapter_card
+
+    metrics, bins = adapter.config.metrics, adapter.config.metrics["bins"]
     cells = [
         (b["low"], b["high"], b["rows"], "-" if b["cosine"] is None else f"{b['cosine']:.3f}") for b in bins
     ]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
-    return f"""# {Path(output).name}
-
-An adapter that predicts the directions of mid-u guidance for `{config.base_model}` (weights
-{config.base_fingerprint}, {config.prediction_type}) without a backward pass.
-
-```python
-from guidance import apply_guidance, load_pipeline
-from guidance.adapter import load_adapter
-from guidance.guides.amortised import AmortisedGuide
-
-pipe = load_pipeline("{config.base_model}")
-with apply_guidance(pipe, [AmortisedGuide(load_adapter("{output}"))]):
-    image = pipe("a prompt").images[0]
-```
-
-- teacher: {" + ".join(terms)}; guides in the fractions {config.start} to {config.stop} of the steps
-- {sum(p.numel() for p in adapter.parameters()):,} parameters, width {config.width}, depth {config.depth}
-- trained: {", ".join(f"{key} {value}" for key, value in facts.items())}
-
-Cosine between predicted and true direction on {metrics["rows"]} held-out pairs: {metrics["cosine"]:.3f}. By timestep:
+    trained = f"trained: {', '.join(f'{key} {value}' for key, value in facts.items())}"
+    measured = f"""Cosine between predicted and true direction on {metrics["rows"]} held-out pairs: \
+{metrics["cosine"]:.3f}. By timestep:
 
 | low | high | pairs | cosine |
 | ---: | ---: | ---: | ---: |
-{table}
-"""
+{table}"""
+    return adapter_card(adapter, output, facts=[trained], measured=measured)
 
 
 @friendly_errors("train/amortise.py")
