@@ -15,7 +15,8 @@ from torch import Tensor
 
 from guidance.errors import UserError
 from guidance.schedule import NoiseSchedule
-from guidance.taps import MID_BLOCK, encode_features, resolve_tap
+from guidance.tap_features import MID_BLOCK, tap_channels
+from guidance.taps import encode_features
 
 #: (index of the example in its split, number of the noise draw): what its noise depends on, with the seed.
 NoiseKey = tuple[int, int]
@@ -29,7 +30,7 @@ class FeatureEncoder:
 
     Args:
         pipe: Pipeline with ``vae``, ``unet``, ``scheduler`` and ``encode_prompt``.
-        tap: Module to read.
+        tap: Module to read, or several joined by "+".
         noise: "random" draws t uniformly from ``timesteps``; "none" reads clean latents at t = 0.
         caption: "caption" gives the model each image's caption, "empty" the empty prompt.
         timesteps: Lowest and highest t, inclusive; None for all of the schedule.
@@ -55,7 +56,7 @@ class FeatureEncoder:
             raise UserError(f"Expected noise 'random' or 'none', got '{noise}'.")
         if caption not in ("caption", "empty"):
             raise UserError(f"Expected caption 'caption' or 'empty', got '{caption}'.")
-        resolve_tap(pipe.unet, tap)
+        self.tap_channels = _known_channels(pipe.unet, tap)
         if pipe.unet.config.get("addition_embed_type"):
             kind = pipe.unet.config.addition_embed_type
             raise UserError(
@@ -116,6 +117,19 @@ class FeatureEncoder:
             t, eps = (value.to(x0.device) for value in self.draw_noise(keys, x0.shape[1:]))
             x = self.schedule.add_noise(x0, eps, t)
         return encode_features(unet, x.to(unet.dtype), t, text.to(unet.dtype), tap=self.tap), t.float()
+
+
+def _known_channels(unet: Any, tap: str) -> list[int]:
+    """The channels of each of several taps, which heads must be told; of a single tap none."""
+    found = tap_channels(unet, tap)
+    if len(found) == 1:
+        return []
+    known = [channels for channels in found if channels is not None]
+    if len(known) < len(found):
+        raise UserError(
+            f"Expected several taps to be blocks, whose channels are known, got '{tap}'; see 'python -m guidance.taps'."
+        )
+    return known
 
 
 def trained_timesteps(

@@ -153,7 +153,7 @@ def cache_features(
         noise: "random": latents noised at uniformly random t; "none": clean latents at t = 0.
         draws: Noise draws, hence rows, per image.
         caption: Condition on the "caption" or on the "empty" prompt.
-        tap: Module to read.
+        tap: Module to read, or several joined by "+".
         timesteps: Lowest and highest t, inclusive; None for all.
         batch_size: Rows per forward; has no influence on the noise.
         shard_size: Rows per shard, rounded to whole images; a kill loses one shard of work at most.
@@ -222,6 +222,7 @@ def describe_features(
         "image_size": encoder.image_size,
         "draws": draws,
         "seed": encoder.seed,
+        **({"tap_channels": encoder.tap_channels} if encoder.tap_channels else {}),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from guidance.errors import UserError, nearest
+from guidance.tap_features import split_taps
 
 FORMAT_VERSION = 1
 NUM_BINS = 10  # equal bins of the timesteps, for temperatures and metrics
@@ -20,14 +21,15 @@ class HeadConfig:
 
     Attributes:
         kind: Architecture, a key of :data:`guidance.heads.HEADS`.
-        in_channels: Channels of the features.
+        in_channels: Channels of the features, of all modules of the tap together.
         outputs: Numbers per sample: classes, or 1 for regression and binary.
         time_conditioned: Whether the head is told the timestep.
         hidden: Width; 256 is the report's.
         target: Dataset column the head predicts.
         task: What the outputs mean, one of :data:`TASKS`.
         labels: Names of the outputs ("1" ... "10" for ratings).
-        tap: Module whose output is read.
+        tap: Module whose output is read, or several joined by "+", see :func:`guidance.tap_features.join_maps`.
+        tap_channels: Channels of each of several modules, in their order; empty for one.
         base_model, base_fingerprint: The diffusion model: its name, and
             :func:`guidance.pipelines.fingerprint` of its weights.
         prediction_type, num_train_timesteps: Its parameterisation and number of timesteps.
@@ -66,6 +68,7 @@ class HeadConfig:
     temperature: list[float] = dataclasses.field(default_factory=list)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    tap_channels: list[int] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -79,6 +82,17 @@ class HeadConfig:
             raise UserError(f"Expected {NUM_BINS} positive temperatures or none, got {self.temperature}.")
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")
+        taps = split_taps(self.tap)
+        if len(self.channels) != len(taps) or sum(self.channels) != self.in_channels:
+            raise UserError(
+                f"Expected the channels of each of {len(taps)} taps, {self.in_channels} in all, got "
+                f"tap_channels={self.tap_channels} for '{self.tap}'; list them in the order of the taps."
+            )
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each module of the tap, in their order."""
+        return self.tap_channels or [self.in_channels]
 
 
 def timestep_bins(t: Tensor, num_train_timesteps: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""The networks of heads: convolutional (the report's), linear, attention; optionally told the timestep."""
+"""The networks of heads: convolutional (the report's), linear, attention, multi-scale; optionally told the timestep.
+
+All of them read any spatial size, and the joined map of several taps as well as that of one.
+"""
 
 from __future__ import annotations
 
@@ -211,7 +214,36 @@ class AttentionHead(Head):
         return self.mlp(rearrange(pooled, "b k 1 d -> b (k d)"))
 
 
-HEADS: dict[str, type[Head]] = {"conv": ConvHead, "linear": LinearHead, "attention": AttentionHead}
+class MultiScaleHead(Head):
+    """For each tap a projection of every position, GELU and the global average; a two-layer network on all of them.
+
+    ``out = W2 gelu(W1 [mean_yx gelu(P_k h_k + b_k)]_k)``.  No tap drowns another, whatever their channels; the
+    nonlinearity before the average keeps what an average of the features would lose (how much they vary).
+    """
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__(config)
+        width, taps = config.hidden, config.channels
+        self.embed = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in taps)
+        self.mlp = nn.Sequential(
+            nn.Linear(len(taps) * width, width), nn.GELU(), nn.Linear(width, config.outputs)
+        )
+        self._build_film([width] * len(taps))
+
+    def outputs(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, "b outputs"]:
+        """Predict from standardised features."""
+        maps = h.split(self.config.channels, dim=1)
+        each = zip(self.embed, maps, self.films(t), strict=True)
+        pooled = [F.gelu(_modulate(embed(part), film)).mean((2, 3)) for embed, part, film in each]
+        return self.mlp(torch.cat(pooled, dim=1))
+
+
+HEADS: dict[str, type[Head]] = {
+    "conv": ConvHead,
+    "linear": LinearHead,
+    "attention": AttentionHead,
+    "multiscale": MultiScaleHead,
+}
 
 
 def build_head(config: HeadConfig) -> Head:

@@ -55,6 +55,7 @@ def prepare_head(
         labels=labels,
         noise=settings["noise"],
         caption=settings["caption"],
+        tap_channels=settings.get("tap_channels", []),
         **_clip_of(recipe, settings),
         **{name: settings[name] for name in described},
     )

@@ -14,11 +14,19 @@ from torch import nn
 
 from guidance.errors import UserError
 from guidance.head_config import FORMAT_VERSION, HeadConfig
-from guidance.head_networks import HEADS, AttentionHead, ConvHead, Head, LinearHead, build_head
+from guidance.head_networks import (
+    HEADS,
+    AttentionHead,
+    ConvHead,
+    Head,
+    LinearHead,
+    MultiScaleHead,
+    build_head,
+)
 from guidance.model_card import head_card
 from guidance.model_folder import ModelFolder
 from guidance.schedule import NoiseSchedule
-from guidance.taps import resolve_tap
+from guidance.tap_features import split_taps, tap_channels
 
 __all__ = [
     "HEADS",
@@ -27,6 +35,7 @@ __all__ = [
     "Head",
     "HeadConfig",
     "LinearHead",
+    "MultiScaleHead",
     "build_head",
     "check_fits",
     "check_replaceable",
@@ -98,21 +107,15 @@ def check_fits(head: Head, unet: nn.Module, schedule: NoiseSchedule, fingerprint
             warns, since fine-tuned descendants of a model share its features to some extent.
 
     Raises:
-        UserError: If tap, channels, prediction type or number of timesteps differ.
+        UserError: If a tap, its channels, prediction type or number of timesteps differ.
     """
     config = head.config
-    channels = _tap_channels(resolve_tap(unet, config.tap))
-    if channels not in (None, config.in_channels):
-        raise UserError(
-            f"Expected {config.in_channels} channels at '{config.tap}', but {type(unet).__name__} has "
-            f"{channels} there{HEAD_FOLDER.trained_on(config)}."
-        )
+    found = tap_channels(unet, config.tap)
+    for tap, wanted, channels in zip(split_taps(config.tap), config.channels, found, strict=True):
+        if channels not in (None, wanted):
+            raise UserError(
+                f"Expected {wanted} channels at '{tap}', but {type(unet).__name__} has {channels} there"
+                f"{HEAD_FOLDER.trained_on(config)}."
+            )
     name = f"The head for '{config.target}'"
     HEAD_FOLDER.check_base(config, schedule, fingerprint, name=name, gives="scores")
-
-
-def _tap_channels(module: nn.Module) -> int | None:
-    """The channels a block puts out, or None where its attributes do not say."""
-    last = module.resnets[-1] if isinstance(getattr(module, "resnets", None), nn.ModuleList) else module
-    channels = getattr(last, "out_channels", None)
-    return channels if isinstance(channels, int) else None

@@ -29,7 +29,7 @@ class FeatureRecipe:
     target_columns: list[str] = option(["rating"], "dataset columns to store beside the features")
     rating_column: str | None = option("rating", "column to check for ratings in 1..10; null for none")
     group_column: str | None = option(None, "rows with the same value stay in one split; null for rows alone")
-    tap: str = option("mid_block", "module of the denoiser to read")
+    tap: str = option("mid_block", "module of the denoiser to read, or several: down_blocks.2+mid_block")
     noise: Literal["random", "none"] = option("random", "random noise levels, or clean latents at t = 0")
     caption: Literal["caption", "empty"] = option("caption", "condition on the caption or on an empty prompt")
     draws: int = option(1, "noise draws per image")
@@ -53,7 +53,9 @@ class HeadRecipe:
         "ten classes 1..10, the classes found in the data, a number, a CLIP embedding (target=clip:NAME), or "
         "real against generated (target=real)",
     )
-    kind: Literal["conv", "linear", "attention"] = option("conv", "network; conv is the report's")
+    kind: Literal["conv", "linear", "attention", "multiscale"] = option(
+        "conv", "network; conv is the report's"
+    )
     hidden: int = option(256, "width of the network")
     time_conditioned: bool = option(True, "tell the head the timestep")
     standardize: bool = option(True, "standardise the features' channels by training statistics")

@@ -6,11 +6,19 @@ Three things can be done at a tap (default: the output of the UNet's mid-block):
 * :func:`encode_features` stops the forward at the tap: the blocks after it never run;
 * :func:`forward_with_gradient` runs **one** forward in which the features are scored at the tap, the gradient with
   respect to the model's input is taken right there, the graph is dropped, and the rest runs without a graph.
+
+A tap is the name of a module, or several joined by "+" ("down_blocks.2+mid_block": see
+:func:`guidance.tap_features.join_maps`).  Features are maps (b, c, y, x), of transformers too.  What works: all UNets;
+DiT, PixArt and SD3, whose tokens are laid out on the patch grid of the input; Flux, whose packed input (b, n, c) has no
+grid of its own: it is read off the position ids.  Refused are tokens that are no patch each (text, attention inside a
+UNet's block).
+
+    python -m guidance.taps MODEL     # lists the taps of a model, see guidance/tap_table.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +26,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from guidance.errors import UserError, nearest
+from guidance.errors import UserError
 from guidance.lockstep import plain
-
-MID_BLOCK = "mid_block"
+from guidance.tap_features import (
+    MID_BLOCK,
+    Grid,
+    detached,
+    join_by_tap,
+    patch_grid,
+    read_output,
+    resolve_tap,
+    split_taps,
+)
 
 #: Taps that are no module: the prediction of x0, its gradient carried through the denoiser or not.
 X0, X0_THROUGH_UNET = "x0", "x0/unet"
@@ -32,47 +48,51 @@ PredictX0 = Callable[[Any, Tensor, bool], Tensor]
 #: ``f(features by tap) -> d score / d features by tap``, for :func:`forward_with_gradient`.
 FeatureGradient = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
+#: ``f(output, grid of the patches) -> output to go on with, or None for the same``.
+Hook = Callable[[Any, Grid], Any]
+
 
 class _Stop(BaseException):
     """Raised by a hook to leave a forward early; never seen outside of this module."""
 
 
-def resolve_tap(model: nn.Module, tap: str = MID_BLOCK) -> nn.Module:
-    """Find the module whose output is read.
-
-    Args:
-        model: Denoiser, for example ``pipe.unet``.
-        tap: Dotted name as in ``model.named_modules()``, for example "mid_block" or "up_blocks.0".
-
-    Raises:
-        UserError: If the model has no such module.
-    """
-    try:
-        module = model.get_submodule(tap)
-    except AttributeError:
-        module = None
-    if module is None or module is model:
-        names = [n for n, _ in model.named_modules() if n and n.count(".") < 2]
-        raise UserError(f"Expected a tap that {type(model).__name__} has, got '{tap}'.{nearest(tap, names)}")
-    return module
-
-
 @contextmanager
-def _hooks(model: nn.Module, hooks: dict[str, Callable[[nn.Module, Any, Any], Any]]) -> Iterator[None]:
+def _hooks(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     """Register forward hooks by tap name and remove them however the block is left."""
     handles = []
+    grid: list[Grid] = [(0, 0)]
+
+    def see(module: nn.Module, args: Any) -> None:
+        grid[0] = patch_grid(module, args[0])
+
     try:
+        embedding = getattr(model, "pos_embed", None)
+        if isinstance(embedding, nn.Module):  # a transformer: it runs before all blocks
+            handles.append(embedding.register_forward_pre_hook(see))
         for tap, hook in hooks.items():
-            handles.append(resolve_tap(model, tap).register_forward_hook(hook))
+            run = lambda module, args, output, hook=hook: hook(output, grid[0])  # noqa: E731
+            handles.append(resolve_tap(model, tap).register_forward_hook(run))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _features(output: Any) -> Tensor:
-    """The feature tensor of a block's output: blocks return a tensor or a tuple that starts with it."""
-    return output[0] if isinstance(output, tuple) else output
+@contextmanager
+def watch(model: nn.Module, taps: Sequence[str], seen: Callable[[str, Any, Grid], None]) -> Iterator[None]:
+    """Call ``seen(tap, output, grid of the patches)`` whenever a tapped module has run; it changes nothing.
+
+    Args:
+        model: Denoiser.
+        taps: Names of single modules.
+        seen: What to call; :func:`guidance.tap_features.read_output` turns what it gets into features.
+    """
+
+    def hook_for(tap: str) -> Hook:
+        return lambda output, grid: seen(tap, output, grid)
+
+    with _hooks(model, {tap: hook_for(tap) for tap in taps}):
+        yield
 
 
 def prediction_of(output: Any) -> Tensor:
@@ -86,10 +106,10 @@ def capture(model: nn.Module, taps: Sequence[str] = (MID_BLOCK,)) -> Iterator[di
 
     Args:
         model: Denoiser.
-        taps: Names of the modules to read.
+        taps: What to read.
 
     Yields:
-        A dict that holds, after each forward, the latest output of every tap (detached).
+        A dict that holds, after each forward, the latest features of every tap (detached).
 
     Example:
         >>> from torch import nn, zeros
@@ -100,15 +120,24 @@ def capture(model: nn.Module, taps: Sequence[str] = (MID_BLOCK,)) -> Iterator[di
         torch.Size([2, 4])
     """
     store: dict[str, Tensor] = {}
+    unfinished: dict[str, dict[str, Tensor]] = {tap: {} for tap in taps}
 
-    def hook_for(tap: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            store[tap] = _features(output).detach()
+    def seen(name: str, output: Any, grid: Grid) -> None:
+        h = read_output(output, grid).detach()
+        for tap, maps in unfinished.items():
+            if name in split_taps(tap):
+                maps[name] = h
+            if len(maps) == len(split_taps(tap)):
+                store.update(join_by_tap([tap], maps))
+                maps.clear()
 
-        return hook
-
-    with _hooks(model, {tap: hook_for(tap) for tap in taps}):
+    with watch(model, _modules(taps), seen):
         yield store
+
+
+def _modules(taps: Sequence[str]) -> list[str]:
+    """The single modules that taps name, each once."""
+    return list(dict.fromkeys(name for tap in taps for name in split_taps(tap)))
 
 
 @torch.no_grad()
@@ -126,29 +155,36 @@ def encode_features(
     About a third of a full forward for Stable Diffusion (32.5% of its FLOPs at 512 px).
 
     Args:
-        model: Denoiser with the call ``model(x, t, encoder_hidden_states=...)``.
-        x: Noisy latents as the model expects them (after ``scale_model_input``).
-        t: Timestep(s), a number or shape (b,).
+        model: Denoiser with the call ``model(x, timestep=t, encoder_hidden_states=...)``.
+        x: Noisy latents as the model expects them (after ``scale_model_input``); of Flux packed, (b, n, c).
+        t: Timestep(s) as the model expects them, a number or shape (b,).
         text: Text-encoder states, None for models without text.
-        tap: Name of the module to read.
-        **kwargs: Passed on to the model, for example ``added_cond_kwargs``.
+        tap: Name of the module to read, or several joined by "+".
+        **kwargs: Passed on to the model: ``added_cond_kwargs`` (SDXL), ``class_labels`` (DiT),
+            ``pooled_projections`` (SD3, Flux), ``img_ids`` and ``txt_ids`` (Flux).
 
     Returns:
         Features, contiguous, in the model's dtype.
     """
-    found: list[Tensor] = []
+    found: dict[str, Tensor] = {}
+    names = _modules([tap])
 
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(_features(output).detach().contiguous())
-        raise _Stop
+    def hook_for(name: str) -> Hook:
+        def hook(output: Any, grid: Grid) -> None:
+            found[name] = read_output(output, grid).detach()
+            if len(found) == len(names):
+                raise _Stop
+
+        return hook
 
     if text is not None:
         kwargs["encoder_hidden_states"] = text
-    with _hooks(model, {tap: hook}):
+    t = torch.as_tensor(t, device=x.device).expand(len(x))  # transformers take no single number
+    with _hooks(model, {name: hook_for(name) for name in names}):
         try:
-            model(x, t, **kwargs)
+            model(x, timestep=t, **kwargs)
         except _Stop:
-            return found[0]
+            return join_by_tap([tap], found)[tap].contiguous()
     raise UserError(
         f"Expected the tap '{tap}' to run in a forward of {type(model).__name__}, but it did not."
     )
@@ -172,8 +208,8 @@ def forward_with_gradient(
         forward: ``forward(x) -> model output``; must call ``model`` exactly once.
         model: Denoiser that owns the taps; its parameters should not require gradients (saves memory).
         x: Model input; any dtype.
-        taps: Names of the tapped modules; :data:`X0` and :data:`X0_THROUGH_UNET` mean the prediction of x0, and
-            then gradients are taken after the forward, the latter's through the whole model.
+        taps: Names of the tapped modules, several joined by "+"; :data:`X0` and :data:`X0_THROUGH_UNET` mean the
+            prediction of x0, and then gradients are taken after the forward, the latter's through the whole model.
         feature_gradients: One or more pull-back targets; see :data:`FeatureGradient`.  Features are given as
             detached, contiguous leaves (GroupNorm's CPU backward can crash on channels-last features).
         predict_x0: ``f(output, x, through) -> x0``, for the x0 taps; not ``through``: with eps held fixed.
@@ -192,43 +228,53 @@ def forward_with_gradient(
     leaf = x.detach().clone().requires_grad_(True)
     live: dict[str, Tensor] = {}
     gradients: list[Tensor] = []
-    modules = [tap for tap in dict.fromkeys(taps) if tap not in (X0, X0_THROUGH_UNET)]
-    at_the_end = len(modules) < len(set(taps))
+    virtual = [tap for tap in (X0, X0_THROUGH_UNET) if tap in taps]
+    real = [tap for tap in dict.fromkeys(taps) if tap not in virtual]
+    modules = _modules(real)
+    complete = False
 
-    def finish() -> None:
-        store = {tap: h.detach().contiguous() for tap, h in live.items()}
-        for i, target in enumerate(feature_gradients):
-            wanted = target(store)
-            last = i == len(feature_gradients) - 1
-            gradients.append(_pull_back(live, wanted, leaf, retain=not last))
+    def finish(others: dict[str, Tensor]) -> None:
+        with torch.enable_grad(), _saved_as_they_are():
+            features = join_by_tap(real, live) | others
+            store = {tap: h.detach().contiguous() for tap, h in features.items()}
+            for i, target in enumerate(feature_gradients):
+                last = i == len(feature_gradients) - 1
+                gradients.append(_pull_back(features, target(store), leaf, retain=not last))
         live.clear()
 
-    def hook_for(tap: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            h = _features(output)
-            live[tap] = plain(h)
-            if len(live) < len(modules) or X0_THROUGH_UNET in taps:
+    def hook_for(name: str) -> Hook:
+        def hook(output: Any, grid: Grid) -> Any:
+            nonlocal complete
+            if complete:  # gradient checkpointing runs the block a second time
                 return None
-            if not at_the_end:
-                finish()
+            live[name] = plain(read_output(output, grid))
+            complete = len(live) == len(modules)
+            if not complete or X0_THROUGH_UNET in taps:
+                return None
+            if not virtual:
+                finish({})
             torch.set_grad_enabled(False)  # for the rest of this forward; the enclosing context restores it
-            return (h.detach(), *output[1:]) if isinstance(output, tuple) else h.detach()
+            return detached(output)
 
         return hook
 
     needs_graph = bool(modules) or X0_THROUGH_UNET in taps
-    with _hooks(model, {tap: hook_for(tap) for tap in modules}), torch.set_grad_enabled(needs_graph):
+    with _hooks(model, {name: hook_for(name) for name in modules}), torch.set_grad_enabled(needs_graph):
         output = forward(leaf)
-        if at_the_end and predict_x0 is not None and len(live) == len(modules):
+        if virtual and predict_x0 is not None and len(live) == len(modules):
             with torch.enable_grad():
-                virtual = [tap for tap in (X0, X0_THROUGH_UNET) if tap in taps]
-                live |= {tap: predict_x0(output, leaf, tap == X0_THROUGH_UNET) for tap in virtual}
-            finish()
+                others = {tap: predict_x0(output, leaf, tap == X0_THROUGH_UNET) for tap in virtual}
+            finish(others)
     if not gradients:
         raise UserError(
             f"Expected the taps {', '.join(taps)} to run in one forward of {type(model).__name__}."
         )
     return output, gradients
+
+
+def _saved_as_they_are() -> Any:
+    """What is saved for a backward pass here is none of a checkpointed block's, whose hook may be running."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _pull_back(live: dict[str, Tensor], wanted: dict[str, Tensor], leaf: Tensor, *, retain: bool) -> Tensor:
