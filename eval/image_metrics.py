@@ -14,6 +14,7 @@ from PIL import Image
 from eval.arm_images import Arms
 from eval.clip_score import clip_score
 from eval.extractor_base import Extractor, TextExtractor
+from eval.image_scores import clipping, diversity, saturation
 from eval.paired import prompt_numbers
 from eval.results import ImageMetric
 from eval.similarity import directional_similarity, image_similarity
@@ -50,14 +51,7 @@ def _formula(name: str, version: int, function: Callable[[np.ndarray], Sequence[
     return Extractor(name, name, f"{name}-{version}", "", features)
 
 
-def _pixels(image: np.ndarray) -> tuple[float, float]:
-    """Mean saturation (HSV) and share of pixels in which a channel is 0 or 255."""
-    high, low = image.max(2).astype(np.float64), image.min(2).astype(np.float64)
-    saturation = np.divide(high - low, high, out=np.zeros_like(high), where=high > 0)
-    return float(saturation.mean()), float(((low == 0) | (high == 255)).mean())
-
-
-PIXELS = _formula("pixels", 1, _pixels)
+PIXELS = _formula("pixels", 1, lambda image: [float(f(image[None])[0]) for f in (saturation, clipping)])
 TRUTH = _formula("truth", 1, lambda image: [float(truth_score(image[None])[0])])
 
 
@@ -203,22 +197,6 @@ def edit_metrics(
             kept,
         ),
     ]
-
-
-def diversity(embeddings: Float[np.ndarray, "n d"], prompt: np.ndarray) -> Float[np.ndarray, " n"]:
-    """Mean ``1 - cos`` of each image to the others of its prompt; NaN for an image that is alone.
-
-    >>> diversity(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), np.array([0, 0, 1])).tolist()
-    [1.0, 1.0, nan]
-    """
-    x = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-    found = np.full(len(x), np.nan)
-    for number in np.unique(prompt):
-        rows = np.flatnonzero(prompt == number)
-        if len(rows) > 1:
-            cos = x[rows].astype(np.float64) @ x[rows].T.astype(np.float64)
-            found[rows] = 1 - (cos.sum(1) - cos.diagonal()) / (len(rows) - 1)
-    return found
 
 
 def _wide(values: Any) -> Float[np.ndarray, " n"]:

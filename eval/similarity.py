@@ -99,7 +99,7 @@ class MeanOverPairs(Metric):
     """Mean of a value a pair, from sums; pairs without a value are counted and left out."""
 
     is_differentiable = False
-    higher_is_better = True
+    higher_is_better: bool | None = True
     full_state_update = False
     total: Tensor
     pairs: Tensor

@@ -12,7 +12,7 @@ from eval.arm_folders import ArmImage
 from eval.arm_images import Arms
 from eval.compare import breakdowns, caveats, deltas, table_rows, units
 from eval.frechet import frechet_distance, moments
-from eval.image_metrics import Measured, _pixels, diversity
+from eval.image_metrics import Measured
 from eval.paired import paired_difference
 from eval.precision_recall import precision_recall
 from eval.results import ImageMetric
@@ -106,22 +106,6 @@ def test_caveats_name_what_is_wrong_and_only_that() -> None:
     ]
     assert kinds == wanted
     assert "42 images or more" in told[5].text
-
-
-def test_saturation_and_clipping_of_known_images() -> None:
-    image = np.zeros((2, 2, 3), np.uint8)
-    image[0, 0], image[0, 1], image[1, 0], image[1, 1] = (100, 50, 50), (255, 9, 9), (7, 7, 7), (0, 1, 2)
-    saturation, clipped = _pixels(image)
-    assert saturation == pytest.approx((0.5 + 246 / 255 + 0 + 1) / 4) and clipped == 0.5
-
-
-def test_diversity_ignores_length_and_needs_company() -> None:
-    x = RNG.normal(size=(6, 4))
-    prompt = np.array([0, 0, 0, 1, 1, 2])
-    found = diversity(x * RNG.uniform(1, 9, (6, 1)), prompt)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    assert found[0] == pytest.approx(1 - (unit[0] @ unit[1] + unit[0] @ unit[2]) / 2)
-    assert found[3] == found[4] and np.isnan(found[5])
 
 
 @pytest.fixture(scope="module")
