@@ -138,21 +138,30 @@ def model_card(
 ) -> str:
     """Return the model card of a trained head as Markdown, its test results by timestep included."""
     test = results["test"]
-    columns = [c for c in ("low", "high", "rows", *_HEADLINES, "nll") if c in test["bins"][0]]
     fact = f"trained {fit.step} steps ({len(fit.history)} epochs); "
     fact += ", ".join(f"{key} {value}" for key, value in cost.items())
     lines = [
         "Measured on test rows; nothing was chosen on them. Skill is the lower end of a 95% interval; 0 is "
         "chance.",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|" + " ---: |" * len(columns),
-        *("| " + " | ".join(_cell(entry[c]) for c in columns) + " |" for entry in test["bins"]),
-        "",
+        *_bins_table(test["bins"]),
         "Overall: " + ", ".join(f"{k} {_cell(v)}" for k, v in test["overall"].items()) + ".",
     ]
     chosen = "guides where it clearly beat chance on validation rows"
     return head_card(head, name, facts=[chosen, fact], measured="\n".join(lines))
+
+
+def _bins_table(bins: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Results by timestep; nothing where no bin has enough rows."""
+    if not bins:
+        return []
+    columns = [c for c in ("low", "high", "rows", *_HEADLINES, "nll") if c in bins[0]]
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + " ---: |" * len(columns),
+        *("| " + " | ".join(_cell(entry[c]) for c in columns) + " |" for entry in bins),
+        "",
+    ]
 
 
 def _cell(value: float | int) -> str:

@@ -1,0 +1,282 @@
+"""Every file in configs/ is read by its script, does what its opening comment says, and costs what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from commands import ROOT, commands_of_config, exit_code, split_command
+from PIL import Image
+
+from guidance.config import load_config
+from guidance.guide_specs import GUIDES, read_guide
+from guidance.heads import load_head
+from train.cache_features import CacheConfig
+from train.head import HeadTrainConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
+SCRIPTS = {
+    "amortise": "train.amortise",
+    "cache": "train.cache_features",
+    "eval": "eval.images",
+    "head": "train.head",
+    "sample": "sample.guided",
+    "sweep": "sample.sweep",
+    "testbed": "train.testbed",
+}
+
+
+def name(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"
+
+
+def module_of(file: Path) -> str:
+    return "eval.heads" if name(file) == "eval/sd21-heads.yaml" else SCRIPTS[file.parent.name]
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    out: dict = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def is_recipe(file: Path) -> bool:
+    return file.parent.name != "guides"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if is_recipe(f)], ids=name)
+def test_a_recipe_is_read_by_its_script(file: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert exit_code(module_of(file), ["--config", f"configs/{name(file)}", "--print-config"]) == 0
+    merged = flat(yaml.safe_load(capsys.readouterr().out))
+    written = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+    assert written and all(merged[key] == value for key, value in written.items())
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not is_recipe(f)], ids=name)
+def test_a_guide_is_read_by_name(file: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    spec = read_guide(file.stem)
+    given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert isinstance(spec, GUIDES[given.pop("guide")])
+    assert {k: getattr(spec, k) for k in given} == given
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_a_config_says_how_it_is_run(file: Path, capsys, monkeypatch) -> None:
+    """The commands in its opening comment are read by the scripts they call; guides are explained."""
+    monkeypatch.chdir(ROOT)
+    commands = commands_of_config(file.read_text(encoding="utf-8"))
+    assert commands, "the opening comment has no command"
+    for command in commands:
+        module, words = split_command(command)
+        assert module and exit_code(module, [*words, "--print-config"]) == 0, (
+            command,
+            capsys.readouterr().err,
+        )
+        if module == "sample.guided":
+            assert exit_code(module, [*words, "--explain"]) == 0, (command, capsys.readouterr().err)
+
+
+def test_a_recipe_for_real_models_says_what_it_takes() -> None:
+    for file in FILES:
+        head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        if file.stem.startswith("sd21"):
+            text = " ".join(head)
+            assert "omputed, not measured" in text, name(file)
+            assert all(re.search(word, text, re.I) for word in ("disk", "memory")), name(file)
+
+
+def test_heads_that_share_a_cache_ask_for_its_features() -> None:
+    """What a head's recipe says of the features is what the cache's recipe makes: nothing is refused later."""
+    made = {}
+    for file in FILES:
+        if file.parent.name == "cache":
+            config = load_config(CacheConfig, file)
+            made[config.folder] = config
+    shared = 0
+    for file in FILES:
+        if file.parent.name != "head":
+            continue
+        config = load_config(HeadTrainConfig, file)
+        cache = made.get(config.cache)
+        if cache is None:
+            continue
+        shared += 1
+        ignored = ("target_columns", "rating_column", "batch_size", "shard_size")
+        for field in dataclasses.fields(config.data):
+            if field.name not in ignored:
+                wanted, got = getattr(config.data, field.name), getattr(cache, field.name)
+                assert wanted == got, (name(file), field.name)
+        targets = {*config.data.target_columns, config.target} - {"real"}
+        assert targets <= set(cache.target_columns), name(file)
+    assert shared >= 4
+
+
+# --- the recipes for Stable Diffusion, for real, on a random pipeline and sixty small pictures
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Pictures with captions and ratings in a CSV file, and the same pictures in a folder a class."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng, lines = np.random.default_rng(0), ["image,caption,rating"]
+    for i in range(60):
+        label = ("red", "blue")[i % 2]
+        pixels = np.full((64, 64, 3), (220, 30, 30) if label == "red" else (30, 30, 220), np.uint8)
+        pixels[:, : int(rng.integers(8, 56))] = rng.integers(0, 255, 3)
+        (folder / "classes" / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "classes" / label / f"{i}.png")
+        lines.append(f"classes/{label}/{i}.png,a {label} wall {i},{1 + i % 10}")
+    (folder / "rated.csv").write_text("\n".join(lines))
+    return folder
+
+
+def words_for(recipe: str, data: Path, model: Path, work: Path) -> list[str]:
+    """A command of a recipe that a user with a GPU would give, but for the model and the sizes."""
+    words = [
+        "--config",
+        f"configs/head/{recipe}.yaml",
+        f"data.model={model}",
+        "data.dtype=float32",
+        "epochs=1",
+    ]
+    words += [f"data.dataset={data / ('classes' if recipe == 'sd21-class' else 'rated.csv')}", "hidden=16"]
+    words += [f"output={work / 'heads' / recipe}", "data.batch_size=16"]
+    config = yaml.safe_load((ROOT / "configs" / "head" / f"{recipe}.yaml").read_text())
+    words += [f"cache={work / 'cache' / Path(config['cache']).name}"]
+    if recipe == "sd21-clip":  # the embedded CLIP; the published one cannot be had here
+        words += ["target=clip:testbed", 'data.target_columns=["clip:testbed"]']
+    if recipe == "sd21-discriminator":
+        words += [f"generated.folder={work / 'generated'}", "generated.train=8", "generated.validation=4"]
+        words += ["generated.test=4", "generated.num_steps=2"]
+    return words
+
+
+def test_the_head_recipes_train(data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    recipes = ["sd21-aesthetic", "sd21-aesthetic-clean", "sd21-class", "sd21-discriminator", "sd21-clip"]
+    assert set(recipes) == {f.stem for f in FILES if f.parent.name == "head" and f.stem.startswith("sd21")}
+    heads = {}
+    for recipe in recipes:
+        torch.manual_seed(0)
+        words = words_for(recipe, data, tiny_folder, tmp_path)
+        assert exit_code("train.head", words) == 0, (recipe, capsys.readouterr().err[-300:])
+        heads[recipe] = load_head(tmp_path / "heads" / recipe).config
+    aesthetic, clean = heads["sd21-aesthetic"], heads["sd21-aesthetic-clean"]
+    assert (aesthetic.task, aesthetic.noise, aesthetic.time_conditioned) == ("rating", "random", False)
+    assert (clean.noise, clean.timesteps) == ("none", [0, 0])
+    assert heads["sd21-class"].labels == ["blue", "red"] and heads["sd21-class"].caption == "empty"
+    assert heads["sd21-discriminator"].task == "binary"
+    assert (heads["sd21-clip"].task, heads["sd21-clip"].clip) == ("embedding", "testbed")
+    # the discriminator's real rows are those of the aesthetic head's cache, which nothing made anew
+    caches = {p.name for p in (tmp_path / "cache").iterdir()}
+    assert caches == {"sd21", "sd21-clean", "sd21-class", "sd21-clip"}
+
+
+def test_the_sampling_recipe_samples(tiny_pipe, tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    from conftest import make_head
+
+    from guidance.records import RecordStore
+
+    monkeypatch.chdir(ROOT)
+    make_head(tiny_pipe, hidden=16, base_model=str(tiny_folder)).save_pretrained(tmp_path / "head")
+    (tmp_path / "prompts.txt").write_text("a red wall\na blue wall\n")
+    words = ["--config", "configs/sample/sd21-parti.yaml", f"model={tiny_folder}", "dtype=float32"]
+    words += [f"head={tmp_path / 'head'}", f"prompts={tmp_path / 'prompts.txt'}", "num_steps=2"]
+    words += ["seeds_per_prompt=1", f"output={tmp_path / 'out'}"]
+    assert exit_code("sample.guided", words) == 0
+    records = RecordStore(tmp_path / "out").load()
+    assert len(records) == 2 * 3 and {r.cfg_scale for r in records} == {7.5}
+
+
+def test_the_sweep_recipe_is_planned(
+    tiny_pipe, tiny_folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from conftest import make_head
+
+    monkeypatch.chdir(ROOT)
+    make_head(tiny_pipe, hidden=16, base_model=str(tiny_folder)).save_pretrained(tmp_path / "head")
+    lines = "".join(f"a wall of {i} bricks\n" for i in range(100))
+    (tmp_path / "prompts.txt").write_text(lines)
+    words = ["--config", "configs/sweep/sd21-parti.yaml", f"model={tiny_folder}", "dtype=float32"]
+    words += [f"head={tmp_path / 'head'}", f"prompts={tmp_path / 'prompts.txt'}", "batch_size=2"]
+    words += [f"output={tmp_path / 'out'}", "--dry-run"]
+    assert exit_code("sample.sweep", words) == 0
+    plan = capsys.readouterr().out
+    assert "1,600 images" in plan or "1600 images" in plan
+    assert not (tmp_path / "out").exists()
+
+
+# --- the computed figures
+
+
+def claimed(file: str, pattern: str) -> list[float]:
+    """Numbers in the opening comment of a config; each # of the pattern stands for one."""
+    lines = (ROOT / "configs" / file).read_text(encoding="utf-8").splitlines()
+    text = " ".join(" ".join(line.removeprefix("#") for line in lines if line.startswith("#")).split())
+    found = re.search(re.escape(pattern).replace(r"\#", r"([\d.,]*\d)").replace(r"\ ", " "), text)
+    assert found, f"{file} does not say '{pattern}'"
+    return [float(number.replace(",", "")) for number in found.groups()]
+
+
+def test_the_figures_in_the_comments_are_those_counted() -> None:
+    """TFLOP of the parts of Stable Diffusion 2.1-base at 512 px, counted on shapes, and what follows from them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from guidance.architectures import build_pipeline
+    from guidance.taps import encode_features
+
+    def tflop(run) -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops() / 1e12
+
+    pipe = build_pipeline("sd-2.1-base", device="meta")
+    x, t, text = (torch.zeros(shape, device="meta") for shape in ((1, 4, 64, 64), (1,), (1, 77, 1024)))
+    encode = tflop(lambda: pipe.vae.encode(torch.zeros(1, 3, 512, 512, device="meta")))
+    tokens = tflop(lambda: pipe.text_encoder(torch.zeros(1, 77, dtype=torch.long, device="meta")))
+    half, whole = tflop(lambda: encode_features(pipe.unet, x, t, text)), tflop(lambda: pipe.unet(x, t, text))
+    decode = tflop(lambda: pipe.vae.decode(x))
+
+    about = {"rel": 0.02}
+    image = encode + tokens + half
+    says = (
+        "VAE encoder # + text # + UNet up to the mid-block # = # TFLOP an image, # PFLOP: # minutes on a GPU "
+    )
+    says += "that does #"
+    pflop = 128 * image
+    expected = [encode, tokens, half, image, pflop, pflop * 1000 / 125 / 60, 125]
+    assert claimed("cache/sd21-parquet.yaml", says) == pytest.approx(expected, rel=0.03, abs=0.006)
+    row = 1280 * 8 * 8 * 2
+    assert claimed("cache/sd21-parquet.yaml", "bytes = # KB a row, # GB") == pytest.approx(
+        [row / 1e3, 128_000 * row / 1e9], **about
+    )
+    parts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (pipe.unet, pipe.vae, pipe.text_encoder)]
+    says = "# GB of weights (# + # + # M parameters"
+    assert claimed("cache/sd21-parquet.yaml", says) == pytest.approx([2 * sum(parts) / 1e3, *parts], **about)
+    plain, guided = 50 * whole + decode, 1.19 * 50 * whole + decode
+    says = (
+        "two forwards of # TFLOP and the decoder's #, in all # TFLOP; a guided one # (1.19 unguided steps, "
+    )
+    says += "counted). # PFLOP are # minutes"
+    total = 0.8 * (plain + 2 * guided)
+    expected = [whole, decode, plain, guided, total, total * 1000 / 125 / 60]
+    assert claimed("sample/sd21-parti.yaml", says) == pytest.approx(expected, rel=0.03)
+    says = "Unguided and plain CFG # TFLOP an image, guided # (see configs/sample/sd21-parti.yaml): # PFLOP, # minutes"
+    total = 0.2 * (4 * plain + 4 * guided)
+    expected = [plain, guided, total, total * 1000 / 125 / 60]
+    assert claimed("sweep/sd21-parti.yaml", says) == pytest.approx(expected, rel=0.03)
+    says = "two forwards of # TFLOP are # TFLOP an image; # images # PFLOP, # minutes"
+    total = 12.5 * 50 * whole
+    expected = [whole, 50 * whole, 12_500, total, total * 1000 / 125 / 60]
+    assert claimed("head/sd21-discriminator.yaml", says) == pytest.approx(expected, **about)
