@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from guidance.denoiser import Parts
 from guidance.errors import UserError
 from guidance.guides.base import is_direct, rms, unit_rms
-from guidance.lockstep import lockstep, plain, split_parts
+from guidance.lockstep import NotInStepError, lockstep, plain, split_parts
 from guidance.pipelines import latent_channels
 from guidance.taps import forward_with_gradient, prediction_of
 
@@ -58,96 +60,124 @@ class Group:
         return is_direct(self.guides[0])
 
 
+class DenoiserCall(NamedTuple):
+    """Arguments of one denoiser call."""
+
+    sample: Float[Tensor, "pb c y x"]
+    timestep: Any
+    others: dict[str, Any]
+
+
 @dataclasses.dataclass
 class GuidedStep:
-    """One guided denoiser call."""
+    """One guided denoiser call: :meth:`denoise`, then :meth:`shift` what it predicts, or both by :meth:`run`."""
 
-    owner: Any  # the wrapper in guidance.apply: unet, pipe, original forward, handle
+    owner: Any  # guidance.apply.GuidedForward: denoiser, schedule, call, handle
     groups: list[Group]
-    sample: Tensor
-    timestep: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    whole: DenoiserCall
     index: int
-    parts: int
+    layout: Parts
+
+    def __post_init__(self) -> None:
+        batch, number = len(self.whole.sample), self.layout.number
+        if batch % number or self.whole.sample.ndim != 4:
+            raise UserError(
+                f"Expected samples (b, c, y, x) in {number} guidance parts, got {tuple(self.whole.sample.shape)}; "
+                "check the pipeline."
+            )
+        self.record = StepRecord(self.owner.last_t)
+        self.due = [
+            g for g in self.groups if g.direction is None or self.index % g.guides[0].strength.every == 0
+        ]
+        self.gradients: list[Tensor] = []
 
     def run(self) -> Any:
-        batch = self.sample.shape[0]
-        if batch % self.parts:
-            raise UserError(
-                f"Expected a batch of {self.parts} guidance parts, got {batch} samples; check the pipeline."
-            )
-        due = [g for g in self.groups if g.direction is None or self.index % g.guides[0].strength.every == 0]
-        record = StepRecord(self.owner.last_t)
-        if due:
-            self.owner.handle.records.append(record)
-        predictions, gradients, output = self._denoise([g for g in due if not g.direct], record)
-        t = torch.as_tensor(self.timestep, device=self.sample.device).reshape(-1)[0]
+        """The denoiser's output with every part shifted by the same amount."""
+        predictions, output = self.denoise()
+        shift = self.shift(predictions)
+        if shift is not None:
+            predictions = [add_shift(p, shift) for p in predictions]
+        whole = torch.cat(predictions)
+        return (whole,) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
+
+    def shift(self, predictions: Sequence[Tensor]) -> Float[Tensor, "b c y x"] | None:
+        """What to add to every part's prediction, in the model's own parameterisation.
+
+        Args:
+            predictions: Of the parts, the conditional one where ``layout`` says; a guider knows the unconditional one
+                only after :meth:`denoise`, and then puts it last.
+
+        Returns:
+            None if latents are moved instead.
+        """
+        t = torch.as_tensor(self.whole.timestep, device=self.whole.sample.device).reshape(-1)[0]
         _, sigma = self.owner.schedule.alpha_sigma(t)
         reference = self._reference(predictions, t)
         shift: Tensor | float = 0.0
         for group in self.groups:
-            if group in due:
-                push = self._direct(group, predictions) if group.direct else gradients.pop(0)
-                self._renew(group, push, record)
+            if group in self.due:
+                push = self._direct(group, predictions) if group.direct else self.gradients.pop(0)
+                self._renew(group, push)
             shift = shift + self._shift(group, reference, sigma)
-        if isinstance(shift, Tensor):
-            record.shift_rms = rms(shift).flatten().cpu()
-            shift = shift * self.owner.schedule.shift_factor(t).to(shift.dtype)
-            predictions = [_add(p, shift) for p in predictions]
-        whole = torch.cat(predictions)
-        return (whole,) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
+        if not isinstance(shift, Tensor):
+            return None
+        self.record.shift_rms = rms(shift).flatten().cpu()
+        return shift * self.owner.schedule.shift_factor(t).to(shift.dtype)
 
     # ---- parts of the batch -----------------------------------------------------------------------------------
-    @property
-    def _conditional(self) -> int:
-        """Index of the fully conditional part: last of [uncond, cond], first of InstructPix2Pix's three."""
-        return 0 if self.parts == 3 else self.parts - 1
-
     @functools.cached_property
-    def _calls(self) -> list[tuple[Tensor, Any, tuple[Any, ...], dict[str, Any]]]:
-        """Each part's own sample, timestep, args and kwargs."""
-        whole = self.sample, self.timestep, self.args, self.kwargs
-        return [_cut(whole, p, self.parts, self.sample.shape[0]) for p in range(self.parts)]
+    def _calls(self) -> list[DenoiserCall]:
+        """Each part's own arguments."""
+        number, batch = self.layout.number, len(self.whole.sample)
+        return [DenoiserCall(*_cut(tuple(self.whole), p, number, batch)) for p in range(number)]
 
     @property
     def _x(self) -> Float[Tensor, "b c y x"]:
         """The conditional part's samples."""
-        return self._calls[self._conditional][0]
+        return self._calls[self.layout.conditional].sample
 
     @functools.cached_property
     def _times(self) -> Float[Tensor, " b"]:
         """Timesteps of the conditional part's samples."""
-        t = torch.as_tensor(self._calls[self._conditional][1], device=self._x.device)
+        t = torch.as_tensor(self._calls[self.layout.conditional].timestep, device=self._x.device)
         return t.reshape(-1).float().expand(self._x.shape[0])
 
-    def _unconditional(self) -> list[int]:
-        return [p for p in range(self.parts) if p != self._conditional]
-
-    def _denoise(self, due: list[Group], record: StepRecord) -> tuple[list[Tensor], list[Tensor], Any]:
-        """The prediction of every part, one gradient a group that is due, and the denoiser's own output."""
-        call, c = self.owner.original, self._conditional
+    def denoise(self) -> tuple[list[Tensor], Any]:
+        """The prediction of every part, and the denoiser's own output; takes the gradients that are due."""
+        if self.due:
+            self.owner.handle.records.append(self.record)
+        due = [g for g in self.due if not g.direct]
         if not due:
-            output = call(self.sample, self.timestep, *self.args, **self.kwargs)
-            return list(prediction_of(output).chunk(self.parts)), [], output
-        calls, x = self._calls, self._x
-        targets = [_target(group, self._times, record) for group in due]
+            output = self.owner.call(self.whole)
+            return list(prediction_of(output).chunk(self.layout.number)), output
+        few = self._x.device.type == "cpu" and self.owner.num_weights > IN_STEP_WEIGHTS * self._x.numel()
+        if few and not self.owner.part_by_part:
+            with contextlib.suppress(NotInStepError):
+                return self._with_gradients(due, in_step=True)
+            self.owner.part_by_part = True
+        return self._with_gradients(due, in_step=False)
+
+    def _with_gradients(self, due: list[Group], in_step: bool) -> tuple[list[Tensor], Any]:
+        call, calls, c = self.owner.call_tapped, self._calls, self.layout.conditional
+        targets = [_target(group, self._times, self.record) for group in due]
         taps = list(dict.fromkeys(g.tap for group in due for g in group.guides))
-        in_step = x.device.type == "cpu" and self.owner.num_weights > IN_STEP_WEIGHTS * x.numel()
 
         def forward(leaf: Tensor) -> Any:
-            own = (leaf, *calls[c][1:])
-            x, t, args, kwargs = lockstep([*calls[:c], own, *calls[c + 1 :]], c) if in_step else own
-            return call(x, t, *args, **kwargs)
+            own = calls[c]._replace(sample=leaf)
+            if not in_step:
+                return call(own)
+            parts = [tuple(part) for part in (*calls[:c], own, *calls[c + 1 :])]
+            return call(DenoiserCall(*lockstep(parts, c)))
 
-        unet = self.owner.unet
-        output, gradients = forward_with_gradient(forward, unet, x, taps, targets, self._predict_x0)
+        denoiser = self.owner.denoiser
+        output, gradients = forward_with_gradient(forward, denoiser, self._x, taps, targets, self._predict_x0)
+        self.gradients = gradients
         predictions = split_parts(prediction_of(output), c)
-        for p in self._unconditional() if len(predictions) < self.parts else ():
-            x, t, args, kwargs = calls[p]
+        if len(predictions) < self.layout.number:
             with torch.no_grad():
-                predictions.insert(p, prediction_of(call(x, t, *args, **kwargs)))
-        return predictions, gradients, output
+                rest = [prediction_of(self.owner.call(part)) for i, part in enumerate(calls) if i != c]
+            predictions = [*rest[:c], *predictions, *rest[c:]]
+        return predictions, output
 
     def _predict_x0(self, output: Any, x: Tensor, through: bool) -> Tensor:
         """x0 of the conditional part; not ``through``: with eps held fixed, so that dx0/dx = 1/alpha."""
@@ -161,21 +191,22 @@ class GuidedStep:
 
     @property
     def _channels(self) -> int:
-        return latent_channels(self.owner.unet)
+        return latent_channels(self.owner.denoiser)
 
-    def _reference(self, predictions: list[Tensor], t: Tensor) -> Tensor:
+    def _reference(self, predictions: Sequence[Tensor], t: Tensor) -> Tensor:
         """Per-sample RMS of what classifier-free guidance works with, in eps units."""
-        schedule, cond = self.owner.schedule, _precise(predictions[self._conditional])
-        others = self._unconditional()
+        schedule, c = self.owner.schedule, self.layout.conditional
+        latents = [_precise(p[:, : self._channels]) for p in predictions]  # without learned variances
+        others = [p for i, p in enumerate(latents) if i != c]
         if others:
-            difference = cond - _precise(predictions[others[-1]])
+            difference = latents[c] - others[-1]
             return rms(difference) / schedule.shift_factor(t).abs().to(difference.dtype)
-        return rms(schedule.to_eps(cond, _precise(self._x[:, : cond.shape[1]]), t))
+        return rms(schedule.to_eps(latents[c], _precise(self._x[:, : self._channels]), t))
 
-    def _direct(self, group: Group, predictions: list[Tensor]) -> Tensor:
+    def _direct(self, group: Group, predictions: Sequence[Tensor]) -> Tensor:
         """The weighted sum of the directions that guides give without a gradient."""
-        schedule, t = self.owner.schedule, self._times
-        x, prediction = (_precise(v[:, : self._channels]) for v in (self._x, predictions[self._conditional]))
+        schedule, t, own = self.owner.schedule, self._times, predictions[self.layout.conditional]
+        x, prediction = (_precise(v[:, : self._channels]) for v in (self._x, own))
         seen = x, schedule.to_eps(prediction, x, t), schedule.to_x0(prediction, x, t), t
         with torch.no_grad():
             pushes = [g.strength.guidance_scale * unit_rms(g.direction(*seen)) for g in group.guides]
@@ -184,7 +215,8 @@ class GuidedStep:
         return total
 
     # ---- the shift --------------------------------------------------------------------------------------------
-    def _renew(self, group: Group, gradient: Tensor, record: StepRecord) -> None:
+    def _renew(self, group: Group, gradient: Tensor) -> None:
+        record = self.record
         gradient = gradient[:, : self._channels]
         finite = gradient.flatten(1).isfinite().all(1)
         if not finite.all():
@@ -226,7 +258,7 @@ def _precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _add(prediction: Tensor, shift: Float[Tensor, "b c y x"]) -> Tensor:
+def add_shift(prediction: Tensor, shift: Float[Tensor, "b c y x"]) -> Tensor:
     """Add a shift to the first channels of a prediction (others: learned variances)."""
     out = prediction.clone()
     channels = shift.shape[1]

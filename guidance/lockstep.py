@@ -19,6 +19,10 @@ from torch import Tensor
 _WEIGHTED = (F.conv2d, F.linear)
 
 
+class NotInStepError(Exception):
+    """An operation that cannot run part by part; the parts have to run one after another then."""
+
+
 class Lockstep(Tensor):
     """The conditional part of a batch; ``others`` holds the other parts, each of the same shape."""
 
@@ -32,6 +36,8 @@ class Lockstep(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _WEIGHTED and isinstance(args[0], Lockstep) and not any(map(_moves, args[1:])):
                 return _joint(func, args[0], args[1:], kwargs)
+            if _fills(func, args, kwargs):
+                raise NotInStepError(f"{func} writes parts into one tensor")
             result = func(*_pick(args, None), **_pick(kwargs, None))
             count = _count(args) or _count(kwargs)
             if not count or not _has_tensor(result):
@@ -80,6 +86,13 @@ def _tie(first: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 def _moves(value: Any) -> bool:
     return isinstance(value, Lockstep)
+
+
+def _fills(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor that all parts share is written to, as sliced attention does: the last part would win."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and not isinstance(args[0], Lockstep)
+    return "out" in kwargs or name == "__setitem__" or in_place
 
 
 def _pick(value: Any, part: int | None) -> Any:

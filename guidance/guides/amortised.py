@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.adapter import Adapter, check_adapter_fits
+from guidance.denoiser import denoiser_of, device_of, fingerprint_of
 from guidance.errors import UserError, nearest
 from guidance.guides.base import Guide, Strength, unit_rms
 from guidance.guides.midblock import MidBlockGuide
@@ -81,8 +82,8 @@ class AmortisedGuide:
     def prepare(self, pipe: Any) -> None:
         """Refuse a pipeline that the adapter does not fit; move the adapter to the pipeline's device."""
         schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-        check_adapter_fits(self.adapter, pipe.unet, schedule, fingerprint(pipe.unet))
-        self.adapter.to(pipe.unet.device)
+        check_adapter_fits(self.adapter, denoiser_of(pipe), schedule, fingerprint_of(pipe))
+        self.adapter.to(device_of(pipe))
 
     @torch.no_grad()
     def direction(
@@ -128,7 +129,7 @@ class PairRecorder:
     def prepare(self, pipe: Any) -> None:
         """Read the noise schedule."""
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-        self.scales = self.scales.to(pipe.unet.device)
+        self.scales = self.scales.to(device_of(pipe))
 
     def direction(self, x_t: Tensor, eps: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """Remember what an adapter would be given; push nowhere."""

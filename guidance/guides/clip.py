@@ -18,6 +18,7 @@ from torch import Tensor
 
 from guidance.clip import Clip
 from guidance.cutouts import cutouts as cut
+from guidance.denoiser import denoiser_of, device_of, is_offloaded
 from guidance.errors import UserError, nearest
 from guidance.guides.base import Strength, run_prompts
 
@@ -196,8 +197,10 @@ class ClipGuide:
             half = source.dtype not in (torch.float32, torch.float64)
             self._decoder = copy.deepcopy(source).float() if half else source
             self._source = source
-        self._decoder.to(pipe.unet.device).eval().requires_grad_(False)
-        self.clip.to(pipe.unet.device)
+        self._decoder.eval().requires_grad_(False)
+        if not is_offloaded(self._decoder):
+            self._decoder.to(device_of(pipe))
+        self.clip.to(device_of(pipe))
 
     def score(self, x0: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Similarity of predicted clean latents, as the denoiser scales them, to the targets.
@@ -265,7 +268,7 @@ def _check_decoder(decoder: Any, pipe: Any) -> None:
         raise UserError(
             f"Expected a pipeline with a VAE, got {type(pipe).__name__} without one; pass ClipGuide(decoder=...)."
         )
-    config, channels = decoder.config, pipe.unet.config.out_channels
+    config, channels = decoder.config, denoiser_of(pipe).config.out_channels
     latent = config.get("latent_channels")
     if latent is None or channels not in (latent, 2 * latent):  # twice: with learned variances
         raise UserError(

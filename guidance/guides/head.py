@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from guidance.denoiser import denoiser_of, device_of, fingerprint_of
 from guidance.guides.base import Strength
 from guidance.heads import Head, check_fits
-from guidance.pipelines import fingerprint
 from guidance.schedule import NoiseSchedule
 
 
@@ -39,7 +39,7 @@ class HeadGuide:
 
     def prepare(self, pipe: Any) -> None:
         """Refuse a pipeline that a head does not fit; move the heads to the pipeline's device."""
-        schedule, weights = NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint(pipe.unet)
+        schedule, weights = NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint_of(pipe)
         for head in self.heads:
-            check_fits(head, pipe.unet, schedule, weights)
-            head.to(pipe.unet.device)
+            check_fits(head, denoiser_of(pipe), schedule, weights)
+            head.to(device_of(pipe))
