@@ -252,6 +252,18 @@ def test_other_tasks(task: str, target: str, kind: str, options, trained, tmp_pa
         )
 
 
+def test_a_head_on_several_taps(options, tmp_path, tiny_pipe, capsys) -> None:
+    words = [w for w in options if not w.startswith("cache")] + [f"cache={tmp_path / 'cache'}"]
+    run(*words, "data.tap=down_blocks.0+mid_block", "kind=multiscale", f"output={tmp_path / 'h'}")
+    head = load_head(tmp_path / "h")
+    check_fits(head, tiny_pipe.unet, NoiseSchedule.from_scheduler(tiny_pipe.scheduler))
+    assert head.config.tap == "down_blocks.0+mid_block" and head.config.tap_channels == [16, 64]
+    assert results(tmp_path / "h")["test"]["overall"]["spearman"] > 0.5
+    with pytest.raises(SystemExit):
+        run(*words, "data.tap=up_blocks.0", f"output={tmp_path / 'other'}")
+    assert "was made with down_blocks.0+mid_block" in capsys.readouterr().err
+
+
 def test_the_reports_recipe_on_the_fly(options, tmp_path) -> None:
     words = [w for w in options if not w.startswith(("batch_size", "epochs", "lr", "cache"))]
     config = str(ROOT / "configs" / "head" / "midu-report.yaml")
