@@ -56,6 +56,11 @@ class FeatureEncoder:
             raise UserError(f"Expected noise 'random' or 'none', got '{noise}'.")
         if caption not in ("caption", "empty"):
             raise UserError(f"Expected caption 'caption' or 'empty', got '{caption}'.")
+        if getattr(pipe, "unet", None) is None or not hasattr(pipe, "encode_prompt"):
+            raise UserError(
+                f"Expected a pipeline with a unet and a text encoder, got {type(pipe).__name__}; read the features of "
+                "other denoisers by guidance.encode_features, and train on those."
+            )
         self.tap_channels = _known_channels(pipe.unet, tap)
         if pipe.unet.config.get("addition_embed_type"):
             kind = pipe.unet.config.addition_embed_type

@@ -5,11 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from contextlib import nullcontext
 
 import pytest
+import tiny_pipelines as tiny
 import torch
 from conftest import make_head
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from test_taps import hooks_of, inputs
 
 from guidance.apply import apply_guidance, cfg_parts
@@ -28,6 +35,9 @@ from guidance.taps import capture, encode_features, forward_with_gradient
 
 JOINED = "down_blocks.0+mid_block"
 T = torch.tensor([401, 401])
+STATES = ("prompt_embeds", "negative_prompt_embeds")
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+TRANSFORMERS = ("dit", "pixart", "sd3", "flux")
 
 
 def randn(*shape, seed=1):
@@ -56,6 +66,16 @@ def transformer(name: str) -> Case:
             sample_size=8, patch_size=2, num_embeds_ada_norm=10,
         )  # fmt: skip
         x, kwargs, grid = randn(2, 4, 8, 8), {"class_labels": torch.tensor([1, 7])}, (4, 4)
+        image, taps = None, ("transformer_blocks.0", "transformer_blocks.1")
+    elif name == "pixart":
+        model = PixArtTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3,
+            sample_size=8, patch_size=2, cross_attention_dim=16, caption_channels=12,
+            use_additional_conditions=False,
+        )  # fmt: skip
+        none = {"resolution": None, "aspect_ratio": None}
+        kwargs = {"encoder_hidden_states": randn(2, 12, 12), "added_cond_kwargs": none}
+        x, grid = randn(2, 4, 6, 8), (3, 4)
         image, taps = None, ("transformer_blocks.0", "transformer_blocks.1")
     elif name == "sd3":
         model = SD3Transformer2DModel(
@@ -116,7 +136,7 @@ def by_hand(case, output):
     )
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformers_gradient_and_prediction_are_those_of_the_full_graph(name: str) -> None:
     case = transformer(name)
     model, tap = case.model, case.taps[1]
@@ -133,7 +153,7 @@ def test_a_transformers_gradient_and_prediction_are_those_of_the_full_graph(name
     assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformers_features_stop_after_the_block(name: str) -> None:
     case = transformer(name)
     model, tap = case.model, case.taps[0]
@@ -149,7 +169,7 @@ def test_a_transformers_features_stop_after_the_block(name: str) -> None:
     assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_checkpointed_blocks_that_run_twice_give_the_same_gradient(name: str) -> None:
     case = transformer(name)
     call = lambda model: lambda x: model(x, timestep=T, **case.kwargs).sample  # noqa: E731
@@ -163,11 +183,13 @@ def test_checkpointed_blocks_that_run_twice_give_the_same_gradient(name: str) ->
     assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformers_gradient_agrees_with_finite_differences(name: str) -> None:
     case = transformer(name)
     model = copy.deepcopy(case.model).double()
-    kwargs = {k: v.double() if v.is_floating_point() else v for k, v in case.kwargs.items()}
+    kwargs = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in case.kwargs.items()
+    }
     x, tap = case.x.double(), "+".join(case.taps)
     call = lambda x: model(x, timestep=T, **kwargs).sample  # noqa: E731
     _, (g,) = forward_with_gradient(call, model, x, [tap], [functools.partial(score_gradient, tap)])
@@ -258,6 +280,38 @@ def test_a_head_on_several_taps_works_in_a_run_and_scores_it(tiny_pipe) -> None:
         tiny_pipe.unet(x, t, encoder_hidden_states=text)
     h = encode_features(tiny_pipe.unet, x, t, text, tap=JOINED)
     torch.testing.assert_close(scorer.scores, guide.score(h, t.float().expand(2)))
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3"])
+def test_a_head_on_several_blocks_guides_a_transformers_pipeline(name: str) -> None:
+    """Unmodified pipelines of diffusers: scale 0 is bit-equal, and the sign of the scale decides about the score."""
+    pipe = tiny.build_dit() if name == "dit" else tiny.build_sd3()
+    tap = "transformer_blocks.0+transformer_blocks.1"
+    channels, schedule = tap_channels(pipe.transformer, tap), NoiseSchedule.from_scheduler(pipe.scheduler)
+    config = HeadConfig("multiscale", sum(channels), tap=tap, tap_channels=channels, hidden=16)
+    with pytest.raises(UserError, match=r"trained on another model") if name == "sd3" else nullcontext():
+        check_fits(build_head(config), pipe.transformer, schedule)
+    torch.manual_seed(1)
+    head = build_head(dataclasses.replace(config, prediction_type=schedule.prediction_type))
+    given = {"class_labels": [207]} if name == "dit" else {"height": 16, "width": 16}
+    if name == "sd3":
+        given |= {state: randn(1, 5, tiny.WIDTH, seed=seed) for seed, state in enumerate(STATES)}
+        given |= {state: randn(1, tiny.WIDTH, seed=seed) for seed, state in enumerate(POOLED)}
+
+    def run(scale: float | None):
+        guides = [] if scale is None else [MidBlockGuide(head, scale, start=0, stop=1)]
+        with apply_guidance(pipe, guides) as handle:
+            g = torch.Generator().manual_seed(0)
+            out = pipe(
+                **given, num_inference_steps=4, guidance_scale=3.0, generator=g, output_type="np"
+            ).images
+        return torch.as_tensor(out), [float(r.scores["midblock:rating"]) for r in handle.records]
+
+    plain, none = run(None)
+    assert torch.equal(run(0.0)[0], plain) and not none
+    (up, better), (down, worse) = run(1.0), run(-1.0)
+    assert len(better) == 4 and better[0] == worse[0] and better[-1] > worse[-1]
+    assert not torch.equal(up, down) and hooks_of(pipe.transformer) == 0
 
 
 def test_a_head_on_several_taps_is_cached_trained_and_saved(tiny_pipe, tmp_path) -> None:
@@ -366,5 +420,9 @@ def test_bad_taps_get_a_sentence(tiny_pipe) -> None:
         join_maps([torch.zeros(1, 5), torch.zeros(1, 5, 2, 2)])
     with pytest.raises(UserError, match="Expected several taps to be blocks"):
         FeatureEncoder(tiny_pipe, tap=f"mid_block+{attention}")
+    with pytest.raises(
+        UserError, match="Expected a pipeline with a unet and a text encoder, got DiTPipeline"
+    ):
+        FeatureEncoder(tiny.build_dit())
     assert patch_grid(torch.nn.Identity(), torch.zeros(7)) == (0, 0)
     assert hooks_of(unet) == 0 and torch.is_grad_enabled()
