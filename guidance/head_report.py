@@ -147,7 +147,7 @@ def model_card(
         *_bins_table(test["bins"]),
         "Overall: " + ", ".join(f"{k} {_cell(v)}" for k, v in test["overall"].items()) + ".",
     ]
-    chosen = "guides where it clearly beat chance on validation rows"
+    chosen = "that range is where it clearly beat chance on validation rows"
     return head_card(head, name, facts=[chosen, fact], measured="\n".join(lines))
 
 

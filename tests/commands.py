@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 _STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python -m|accelerate launch|torchrun) .*")
-_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.S | re.M)
+_FENCE = re.compile(r"^ {0,3}```([^\n]*)\n(.*?)^ {0,3}```", re.S | re.M)
 
 
 def fenced(text: str) -> list[tuple[str, str]]:
     """The fenced blocks of a Markdown page: (words after the fence, content)."""
-    return _FENCE.findall(text)
+    return [(words, textwrap.dedent(content)) for words, content in _FENCE.findall(text)]
 
 
 def commands_of_page(text: str) -> list[str]:
@@ -29,6 +30,7 @@ def commands_of_page(text: str) -> list[str]:
         for span in re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", prose, flags=re.M))
     ]
     lines = [line for block in blocks for line in _joined(block)]
+    spans = [span for span in spans if len(span.split()) > 3]  # "python -m X" alone is the name of a script
     return [line for line in [*lines, *spans] if _STARTS.match(line) and is_whole(line)]
 
 
