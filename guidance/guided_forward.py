@@ -92,13 +92,19 @@ class GuidedForward:
         return sum(p.numel() for p in self.denoiser.parameters())
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put this in the place of the denoiser's forward, and freeze the denoiser."""
+    def tapped(self) -> Iterator[None]:
+        """Make the denoiser ready to be tapped: frozen, and run as Python where the taps are."""
         self.original = self.called.forward
         self.signature, self.first = signature_of(self.denoiser)
         self.part_by_part = runs_compiled(self.denoiser) or _recomputes(self.denoiser)
         taps = {g.tap for g in self.guides if not is_direct(g)} - {X0, X0_THROUGH_UNET}
-        with frozen(self.denoiser), uncompiled(self.denoiser, taps), replaced(self.called, "forward", self):
+        with frozen(self.denoiser), uncompiled(self.denoiser, taps):
+            yield
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put this in the place of the denoiser's forward."""
+        with self.tapped(), replaced(self.called, "forward", self):
             yield
 
     # ---- the denoiser call ------------------------------------------------------------------------------------
@@ -143,6 +149,17 @@ class GuidedForward:
         return function(**{self.first: call.sample, "timestep": call.timestep}, **call.others)
 
     # ---- x-space ----------------------------------------------------------------------------------------------
+    def moved(self, x: Tensor) -> Tensor:
+        """Latents moved by the pending x-space shift, which is used up."""
+        if self.x_shift is None or self.x_input is None:
+            return x
+        # sigma-scaled schedulers feed x / sqrt(1 + sigma^2): undo that one number
+        seen = self.x_input.double()
+        factor = (x.double() * seen).sum() / (seen * seen).sum()
+        moved = x + (factor * self.x_shift).to(x.dtype)
+        self.x_shift = self.x_input = None
+        return moved
+
     def wrap_step(self, scheduler: Any) -> Callable[..., Any]:
         """A ``scheduler.step`` that moves the latents by the pending x-space shift first."""
         step = scheduler.step
@@ -151,13 +168,7 @@ class GuidedForward:
         def guided_step(
             model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
-            if self.x_shift is not None and self.x_input is not None:
-                # sigma-scaled schedulers feed sample / sqrt(1 + sigma^2): undo that one number
-                x = self.x_input.double()
-                factor = (sample.double() * x).sum() / (x * x).sum()
-                sample = sample + (factor * self.x_shift).to(sample.dtype)
-                self.x_shift = self.x_input = None
-            return step(model_output, timestep, sample, *args, **kwargs)
+            return step(model_output, timestep, self.moved(sample), *args, **kwargs)
 
         return guided_step
 

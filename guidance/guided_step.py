@@ -157,7 +157,28 @@ class GuidedStep:
             self.owner.part_by_part = True
         return self._with_gradients(due, in_step=False)
 
+    def move(self) -> None:
+        """Leave an x-space shift with the owner, by the encoder half of the denoiser alone."""
+        if self.due:
+            self.owner.handle.records.append(self.record)
+            self._pull_back(self.due, in_step=False, whole=False)
+        for group in self.groups:
+            if group in self.due:
+                self._renew(group, self.gradients.pop(0))
+            self._move(group)
+
     def _with_gradients(self, due: list[Group], in_step: bool) -> tuple[list[Tensor], Any]:
+        calls, c = self._calls, self.layout.conditional
+        output = self._pull_back(due, in_step)
+        predictions = split_parts(prediction_of(output), c)
+        if len(predictions) < self.layout.number:
+            with torch.no_grad():
+                rest = [prediction_of(self.owner.call(part)) for i, part in enumerate(calls) if i != c]
+            predictions = [*rest[:c], *predictions, *rest[c:]]
+        return predictions, output
+
+    def _pull_back(self, due: list[Group], in_step: bool, whole: bool = True) -> Any:
+        """Take the gradients that are due in one forward, and return its output."""
         call, calls, c = self.owner.call_tapped, self._calls, self.layout.conditional
         targets = [_target(group, self._times, self.record) for group in due]
         taps = list(dict.fromkeys(g.tap for group in due for g in group.guides))
@@ -169,15 +190,10 @@ class GuidedStep:
             parts = [tuple(part) for part in (*calls[:c], own, *calls[c + 1 :])]
             return call(DenoiserCall(*lockstep(parts, c)))
 
-        denoiser = self.owner.denoiser
-        output, gradients = forward_with_gradient(forward, denoiser, self._x, taps, targets, self._predict_x0)
-        self.gradients = gradients
-        predictions = split_parts(prediction_of(output), c)
-        if len(predictions) < self.layout.number:
-            with torch.no_grad():
-                rest = [prediction_of(self.owner.call(part)) for i, part in enumerate(calls) if i != c]
-            predictions = [*rest[:c], *predictions, *rest[c:]]
-        return predictions, output
+        output, self.gradients = forward_with_gradient(
+            forward, self.owner.denoiser, self._x, taps, targets, self._predict_x0, whole=whole
+        )
+        return output
 
     def _predict_x0(self, output: Any, x: Tensor, through: bool) -> Tensor:
         """x0 of the conditional part; not ``through``: with eps held fixed, so that dx0/dx = 1/alpha."""
@@ -233,13 +249,18 @@ class GuidedStep:
         """The group's shift of eps (to be added), or 0 when it moves the latents instead."""
         assert group.direction is not None
         if group.guides[0].strength.space == "x":
-            owner = self.owner
-            owner.x_shift = group.direction if owner.x_shift is None else owner.x_shift + group.direction
-            owner.x_input = self._x[:, : group.direction.shape[1]].detach()
+            self._move(group)
             return 0.0
         if group.guides[0].strength.normalize:
             return -group.size * reference * group.direction
         return -sigma.to(group.direction.dtype) * group.direction
+
+    def _move(self, group: Group) -> None:
+        """Leave the group's shift of the latents with the owner."""
+        assert group.direction is not None
+        owner = self.owner
+        owner.x_shift = group.direction if owner.x_shift is None else owner.x_shift + group.direction
+        owner.x_input = self._x[:, : group.direction.shape[1]].detach()
 
 
 def _cut(value: Any, part: int, parts: int, batch: int) -> Any:

@@ -197,6 +197,8 @@ def forward_with_gradient(
     taps: Sequence[str],
     feature_gradients: Sequence[FeatureGradient],
     predict_x0: PredictX0 | None = None,
+    *,
+    whole: bool = True,
 ) -> tuple[Any, list[Float[Tensor, "b c y x"]]]:
     """Run one forward and take gradients with respect to its input at the last tap.
 
@@ -213,6 +215,7 @@ def forward_with_gradient(
         feature_gradients: One or more pull-back targets; see :data:`FeatureGradient`.  Features are given as
             detached, contiguous leaves (GroupNorm's CPU backward can crash on channels-last features).
         predict_x0: ``f(output, x, through) -> x0``, for the x0 taps; not ``through``: with eps held fixed.
+        whole: False stops at the last tap, unless x0 is among them; the output is None then.
 
     Returns:
         The forward's output, and one gradient (float32 or float64, shape of ``x``) per feature gradient.
@@ -253,6 +256,8 @@ def forward_with_gradient(
                 return None
             if not virtual:
                 finish({})
+                if not whole:
+                    raise _Stop
             torch.set_grad_enabled(False)  # for the rest of this forward; the enclosing context restores it
             return detached(output)
 
@@ -260,7 +265,10 @@ def forward_with_gradient(
 
     needs_graph = bool(modules) or X0_THROUGH_UNET in taps
     with _hooks(model, {name: hook_for(name) for name in modules}), torch.set_grad_enabled(needs_graph):
-        output = forward(leaf)
+        try:
+            output = forward(leaf)
+        except _Stop:
+            return None, gradients
         if virtual and predict_x0 is not None and len(live) == len(modules):
             with torch.enable_grad():
                 others = {tap: predict_x0(output, leaf, tap == X0_THROUGH_UNET) for tap in virtual}
