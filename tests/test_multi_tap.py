@@ -18,6 +18,7 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from test_taps import hooks_of, inputs
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from guidance.apply import apply_guidance, cfg_parts
 from guidance.encoding import FeatureEncoder
@@ -178,9 +179,36 @@ def test_checkpointed_blocks_that_run_twice_give_the_same_gradient(name: str) ->
     output, (g,) = forward_with_gradient(call(case.model), case.model, case.x, [tap], [target])
     model = copy.deepcopy(case.model)
     model.enable_gradient_checkpointing()
-    again, (h,) = forward_with_gradient(call(model), model, case.x, [tap], [target])
-    assert torch.equal(output, again) and torch.equal(g, h)
+    for early in (
+        True,
+        False,
+    ):  # whether the second run ends at the last tensor it has to save, or with the block
+        with set_checkpoint_early_stop(early):
+            again, (h,) = forward_with_gradient(call(model), model, case.x, [tap], [target])
+        assert torch.equal(output, again) and torch.equal(g, h)
     assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_nothing_behind_the_tap_has_a_graph(name: str) -> None:
+    """Neither the image's tokens nor the text's, which leave the same block."""
+    case = transformer(name)
+    model, tap = case.model, case.taps[0]
+    stack, _, index = case.taps[0].rpartition(".")
+    behind = model.get_submodule(
+        "single_transformer_blocks.0" if name == "flux" else f"{stack}.{int(index) + 1}"
+    )
+    seen = []
+
+    def see(module, args, kwargs):
+        given = [v for v in (*args, *kwargs.values()) if torch.is_tensor(v)]
+        seen.append((torch.is_grad_enabled(), any(v.requires_grad for v in given)))
+
+    handle = behind.register_forward_pre_hook(see, with_kwargs=True)
+    call = lambda x: model(x, timestep=T, **case.kwargs).sample  # noqa: E731
+    forward_with_gradient(call, model, case.x, [tap], [functools.partial(score_gradient, tap)])
+    handle.remove()
+    assert seen == [(False, False)]
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
