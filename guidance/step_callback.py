@@ -5,8 +5,9 @@ After step i the callback moves the latents that the next call will see, by guid
     x <- x + sum_i s_i grad_x log p_i(y | h(x, t_next))
 
 :func:`guidance.apply_guidance` with ``space="x"`` takes the same gradient in the step's own denoiser call, and moves
-the latents only after its prediction was made.  So the two differ in two ways, and agree where these do not matter: here
-the next prediction is made from the moved latents (the mid-u report's loop), and no push comes before the first step.
+the latents only after its prediction was made.  So the two differ in two ways, and agree where these do not matter:
+here the next prediction is made from the moved latents (the mid-u report's loop), and no push comes before the first
+step.
 The price is a forward of the encoder half a step.
 """
 
