@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+#: A command of the library, and where its main is.
+_ELSEWHERE = {"guidance.taps": "guidance.tap_table"}
 _STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python -m|accelerate launch|torchrun) .*")
 _FENCE = re.compile(r"^ {0,3}```([^\n]*)\n(.*?)^ {0,3}```", re.S | re.M)
 
@@ -73,13 +75,13 @@ def split_command(command: str) -> tuple[str, list[str]]:
             break
     else:
         return "", []
-    ours = module.split(".")[0] in ("train", "sample", "eval")
+    ours = module.split(".")[0] in ("train", "sample", "eval") or module in _ELSEWHERE
     return (module, rest) if ours else ("", [])
 
 
 def script(module: str) -> Callable[[list[str]], Any]:
     """The ``main`` of a script."""
-    return importlib.import_module(module).main
+    return importlib.import_module(_ELSEWHERE.get(module, module)).main
 
 
 def exit_code(module: str, words: list[str]) -> Any:

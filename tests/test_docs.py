@@ -19,6 +19,7 @@ from guidance.pipelines import fingerprint, load_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SCRIPTS = ("train", "sample", "eval")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -74,7 +75,7 @@ def test_the_commands_of_a_page_are_read_by_their_scripts(page: Path, monkeypatc
     monkeypatch.chdir(ROOT)
     for command in commands_of_page(page.read_text(encoding="utf-8")):
         module, words = split_command(command)
-        if module:
+        if module.split(".")[0] in SCRIPTS:  # those of the library take no config; pages run them
             assert exit_code(module, [*words, "--print-config"]) == 0, (
                 command,
                 capsys.readouterr().err[-500:],
