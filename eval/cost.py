@@ -1,7 +1,7 @@
 """What guidance costs: guided against unguided steps, and encoder-only against full-forward feature capture.
 
     python -m eval.cost                       # sd-2.1-base shape, random weights, 512 px (64x64 latents), batch 1
-    python -m eval.cost model=sd-1.5 latent_size=32 repeats=9
+    python -m eval.cost model=random:sd-1.5 latent_size=32 repeats=9
     python -m eval.cost model=testbed batch_size=32 'methods=[mid-u, amortised]'
 
 Runs alternate, so that a drifting machine hits all of them; times are CPU times of the process on a CPU and wall
@@ -38,7 +38,9 @@ METHODS: dict[str, str | None] = {
 class CostConfig:
     """What is timed."""
 
-    model: str = option("sd-2.1-base", "architecture with random weights, the testbed, a folder or a hub id")
+    model: str = option(
+        "random:sd-2.1-base", "random:NAME for random weights, the testbed, a folder or a hub id"
+    )
     latent_size: int = option(0, "side of the latents, 64 for 512 px in Stable Diffusion; 0: the model's own")
     batch_size: int = option(1, "images a step; each is two samples with classifier-free guidance")
     methods: list[str] = option([], "those to time, and what they are compared with; empty: all")
@@ -89,7 +91,7 @@ def measure_cost(config: CostConfig) -> dict[str, Any]:
             "floor": flops[name] / flops[base] if base else None,
         }
     result = {"config": dataclasses.asdict(config), "threads": torch.get_num_threads(), "rows": rows}
-    write_json(Path(config.output) / f"{Path(config.model).name}-{side}.json", result)
+    write_json(Path(config.output) / f"{Path(config.model).name.replace(':', '-')}-{side}.json", result)
     return result
 
 
@@ -97,12 +99,9 @@ Method = tuple[Callable[[], Any], Callable[[], None]]  # a context, and what is 
 
 
 def _load(config: CostConfig) -> Any:
-    from guidance.architectures import ARCHITECTURES, build_unet
-    from guidance.pipelines import load_pipeline
+    from guidance.pipelines import DENOISER, load_pipeline
 
-    if config.model in ARCHITECTURES:
-        return _Parts(build_unet(config.model).to(config.device))
-    return load_pipeline(config.model, device=config.device)
+    return load_pipeline(config.model, device=config.device, parts=DENOISER)
 
 
 def _build_methods(pipe: Any, b: int, side: int, device: str) -> dict[str, Method]:
@@ -164,16 +163,6 @@ def _guides(pipe: Any, device: str) -> tuple[Any, Any]:
     )
     adapter = build_adapter(AdapterConfig(latent_channels(pipe.unet), **base)).to(device)
     return MidBlockGuide(build_head(config).to(device), 1.0, start=0, stop=1), AmortisedGuide(adapter, 1.0)
-
-
-class _Parts:
-    """As much of a pipeline as guidance needs."""
-
-    def __init__(self, unet: Any) -> None:
-        from diffusers import DDIMScheduler
-
-        self.unet = unet
-        self.scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 class _Whole:
