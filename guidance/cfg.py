@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class ClassifierFree:
     ``eps = eps_uncond + w (eps_cond - eps_uncond)`` (Ho and Salimans 2022), and in the same way for v and x0.
 
     Attributes:
-        scale: The weight w; 1 is off.
+        scale: The weight w; 1 is off.  Or one for each sample, none of them 1.
         rescale: ``phi`` of Lin et al. ("Common Diffusion Noise Schedules and Sample Steps Are Flawed", WACV 2024,
             section 3.4): how far the result's standard deviation per sample is pulled back to that of the conditional
             prediction, against overexposure; 0 is off, they use 0.7.
@@ -33,26 +34,34 @@ class ClassifierFree:
             gradient is taken, and the guide's own scale is not used.
     """
 
-    scale: float = 4.0
+    scale: float | tuple[float, ...] = 4.0
     rescale: float = 0.0
     start: float = 0.0
     stop: float = 1.0
     modulate: Guide | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise UserError(f"Expected a finite cfg_scale, got {self.scale}; 1 turns it off.")
+        several = isinstance(self.scale, tuple)
+        for scale in self.scale if isinstance(self.scale, tuple) else (self.scale,):
+            if not math.isfinite(scale):
+                raise UserError(f"Expected a finite cfg_scale, got {scale}; 1 turns it off.")
+            if several and scale == 1:
+                raise UserError(
+                    "Expected no 1 among the cfg_scale of a batch, which needs no second forward."
+                )
         if not 0 <= self.rescale <= 1:
             raise UserError(f"Expected a rescale in 0..1, got {self.rescale}; 0 is off, 0.7 is usual.")
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")
 
     @classmethod
-    def of(cls, scale: float | ClassifierFree) -> ClassifierFree:
+    def of(cls, scale: float | Sequence[float] | ClassifierFree) -> ClassifierFree:
         """Plain classifier-free guidance of a weight; one that is there already stays."""
-        return scale if isinstance(scale, ClassifierFree) else cls(scale)
+        if isinstance(scale, ClassifierFree):
+            return scale
+        return cls(tuple(scale) if isinstance(scale, Sequence) else scale)
 
-    def weight(self, fraction: float) -> float:
+    def weight(self, fraction: float) -> float | tuple[float, ...]:
         """The weight at a fraction of the steps (0 first, below 1 last), before modulation."""
         return self.scale if self.start <= fraction < self.stop else 1.0
 
@@ -78,6 +87,8 @@ class ClassifierFree:
         [1.0, 3.0]
         """
         weight: Any = self.weight(fraction)
+        if isinstance(weight, tuple):
+            weight = rearrange(torch.tensor(weight, dtype=cond.dtype, device=cond.device), "b -> b 1 1 1")
         if scores is not None:
             if not (scores <= 1e-4).all():
                 raise UserError(
@@ -85,7 +96,7 @@ class ClassifierFree:
                     "guide with objective='class' or 'at_least'."
                 )
             free = 1 - scores.to(cond.device, torch.float32).exp().clamp(max=1)
-            weight = rearrange(1 + (weight - 1) * free, "b -> b 1 1 1").to(cond.dtype)
+            weight = (1 + (weight - 1) * rearrange(free, "b -> b 1 1 1")).to(cond.dtype)
         combined = uncond + weight * (cond - uncond)
         if not self.rescale:
             return combined

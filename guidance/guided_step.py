@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guidance.denoiser import Parts
 from guidance.errors import UserError
-from guidance.guides.base import is_direct, rms, unit_rms
+from guidance.guides.base import is_direct, rms, scale_for, unit_rms
 from guidance.lockstep import NotInStepError, lockstep, plain, split_parts
 from guidance.pipelines import latent_channels
 from guidance.taps import forward_with_gradient, prediction_of
@@ -225,7 +225,7 @@ class GuidedStep:
         x, prediction = (_precise(v[:, : self._channels]) for v in (self._x, own))
         seen = x, schedule.to_eps(prediction, x, t), schedule.to_x0(prediction, x, t), t
         with torch.no_grad():
-            pushes = [g.strength.guidance_scale * unit_rms(g.direction(*seen)) for g in group.guides]
+            pushes = [scale_for(g, x) * unit_rms(g.direction(*seen)) for g in group.guides]
         total = torch.stack(pushes).sum(0)
         group.size = rms(total)
         return total
@@ -306,7 +306,7 @@ def _target(
                 score = guide.score(leaf, times)
                 (g,) = torch.autograd.grad(score.sum(), leaf)
             record.scores[guide.name] = score.detach().float().cpu()
-            g = guide.strength.guidance_scale * (unit_rms(g) if guide.strength.normalize else g)
+            g = scale_for(guide, g) * (unit_rms(g) if guide.strength.normalize else g)
             total[guide.tap] = total[guide.tap] + g if guide.tap in total else g
         sizes = {tap: rms(g).square() for tap, g in total.items()}
         group.size = torch.stack([rearrange(s, "b ... -> b (...)") for s in sizes.values()]).sum(0).sqrt()

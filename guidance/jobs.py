@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from guidance.edit_pairs import EditPair, load_edit_pairs
 from guidance.errors import UserError
 from guidance.prompts import Prompt, load_prompts
-from guidance.run import Job, list_jobs
+from guidance.run import list_jobs
 from guidance.start import ImageStart
+from guidance.units import Job
 
 
 def read_jobs(
@@ -20,7 +21,6 @@ def read_jobs(
     *,
     category: str | Sequence[str] | None = None,
     edits: str | None = None,
-    strength: float = 0.6,
 ) -> list[Job]:
     """List what is to be sampled.
 
@@ -31,7 +31,6 @@ def read_jobs(
         category: Categories to take prompts of.
         edits: Edit pairs, see :func:`guidance.edit_pairs.load_edit_pairs`: their images are changed towards the edited
             captions (SDEdit).
-        strength: Fraction of the steps that an edit takes, above 0 and up to 1.
 
     Raises:
         UserError: If there are no such prompts or edits, or an edit has no image.
@@ -39,21 +38,17 @@ def read_jobs(
     if edits is None:
         count = num_prompts if isinstance(prompts, str) else None
         return list_jobs(load_prompts(prompts, count, seed, category=category), seeds_per_prompt, seed)
-    if not 0 < strength <= 1:
-        raise UserError(
-            f"Expected a strength above 0 and up to 1, got {strength}; 0.6 keeps the composition."
-        )
     pairs = load_edit_pairs(edits, num_prompts, seed)
-    starts = {pair.id: _start(pair, strength) for pair in pairs}
+    starts = {pair.id: _start(pair) for pair in pairs}
     jobs = list_jobs([Prompt(pair.id, pair.edited_caption) for pair in pairs], seeds_per_prompt, seed)
     return [Job(job.prompt, job.seed, starts[job.prompt.id]) for job in jobs]
 
 
-def _start(pair: EditPair, strength: float) -> ImageStart:
+def _start(pair: EditPair) -> ImageStart:
     image = pair.image
     if image is None:
         raise UserError(
             f"Expected edits with the images they start from, got '{pair.id}' without; name others."
         )
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16]
-    return ImageStart(lambda: image, digest, strength)
+    return ImageStart(lambda: image, digest)

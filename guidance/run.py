@@ -1,47 +1,24 @@
-"""A sampling run: the same prompts, seeds and noise under several arms, image by image into a record store.
-
-Work is cut into fixed batches.  A batch of which an image is missing is sampled whole, and only what is
-missing is written: a run that was killed and taken up again ends with the bytes of one that was not.
-"""
+"""A sampling run: the same prompts, seeds and noise under several arms."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance.apply import StepRecord
 from guidance.arms import Arm
 from guidance.cfg import ClassifierFree
 from guidance.errors import UserError
-from guidance.pipelines import fingerprint
 from guidance.prompts import Prompt
-from guidance.records import Record, RecordStore, noise_hash, toolkit_version
-from guidance.sampling import decode_latents, initial_noise, sample_latents, using_scheduler
-from guidance.start import ImageStart, begin_with
-from guidance.steering import check_copies, steer_latents
+from guidance.records import RecordStore
+from guidance.sampling import using_scheduler
+from guidance.steering import check_copies
+from guidance.units import Job, Sampling, Task, UnitSampler, list_batches
 
 #: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
 SEED_STRIDE = 1000
-
-#: What must be equal between an image that is there and the one that is asked for.
-_MADE_BY: tuple[str, ...] = ("prompt", "noise_hash", "start", "guides", "conditioning", "steering")
-_MADE_BY += ("cfg_scale", "cfg", "scheduler", "num_steps", "model_fingerprint", "dtype")
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One image to make under every arm."""
-
-    prompt: Prompt
-    seed: int
-    start: ImageStart | None = None
 
 
 def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> list[Job]:
@@ -82,119 +59,6 @@ def check_sampling(
         return type(pipe.scheduler).__name__
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How an arm is sampled, beside its guides; see :func:`guidance.sampling.sample_latents`."""
-
-    num_steps: int = 25
-    cfg_scale: float | ClassifierFree = 4.0
-    scheduler: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """What is sampled at once: a fixed batch of jobs under one arm; no image depends on who samples it."""
-
-    jobs: tuple[Job, ...]
-    arm: Arm
-    sampling: Sampling
-
-
-class UnitSampler:
-    """Samples units, image by image into a record store.
-
-    Args:
-        pipe: Pipeline that :func:`check_sampling` has passed for the arms of all units.
-        store: Where images and records go, and which are done.
-        model: What to call the model in the records.
-    """
-
-    def __init__(self, pipe: Any, store: RecordStore, *, model: str) -> None:
-        self.pipe, self.store = pipe, store
-        self._model = {"model": model, "model_fingerprint": fingerprint(pipe.unet)}
-        self._model |= {"dtype": str(pipe.unet.dtype).removeprefix("torch."), "version": toolkit_version()}
-        self._schedulers: dict[str | None, str] = {}
-        self._jobs: dict[Job, dict[str, Any]] = {}  # what a record says of a job under any arm
-
-    def missing(self, unit: Unit) -> list[Job]:
-        """The jobs of a unit that are not done.
-
-        Raises:
-            UserError: If an image of the same name was made in another way.
-        """
-        return [job for job in unit.jobs if not _is_done(self.store, self._plan(job, unit))]
-
-    def images(self, unit: Unit) -> list[tuple[Job, Record, Any]]:
-        """Sample a unit whole; nothing is written."""
-        begun = time.perf_counter()
-        arm, options = unit.arm, dict(vars(unit.sampling))
-        texts, seeds = [job.prompt.text for job in unit.jobs], [job.seed for job in unit.jobs]
-        if arm.conditioning is not None:
-            options["guide_prompts"] = texts
-            texts = [arm.conditioning] * len(texts)
-        if unit.jobs[0].start is not None:
-            options["start"] = begin_with(
-                self.pipe, [job.start for job in unit.jobs if job.start is not None]
-            )
-        latents, scores, skipped = _sample_arm(self.pipe, texts, seeds, arm, options)
-        images = decode_latents(self.pipe, latents)  # on the CPU: the clock sees all of the device's work
-        measured: dict[str, Any] = {"batch_size": len(unit.jobs)}
-        measured["seconds"] = round((time.perf_counter() - begun) / len(unit.jobs), 5)
-        return [
-            (job, self._plan(job, unit, **measured, score=scores[i], nan_skipped=skipped[i]), images[i])
-            for i, job in enumerate(unit.jobs)
-        ]
-
-    def sample(self, unit: Unit, jobs: Collection[Job]) -> None:
-        """Sample a unit whole, and write the images of some of its jobs."""
-        for job, record, image in self.images(unit):
-            if job in jobs:
-                self.store.append(record, image)
-
-    def _plan(self, job: Job, unit: Unit, **measured: Any) -> Record:
-        """The record of an image, with everything that is known before it is sampled and what was measured."""
-        arm, sampling, cfg = unit.arm, unit.sampling, ClassifierFree.of(unit.sampling.cfg_scale)
-        values: dict[str, Any] = {
-            "arm": arm.name,
-            "guides": list(arm.descriptions),
-            "head": arm.head,
-            "conditioning": arm.conditioning,
-            "steering": None if arm.steering is None else arm.steering.describe(),
-            "cfg_scale": float(cfg.scale),
-            "cfg": cfg.describe(),
-            "scheduler": self._scheduler(sampling.scheduler),
-            "num_steps": sampling.num_steps,
-            "image": f"images/{arm.name}/{job.prompt.id}_seed{job.seed}.png",
-        }
-        values |= {"seconds": 0.0, "batch_size": 0, "score": None, "nan_skipped": 0, "sha256": "", "bytes": 0}
-        return Record(**(self._job(job) | self._model | values | measured))
-
-    def _job(self, job: Job) -> dict[str, Any]:
-        if job not in self._jobs:
-            prompt = job.prompt
-            noise = initial_noise(self.pipe, [torch.Generator().manual_seed(job.seed)])
-            told: dict[str, Any] = {
-                "prompt_id": prompt.id,
-                "prompt": prompt.text,
-                "category": prompt.category,
-            }
-            told |= {"challenge": prompt.challenge, "seed": job.seed, "noise_hash": noise_hash(noise)}
-            if job.start is not None:
-                told["start"] = {"image": job.start.digest, "strength": job.start.strength}
-            tokenizer = self.pipe.tokenizer
-            told["truncated"] = (
-                len(tokenizer(prompt.text, verbose=False).input_ids) > tokenizer.model_max_length
-            )
-            self._jobs[job] = told
-        return self._jobs[job]
-
-    def _scheduler(self, name: str | None) -> str:
-        if name not in self._schedulers:
-            with using_scheduler(self.pipe, name):
-                self._schedulers[name] = type(self.pipe.scheduler).__name__
-        return self._schedulers[name]
-
-
 def sample_arms(
     pipe: Any,
     jobs: Sequence[Job],
@@ -205,6 +69,7 @@ def sample_arms(
     num_steps: int = 25,
     cfg_scale: float | ClassifierFree = 4.0,
     scheduler: str | None = None,
+    strength: float = 0.6,
     batch_size: int = 16,
     process_index: int = 0,
     num_processes: int = 1,
@@ -217,6 +82,7 @@ def sample_arms(
         jobs, arms: What to sample.
         store: Where images and records go, and which are done.
         model: What to call the model in the records.
+        strength: Fraction of the steps to take of jobs that start from an image.
         batch_size: Images per batch.  Another one changes an image by at most one grey level.
         process_index, num_processes: Which part of the batches and arms is this process's; the bytes of an image do not
             depend on it.
@@ -229,9 +95,10 @@ def sample_arms(
         UserError: If the store holds images of the same name made in another way.
     """
     check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler, batch_size=batch_size)
-    sampler, sampling = UnitSampler(pipe, store, model=model), Sampling(num_steps, cfg_scale, scheduler)
+    sampler = UnitSampler(pipe, store, model=model)
+    sampling = Sampling(num_steps, cfg_scale, scheduler, strength)
     units = [
-        Unit(batch, arm, sampling)
+        tuple(Task(job, arm, sampling) for job in batch)
         for i, batch in enumerate(list_batches(jobs, batch_size))
         for j, arm in enumerate(arms)
         if (i + j) % num_processes == process_index  # arms differ in cost: every process has some of each
@@ -240,65 +107,7 @@ def sample_arms(
     total = sum(len(missing) for _, missing in todo)
     with tqdm(total=total, disable=not progress, unit="image", desc="sample") as bar:
         for unit, missing in todo:
-            bar.set_postfix_str(unit.arm.name, refresh=False)
+            bar.set_postfix_str(unit[0].arm.name, refresh=False)
             sampler.sample(unit, missing)
             bar.update(len(missing))
     return total
-
-
-def list_batches(jobs: Sequence[Job], size: int) -> list[tuple[Job, ...]]:
-    """Cut jobs into batches, the last of which may be smaller."""
-    return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
-
-
-def _is_done(store: RecordStore, planned: Record) -> bool:
-    """Tell whether an image is in the store, and refuse one that was made in another way."""
-    found = store.get(*planned.key)
-    if found is None or not store.has(*planned.key):
-        return False
-    for field in _MADE_BY:
-        was, now = getattr(found, field), getattr(planned, field)
-        if was != now:
-            raise UserError(
-                f"Expected '{store.folder / found.image}' to be made with {field}={now!r}, but it was with "
-                f"{was!r}; choose another output folder, or set fresh=true to move this one aside."
-            )
-    return True
-
-
-def _sample_arm(
-    pipe: Any, texts: Sequence[str], seeds: Sequence[int], arm: Arm, options: dict[str, Any]
-) -> tuple[Tensor, list[float | None], list[int]]:
-    """Latents of one batch, each sample's last score, and its number of skipped gradients."""
-    if arm.steering is None:
-        watch = _Watch(len(texts))
-        latents = sample_latents(pipe, texts, seeds, guides=arm.guides, callback=watch, **options)
-        return latents, watch.scores, watch.skipped
-    n = arm.steering.particles
-    watch = _Watch(len(texts) * n)
-    options = options | arm.steering.options() | {"guides": arm.guides, "callback": watch}
-    steered = steer_latents(pipe, texts, seeds, arm.steering.guide, **options)
-    assert steered.chosen is not None  # select="best"
-    best = steered.scores.gather(1, steered.chosen[:, None])[:, 0]
-    skipped = [max(watch.skipped[i * n : (i + 1) * n]) for i in range(len(texts))]
-    return steered.latents, [round(s, 6) for s in best.tolist()], skipped
-
-
-class _Watch:
-    """Callback of the sampler that keeps each sample's last score and counts its skipped gradients."""
-
-    def __init__(self, batch: int) -> None:
-        self.scores: list[float | None] = [None] * batch
-        self.skipped = [0] * batch
-        self._seen: StepRecord | None = None
-
-    def __call__(self, step: int, latents: Tensor, record: StepRecord | None) -> None:
-        if record is None or record is self._seen:  # between gradients the last record is shown again
-            return
-        self._seen = record
-        if record.scores:
-            self.scores = [round(s, 6) for s in next(iter(record.scores.values())).tolist()]
-        if record.skipped and record.grad_norm is not None:  # a skipped gradient was set to 0
-            self.skipped = [
-                n + int(g == 0) for n, g in zip(self.skipped, record.grad_norm.tolist(), strict=True)
-            ]

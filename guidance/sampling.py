@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from guidance.apply import StepRecord, apply_guidance, cfg_parts
 from guidance.cfg import ClassifierFree
 from guidance.errors import UserError, nearest
-from guidance.guides.base import Guide, run_prompts
+from guidance.guides.base import Guide, run_factors, run_prompts
 from guidance.scoring import scoring
 from guidance.start import FromNoise, Start
 
@@ -64,13 +64,14 @@ def sample_latents(
     seeds: Sequence[int],
     *,
     num_steps: int = 25,
-    cfg_scale: float | ClassifierFree = 4.0,
+    cfg_scale: float | Sequence[float] | ClassifierFree = 4.0,
     negative_prompt: str = "",
     scheduler: str | None = None,
     eta: float = 0.0,
     start: Start | None = None,
     guides: Sequence[Guide] = (),
     guide_prompts: Sequence[str] | None = None,
+    guide_factors: Sequence[float] | None = None,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "b c y x"]:
@@ -83,14 +84,15 @@ def sample_latents(
         prompts: One prompt per sample.
         seeds: One seed per sample, for its initial noise and all later noise.
         num_steps: Sampling steps.
-        cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.  Or a
-            :class:`~guidance.cfg.ClassifierFree` with more to say.
+        cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.
+            Several, none of them 1: one for each sample.  Or a :class:`~guidance.cfg.ClassifierFree` with more to say.
         negative_prompt: What the unconditional part sees.
         scheduler: Key of :data:`SCHEDULERS`; None keeps the pipeline's.
         eta: DDIM's noise (Song et al. 2021, equation 16): 0 is deterministic, 1 draws as much as DDPM.
         start: :class:`~guidance.start.FromImage` or :class:`~guidance.start.FromMask`; None starts from noise.
         guides: Guides to apply.
         guide_prompts: What guides that follow each sample's prompt see; None: ``prompts``.
+        guide_factors: Factors of the guides' scales, one for each sample; None: 1.
         callback: Called after every step; may return other latents to go on with.
         progress: Show a progress bar over the steps.
 
@@ -98,10 +100,13 @@ def sample_latents(
         Final latents as the VAE's decoder expects them times ``scaling_factor``.
 
     Raises:
-        UserError: If seeds or start do not fit the prompts, or the scheduler takes no eta and it is not 0.
+        UserError: If seeds, factors or start do not fit the prompts, or the scheduler takes no eta and it is not 0.
     """
     if len(prompts) != len(seeds):
         raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
+    for name, values in (("cfg_scale", cfg_scale), ("guide_factors", guide_factors)):
+        if isinstance(values, Sequence) and len(values) != len(prompts):
+            raise UserError(f"Expected one {name} per prompt, got {len(values)} of {len(prompts)} prompts.")
     cfg = ClassifierFree.of(cfg_scale)
     watch = scoring(pipe, cfg.modulate, len(prompts)) if cfg.modulate else nullcontext()
     with using_scheduler(pipe, scheduler), watch as scorer, apply_guidance(pipe, guides) as handle:
@@ -113,6 +118,7 @@ def sample_latents(
         x, skipped = run.x, len(pipe.scheduler.timesteps) - len(run.timesteps)
         parts = len(text) // len(prompts)
         tokens = cfg_parts.set(parts), run_prompts.set(tuple(guide_prompts or prompts))
+        factors = run_factors.set(None if guide_factors is None else tuple(guide_factors))
         try:
             for i, t in enumerate(tqdm(run.timesteps, disable=not progress, desc="sample", leave=False)):
                 fraction = (skipped + i) / (skipped + len(run.timesteps))
@@ -131,11 +137,12 @@ def sample_latents(
         finally:
             cfg_parts.reset(tokens[0])
             run_prompts.reset(tokens[1])
+            run_factors.reset(factors)
     return x
 
 
 def encode_prompts(
-    pipe: Any, prompts: Sequence[str], negative: str, cfg_scale: float
+    pipe: Any, prompts: Sequence[str], negative: str, cfg_scale: float | Sequence[float]
 ) -> Float[Tensor, "pb n d"]:
     """Text states, unconditional part first (only the conditional one if ``cfg_scale`` is 1)."""
     cond, uncond = pipe.encode_prompt(

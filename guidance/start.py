@@ -239,18 +239,16 @@ class ImageStart:
     Attributes:
         image: Opens it.
         digest: Identifies its pixels in records.
-        strength: Fraction of the steps to take; the same for all jobs of a run.
     """
 
     image: Callable[[], Image.Image] = dataclasses.field(compare=False)
     digest: str
-    strength: float
 
 
-def begin_with(pipe: Any, starts: Sequence[ImageStart]) -> FromImage:
+def begin_with(pipe: Any, starts: Sequence[ImageStart], strength: float) -> FromImage:
     """Open and encode the images of a batch, resized and cut to the pipeline's size where they have another."""
     size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
-    return FromImage(encode_images(pipe, [fit_image(s.image(), size) for s in starts]), starts[0].strength)
+    return FromImage(encode_images(pipe, [fit_image(s.image(), size) for s in starts]), strength)
 
 
 def encode_images(pipe: Any, images: Pictures) -> Float[Tensor, "b c y x"]:

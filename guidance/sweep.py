@@ -15,10 +15,10 @@ from guidance.arms import Arm, arm_name, guide_arms
 from guidance.errors import UserError
 from guidance.guide_specs import GuideSpec, MidBlockSpec, read_guide
 from guidance.records import UNGUIDED
-from guidance.run import Sampling
+from guidance.units import Sampling
 
 #: What may vary, in the order in which a name says it.
-AXES = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler")
+AXES = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler", "strength")
 GUIDE_AXES = AXES[:5]
 SAMPLING_AXES = AXES[5:]
 
@@ -36,6 +36,7 @@ class Cell:
         head: Folder of the head; None where there are guides.
         start, stop: Fractions of the steps; None takes the guide's own.
         cfg_scale, num_steps, scheduler: See :func:`guidance.sampling.sample_latents`.
+        strength: Of jobs that start from an image: fraction of the steps to take, above 0 and up to 1.
     """
 
     name: str
@@ -47,11 +48,18 @@ class Cell:
     cfg_scale: float = 4.0
     num_steps: int = 25
     scheduler: str | None = None
+    strength: float = 0.6
 
     @property
     def sampling(self) -> Sampling:
         """The options of the sampler."""
-        return Sampling(self.num_steps, self.cfg_scale, self.scheduler)
+        return Sampling(self.num_steps, self.cfg_scale, self.scheduler, self.strength)
+
+    @property
+    def cost_key(self) -> tuple[Any, ...]:
+        """The same for cells that can share a batch: all but the scale and the weight of CFG, where they are used."""
+        own = {axis: getattr(self, axis) for axis in AXES if axis not in ("scale", "cfg_scale")}
+        return self.scale != 0, self.cfg_scale != 1, *own.values()
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -160,7 +168,10 @@ def varied_fields(cells: Sequence[Cell]) -> list[str]:
     """The record fields in which guided cells differ from their baseline on purpose, for ``eval.images``."""
     guided = [cell for cell in cells if cell.scale]  # plain sampling may always differ in cfg_scale
     varied = {axis: guided if axis == "cfg_scale" else cells for axis in SAMPLING_AXES}
-    return [axis for axis, own in varied.items() if len({getattr(cell, axis) for cell in own}) > 1]
+    found = [axis for axis, own in varied.items() if len({getattr(cell, axis) for cell in own}) > 1]
+    return [
+        "start" if axis == "strength" else axis for axis in found
+    ]  # a record has image and strength there
 
 
 class _Labels:

@@ -9,6 +9,7 @@ from typing import Any
 from guidance.errors import UserError, nearest
 from guidance.sampling import SCHEDULERS
 from guidance.sweep import AXES
+from guidance.units import Sampling
 
 
 def read_axes(given: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -49,6 +50,10 @@ def _fraction(name: str, value: Any) -> float | None:
     return None if value is None else _number(name, value)
 
 
+def _strength(name: str, value: Any) -> float:
+    return Sampling(strength=_number(name, value)).strength
+
+
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"Expected whole numbers for '{name}', got {value!r}; write {name}=[15, 25].")
@@ -85,4 +90,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "cfg_scale": _number,
     "num_steps": _count,
     "scheduler": _scheduler,
+    "strength": _strength,
 }

@@ -13,9 +13,9 @@ from typing import Any
 from guidance.arms import Arm
 from guidance.cfg import ClassifierFree
 from guidance.records import Record, RecordStore, encode_png
-from guidance.run import Job
 from guidance.sampling import decode_latents, sample_latents
 from guidance.sweep import ArmBuilder, Cell
+from guidance.units import Job
 
 _STEPS = 4  # of the batch that is timed
 _IMAGES = 8
@@ -28,6 +28,7 @@ class CellCost:
     Attributes:
         cell: The cell.
         images, done: To make in all, and there already.
+        steps: Taken for an image.
         calls: Forward passes of the denoiser an image; with classifier-free guidance two a step.
         guided: Steps an image in which a guide takes a gradient (or predicts one).
     """
@@ -35,6 +36,7 @@ class CellCost:
     cell: Cell
     images: int
     done: int
+    steps: int
     calls: int
     guided: int
 
@@ -62,12 +64,13 @@ def count_costs(
     for cell in cells:
         done = sum(store is not None and store.has(cell.name, job.prompt.id, job.seed) for job in jobs)
         per_step = 1 if cell.cfg_scale == 1 else 2
+        taken = int(cell.num_steps * cell.strength) if jobs[0].start else cell.num_steps
         guided = sum(
             any(g.strength.active(i / cell.num_steps) for g in arms[cell.name].guides)
-            for i in range(cell.num_steps)
+            for i in range(cell.num_steps - taken, cell.num_steps)
         )
         every = min((g.strength.every for g in arms[cell.name].guides), default=1)
-        costs.append(CellCost(cell, len(jobs), done, per_step * cell.num_steps, -(-guided // every)))
+        costs.append(CellCost(cell, len(jobs), done, taken, per_step * taken, -(-guided // every)))
     return costs
 
 
@@ -114,9 +117,7 @@ def speed_from_batch(
     seconds = {}
     for c in costs:
         plain = dataclasses.replace(c.cell, scale=0.0, guide=(), head=None, start=None, stop=None)
-        steps_of = (
-            {plain: c.cell.num_steps - c.guided, c.cell: c.guided} if c.guided else {plain: c.cell.num_steps}
-        )
+        steps_of = {plain: c.steps - c.guided, c.cell: c.guided} if c.guided else {plain: c.steps}
         seconds[c.cell.name] = decode + sum(n * a_step(cell) for cell, n in steps_of.items() if n)
     source = f"timed with a batch of {len(few)} images and {_STEPS} steps for each kind of cell"
     return Speed(seconds, size, source)

@@ -16,7 +16,6 @@ from guidance.errors import UserError
 from guidance.io import check_writable
 from guidance.options import plain_value
 from guidance.records import RecordStore
-from guidance.run import Job
 from guidance.run_folder import (
     CLAIMS_FOLDER,
     CONFIG_FILE,
@@ -26,6 +25,7 @@ from guidance.run_folder import (
     write_settings,
 )
 from guidance.sweep import Cell, plan_cells, single_values
+from guidance.units import Job
 
 LOCK = "sweep"
 #: Settings that may differ when a sweep goes on: cells are added, and the batch size is the folder's.

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 from guidance.arms import Arm
 from guidance.claims import Claims
 from guidance.records import Record, RecordStore
-from guidance.run import Job, Unit, UnitSampler, list_batches
 from guidance.run_folder import write_grid, write_sheets
 from guidance.sweep import Cell
 from guidance.sweep_folder import SweepPlan, remember_batch_size, remembered_batch_size, together
 from guidance.sweep_units import Divider, fill_units, image_keys
+from guidance.units import Job, Task, Unit, UnitSampler, list_batches
 
 #: Images a batch that was not named: where the search begins on an accelerator, and what it is on a CPU, which gains
 #: nothing from more.
@@ -63,8 +63,7 @@ def fill_sweep(
         remember_batch_size(plan.folder, size)
 
     def units(size: int) -> list[Unit]:
-        batches = list_batches(jobs, size)
-        return [Unit(batch, arms[cell.name], cell.sampling) for batch in batches for cell in plan.cells]
+        return list_units(plan.cells, jobs, arms, size)
 
     def find() -> None:
         while remembered_batch_size(plan.folder) is None:
@@ -96,12 +95,35 @@ def find_batch_size(divider: Divider, units: Sequence[Unit]) -> int:
     Returns:
         The number of images that fit.
     """
-    costly = max(units, key=lambda unit: (len(unit.arm.guides), unit.sampling.cfg_scale != 1))
+    costly = max(units, key=lambda unit: (len(unit[0].arm.guides), unit[0].sampling.cfg_scale != 1))
     missing = divider.sampler.missing(costly)
-    for job, record, image in divider.images(costly):
-        if job in missing:
-            divider.sampler.store.append(record, image)
-    return min(divider.size, len(costly.jobs))
+    divider.sampler.write(divider.images(costly), missing)
+    return min(divider.size, len(costly))
+
+
+def list_units(cells: Sequence[Cell], jobs: Sequence[Job], arms: Mapping[str, Arm], size: int) -> list[Unit]:
+    """Cut a sweep into what is sampled at once; cells of equal cost share a batch that one of them would not fill.
+
+    Args:
+        cells: Of the sweep.
+        jobs: The same for all cells.
+        arms: Of the cells, by name.
+        size: Images at once.
+
+    Returns:
+        Units in the order in which to take them: all cells of the first prompts, then of the next.
+    """
+
+    def tasks(cell: Cell, batch: Sequence[Job]) -> list[Task]:
+        return [Task(job, arms[cell.name], cell.sampling) for job in batch]
+
+    if len(jobs) > size // 2:
+        return [tuple(tasks(cell, batch)) for batch in list_batches(jobs, size) for cell in cells]
+    alike: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(cell.cost_key, []).append(cell)
+    shared = [group for same in alike.values() for group in list_batches(same, size // len(jobs))]
+    return [tuple(task for cell in group for task in tasks(cell, jobs)) for group in shared]
 
 
 def lay_out(folder: Path, jobs: Sequence[Job], cells: Sequence[Cell], *, max_rows: int) -> list[Record]:

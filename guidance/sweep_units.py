@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 import time
@@ -14,11 +13,11 @@ import torch
 from guidance.claims import Claims
 from guidance.errors import UserError
 from guidance.records import Record
-from guidance.run import Job, Unit, UnitSampler, list_batches
+from guidance.units import Unit, UnitSampler, list_batches
 
 _POLL = 0.3  # seconds between looks at units that others work on
 
-Made = list[tuple[Job, Record, Any]]
+Made = list[tuple[Record, Any]]
 
 
 class Divider:
@@ -49,11 +48,11 @@ class Divider:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            tried = min(self.size, len(unit.jobs))
+            tried = min(self.size, len(unit))
             if not self._halve or tried == 1:
                 hint = "set batch_size=auto or a smaller one" if tried > 1 else "take a half-precision dtype"
                 raise UserError(
-                    f"Expected memory for a batch of {tried} in '{unit.arm.name}', but it is out; {hint}."
+                    f"Expected memory for a batch of {tried} in '{unit[0].arm.name}', but it is out; {hint}."
                 )
             self.size = tried // 2
             self._say(f"Out of memory with {tried} images at once: going on with {self.size}.", self.size)
@@ -61,9 +60,8 @@ class Divider:
 
     def _try(self, unit: Unit) -> Made | None:
         """The images, or None if memory is out; no reference to the failed attempt stays."""
-        parts = [dataclasses.replace(unit, jobs=jobs) for jobs in list_batches(unit.jobs, self.size)]
         try:
-            return [made for part in parts for made in self.sampler.images(part)]
+            return [made for part in list_batches(unit, self.size) for made in self.sampler.images(part)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -131,18 +129,16 @@ def _sample_claimed(unit: Unit, divider: Divider, claims: Claims, name: str) -> 
     images = divider.images(unit)
     if not claims.holds(name):
         return None
-    for job, record, image in images:
-        if job in missing:
-            sampler.store.append(record, image)
+    sampler.write(images, missing)
     return len(missing)
 
 
 def unit_name(unit: Unit) -> str:
     """What the claim of a unit is called: the same for all processes of a sweep."""
-    keys = [unit.arm.name, *(f"{job.prompt.id} {job.seed}" for job in unit.jobs)]
+    keys = [" ".join(map(str, task.key)) for task in unit]
     return "unit-" + hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
 
 
 def image_keys(units: Sequence[Unit]) -> list[tuple[str, str, int]]:
     """The keys of the records of units."""
-    return [(unit.arm.name, job.prompt.id, job.seed) for unit in units for job in unit.jobs]
+    return [task.key for unit in units for task in unit]

@@ -107,13 +107,15 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     from guidance.records import RecordStore
     from guidance.run import check_sampling, sample_arms
     from guidance.run_folder import move_aside, read_settings, write_grid, write_settings
+    from guidance.units import Sampling
 
     state = join_processes()
     progress = progress and state.is_main_process
     # everything that can be wrong is checked before the first file is written
     scales = list_scales(config.scales)
     told = [getattr(config, k) for k in ("prompts", "num_prompts", "seeds_per_prompt", "seed")]
-    jobs = read_jobs(*told, category=config.category, edits=config.edits, strength=config.strength)
+    strength = Sampling(strength=config.strength).strength
+    jobs = read_jobs(*told, category=config.category, edits=config.edits)
     folder = Path(config.output or default_output(config))
     made = None if config.fresh else read_settings(folder, _settings(config), free=FREE)
     scales = list_scales([*made["scales"], *scales]) if made else scales
@@ -140,7 +142,7 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     store = RecordStore(folder, state.process_index)
     sampling |= {"process_index": state.process_index, "num_processes": state.num_processes}
     _say(progress, f"{len(jobs)} noises x {len(arms)} arms on {pipe.unet.device} into {folder}")
-    sampling |= {"cfg_scale": cfg, "model": config.model, "progress": progress}
+    sampling |= {"cfg_scale": cfg, "strength": strength, "model": config.model, "progress": progress}
     sample_arms(pipe, jobs, arms, store, **sampling)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -33,11 +33,11 @@ from guidance.errors import UserError
 
 if TYPE_CHECKING:
     from guidance.arms import Arm
-    from guidance.run import Job
     from guidance.sweep import ArmBuilder
     from guidance.sweep_folder import SweepPlan
+    from guidance.units import Job
 
-AXIS_OPTIONS = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler")
+AXIS_OPTIONS = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler", "strength")
 #: Options that decide which cells there are, or how they are made: no image depends on them.
 INCIDENTAL = ("combine", "baseline", "cfg_matched", "cfg_scales_matched", "batch_size", "grid_rows")
 INCIDENTAL_TOO = ("tracker", "output", "fresh", "join", "stalled_after", "metric", "limit")
@@ -57,6 +57,7 @@ class SweepConfig:
     cfg_scale: Any = option(4.0, "axis: classifier-free guidance weight; 1 is off")
     num_steps: Any = option(25, "axis: sampling steps")
     scheduler: Any = option("ddim", "axis: ddim, dpm++, euler or ddpm; null: the model's own")
+    strength: Any = option(0.6, "axis, with edits: fraction of the steps taken, 1 forgets the image")
     combine: Literal["product", "zip"] = option("product", "axes: each with each, or first with first")
     baseline: bool = option(True, "add the unguided cell of each cfg_scale, num_steps and scheduler")
     cfg_matched: bool = option(False, "add plain cells of more CFG, to compare guidance with")
@@ -64,7 +65,6 @@ class SweepConfig:
     prompts: Any = option("testbed", "a named set (testbed, parti, coco, ...), a file, or a list of texts")
     num_prompts: int | None = option(8, "prompts to take of a set or file; null for all")
     edits: str | None = option(None, "edit pairs (testbed:test, a file) instead of prompts: images to change")
-    strength: float = option(0.6, "with edits: fraction of the steps taken, 1 forgets the image")
     category: Any = option(None, "category or challenge to take prompts of, or a list of them; null for all")
     seeds_per_prompt: int = option(1, "images per prompt and cell; draw j of prompt i has seed + 1000 i + j")
     seed: int = option(0, "first seed, and choice of the prompts")
@@ -191,8 +191,10 @@ def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
     from guidance.sweep_folder import plan_sweep
 
     told = [getattr(config, k) for k in ("prompts", "num_prompts", "seeds_per_prompt", "seed")]
-    jobs = read_jobs(*told, category=config.category, edits=config.edits, strength=config.strength)
+    jobs = read_jobs(*told, category=config.category, edits=config.edits)
     axes = read_axes({name: getattr(config, name) for name in AXIS_OPTIONS})
+    if len(axes["strength"]) > 1 and config.edits is None:
+        raise UserError("Expected edits with several strengths, got none; set edits=testbed:test or a file.")
     if any(axes["guide"]):  # guides stand instead of the head
         if len(axes["head"]) > 1:
             raise UserError(

@@ -142,7 +142,7 @@ def test_guidance_is_measured_in_every_setting_and_resumes(
     assert names["euler-25"] == ["unguided", "scale=2"]
     assert set(names["ddim-25"]) == {"unguided", "scale=2", "scale=-2", "unguided, CFG 6"}
     text = (tmp_path / "out" / "guidance.md").read_text()
-    monkeypatch.setattr("guidance.run.sample_latents", None)  # nothing is sampled again
+    monkeypatch.setattr("guidance.units.sample_latents", None)  # nothing is sampled again
     assert measure.main(words) == 0
     assert (tmp_path / "out" / "guidance.md").read_text() == text
 

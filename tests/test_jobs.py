@@ -17,6 +17,7 @@ from guidance.records import RecordStore
 from guidance.run import list_jobs, sample_arms
 from guidance.sampling import sample_images
 from guidance.start import FromImage, encode_images
+from guidance.units import Sampling
 from sample import guided, sweep
 
 
@@ -30,11 +31,12 @@ def test_prompts_are_listed_as_ever() -> None:
 
 
 def test_edits_start_with_their_images_and_end_as_the_loop_says(tiny_pipe, tmp_path) -> None:
-    pairs, jobs = load_edit_pairs("testbed:test", 3), edits(strength=0.5)
+    pairs, jobs = load_edit_pairs("testbed:test", 3), edits()
     assert [job.prompt.text for job in jobs] == [pair.edited_caption for pair in pairs]
     store = RecordStore(tmp_path)
     arms = midblock_arms(make_head(tiny_pipe), [2.0])
-    sample_arms(tiny_pipe, jobs, arms, store, model="tiny", num_steps=4, progress=False)
+    options = {"model": "tiny", "num_steps": 4, "progress": False}
+    sample_arms(tiny_pipe, jobs, arms, store, strength=0.5, **options)
     latents = encode_images(tiny_pipe, [np.asarray(pair.image) for pair in pairs])
     wanted = sample_images(
         tiny_pipe,
@@ -48,9 +50,9 @@ def test_edits_start_with_their_images_and_end_as_the_loop_says(tiny_pipe, tmp_p
     records = [store.get("unguided", job.prompt.id, job.seed) for job in jobs]
     assert np.abs(load_images(store.folder, records).astype(int) - wanted).max() <= 1
     assert records[0].start == {"image": jobs[0].start.digest, "strength": 0.5}
-    assert sample_arms(tiny_pipe, jobs, arms, store, model="tiny", num_steps=4, progress=False) == 0
+    assert sample_arms(tiny_pipe, jobs, arms, store, strength=0.5, **options) == 0
     with pytest.raises(UserError, match="to be made with start="):
-        sample_arms(tiny_pipe, edits(strength=0.7), arms, store, model="tiny", num_steps=4, progress=False)
+        sample_arms(tiny_pipe, jobs, arms, store, strength=0.7, **options)
 
 
 def test_both_scripts_take_edits(tiny_pipe, tiny_folder, tmp_path) -> None:
@@ -65,13 +67,11 @@ def test_both_scripts_take_edits(tiny_pipe, tiny_folder, tmp_path) -> None:
     assert {r.key[1:]: r.sha256 for r in four} == one
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"strength": 0.0}, "strength above 0"), ({"edits": "testbed:tset"}, "testbed:test")],
-)
-def test_bad_edits_get_a_sentence(options, message) -> None:
-    with pytest.raises(UserError, match=message):
-        read_jobs([], 2, 1, 0, **{"edits": "testbed:test", **options})
+def test_bad_edits_get_a_sentence() -> None:
+    with pytest.raises(UserError, match="strength above 0"):
+        Sampling(strength=0.0)
+    with pytest.raises(UserError, match="testbed:test"):
+        read_jobs([], 2, 1, 0, edits="testbed:tset")
 
 
 def test_edits_without_images_are_refused(tmp_path) -> None:

@@ -30,6 +30,7 @@ from guidance.sweep import Cell
 from guidance.sweep_folder import LOCK
 from guidance.sweep_run import find_batch_size
 from guidance.sweep_units import Divider, fill_units, is_out_of_memory, unit_name
+from guidance.units import Task, UnitSampler
 from sample.sweep import SweepConfig, default_output, main, run_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +102,7 @@ def test_a_sweep_is_whole_and_paired(done: Path) -> None:
 def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, capsys) -> None:
     before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"}
     with monkeypatch.context() as patch:
-        patch.setattr("guidance.run.sample_latents", None)
+        patch.setattr("guidance.units.sample_latents", None)
         main([*words, f"output={done}"])
     assert before == {
         f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"
@@ -214,28 +215,32 @@ def tiny_units(done: Path) -> list:
     """Units as the sweep of ``done`` has them, as far as their names go."""
     from guidance.arms import Arm
     from guidance.prompts import load_prompts
-    from guidance.run import Unit, list_batches
+    from guidance.units import list_batches
 
     jobs = list_jobs(load_prompts(TEXTS), 3, 0)
     cells = [Cell.from_dict(values) for values in (load_settings(done) or {})["cells"]]
-    return [Unit(batch, Arm(cell.name), cell.sampling) for batch in list_batches(jobs, 2) for cell in cells]
+    return [
+        tuple(Task(job, Arm(cell.name), cell.sampling) for job in batch)
+        for batch in list_batches(jobs, 2)
+        for cell in cells
+    ]
 
 
 class Fake:
     """A sampler of units that takes no time."""
+
+    write = UnitSampler.write
 
     def __init__(self, store: RecordStore, units: list, real: Path) -> None:
         self.store, self._records = store, {r.key: r for r in RecordStore(real).load()}
         self.sampled: list[str] = []
 
     def missing(self, unit) -> list:
-        return [j for j in unit.jobs if not self.store.has(unit.arm.name, j.prompt.id, j.seed)]
+        return [task for task in unit if not self.store.has(*task.key)]
 
     def images(self, unit) -> list:
         self.sampled.append(unit_name(unit))
-        found = [self._records[unit.arm.name, job.prompt.id, job.seed] for job in unit.jobs]
-        pixels = np.zeros((8, 8, 3), np.uint8)
-        return [(job, record, pixels) for job, record in zip(unit.jobs, found, strict=True)]
+        return [(self._records[task.key], np.zeros((8, 8, 3), np.uint8)) for task in unit]
 
 
 def test_what_was_lost_while_asleep_is_not_written(done: Path, tmp_path: Path) -> None:
@@ -278,7 +283,7 @@ def test_a_shared_store_follows_the_others(done: Path, tmp_path: Path) -> None:
 def out_of_memory_above(
     size: int, monkeypatch, text: str = "CUDA out of memory. Tried to allocate"
 ) -> list[int]:
-    from guidance import run
+    from guidance import units as run
 
     real, tried = run.sample_latents, []
 
@@ -327,12 +332,13 @@ def test_out_of_memory_halves_the_batch(done: Path, words, tmp_path: Path, monke
 def test_what_fits_is_found_with_the_most_costly_cell(done: Path, tmp_path: Path) -> None:
     class Small(Fake):
         def images(self, unit) -> list:
-            if len(unit.jobs) > 1:
+            if len(unit) > 1:
                 raise MemoryError
             return super().images(unit)
 
     units = tiny_units(done)[:4]
-    units[1] = dataclasses.replace(units[1], arm=dataclasses.replace(units[1].arm, guides=("a guide",)))
+    guided = dataclasses.replace(units[1][0].arm, guides=("a guide",))
+    units[1] = tuple(dataclasses.replace(task, arm=guided) for task in units[1])
     sampler, said = Small(RecordStore(tmp_path), units, done), []
     divider = Divider(sampler, 64, halve=True, say=lambda text, size: said.append(size))  # type: ignore[arg-type]
     assert find_batch_size(divider, units) == 1 and said == [1]

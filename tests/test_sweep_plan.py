@@ -19,6 +19,7 @@ ONE = {
     "cfg_scale": [4.0],
     "num_steps": [25],
     "scheduler": ["ddim"],
+    "strength": [0.6],
 }
 
 

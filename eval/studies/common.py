@@ -19,9 +19,10 @@ from guidance.guide_specs import GuideSpec
 from guidance.options import option
 from guidance.prompts import Prompt, load_prompts
 from guidance.records import Record, RecordStore
-from guidance.run import Job, list_jobs, sample_arms
+from guidance.run import list_jobs, sample_arms
 from guidance.testbed.judges import Judges, load_judges
 from guidance.testbed.truth import truth_score
+from guidance.units import Job
 
 _RESAMPLES = 2000
 

@@ -19,6 +19,9 @@ from guidance.errors import UserError
 #: Prompts of the conditional part of the batch, set by our own loop; None inside other pipelines.
 run_prompts: ContextVar[tuple[str, ...] | None] = ContextVar("run_prompts", default=None)
 
+#: Factors of all guides' scales, one for each sample of the conditional part, set by our own loop; None: 1.
+run_factors: ContextVar[tuple[float, ...] | None] = ContextVar("run_factors", default=None)
+
 SPACES = ("eps", "x")
 NORMALIZE = ("cfg", None)
 
@@ -110,6 +113,16 @@ class Guide(Protocol):
 def is_direct(guide: Guide) -> bool:
     """Tell whether a guide gives directions of the latents itself, so that no gradient is taken."""
     return hasattr(guide, "direction")
+
+
+def scale_for(guide: Guide, like: Tensor) -> float | Tensor:
+    """A guide's scale: a number, or with ``run_factors`` one for each sample, (b, 1, ...) as ``like`` has axes."""
+    factors, scale = run_factors.get(), guide.strength.guidance_scale
+    if factors is None:
+        return scale
+    return scale * torch.tensor(factors, dtype=like.dtype, device=like.device).reshape(
+        -1, *[1] * (like.ndim - 1)
+    )
 
 
 def rms(x: Tensor) -> Tensor:
