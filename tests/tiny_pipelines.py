@@ -154,7 +154,7 @@ def build_controlnet(of: UNet2DConditionModel) -> ControlNetModel:
     return net
 
 
-def build_dit() -> DiTPipeline:
+def build_dit(num_layers: int = 3) -> DiTPipeline:
     """Class labels, learned variances; 1000 is no class."""
     torch.manual_seed(3)
     transformer = DiTTransformer2DModel(
@@ -162,7 +162,7 @@ def build_dit() -> DiTPipeline:
         attention_head_dim=8,
         in_channels=4,
         out_channels=8,
-        num_layers=3,
+        num_layers=num_layers,
         sample_size=LATENTS,
         patch_size=2,
         num_embeds_ada_norm=1000,
