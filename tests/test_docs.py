@@ -6,6 +6,7 @@ compile.  Commands are parsed; those in a block ``sh run`` are run.
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_the_commands_of_a_page_are_read_by_their_scripts(page: Path, monkeypatc
                 command,
                 capsys.readouterr().err[-500:],
             )
+
+
+@pytest.mark.parametrize("folder", SCRIPTS)
+def test_the_commands_in_the_help_of_scripts_are_read(folder: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(ROOT)
+    found = 0
+    for file in sorted((ROOT / folder).glob("*.py")):
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        for command in commands_of_page(text):
+            module, words = split_command(command)
+            assert exit_code(module, [*words, "--print-config"]) == 0, (
+                command,
+                capsys.readouterr().err[-500:],
+            )
+            found += 1
+    assert found >= 5
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

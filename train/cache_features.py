@@ -2,7 +2,7 @@
 
     python -m train.cache_features                                     # the testbed, into runs/cache/testbed
     accelerate launch --num_processes 4 train/cache_features.py --config configs/cache/sd21-parquet.yaml
-    python -m train.cache_features folder=runs/cache/mine dataset=my.parquet rating_column=score
+    python -m train.cache_features folder=runs/cache/my dataset=my.parquet rating_column=score 'target_columns=[score]'
 
 Goes on where a killed run stopped when the same command is given again.
 """
