@@ -206,6 +206,7 @@ _FAMILIES: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "DiT": (_class_labels, ("",)),
     "DDPM": (one_part, ("",)),
     "DDIM": (one_part, ("",)),
+    "ConsistencyModel": (one_part, ("",)),
 }
 _LAYOUTS = {f"{f}{kind}Pipeline": layout for f, (layout, kinds) in _FAMILIES.items() for kind in kinds}
 SUPPORTED = (*(f"{family}*Pipeline" for family in _FAMILIES), "ModularPipeline with a guider")

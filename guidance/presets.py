@@ -138,7 +138,7 @@ _ALL = (
         "imagenet-64",
         None,
         "ConsistencyModelPipeline",
-        {"unet": ("UNet2DModel", p.UNET_PIXELS), "scheduler": p.DDIM_LINEAR},
+        {"unet": ("UNet2DModel", p.UNET_PIXELS), "scheduler": p.DDIM_COSINE},
     ),
     Preset(
         "sd3-medium",

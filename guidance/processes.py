@@ -59,13 +59,6 @@ def load_on(state: PartialState, model: str, *, revision: str | None, device: st
 
     from guidance.pipelines import load_pipeline
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"Expected a device of this machine, got '{device}' ({reason}); leave device out."
-        ) from error
     own = state.device if state.num_processes > 1 else None
     return load_pipeline(model, revision=revision, device=device or own, dtype=getattr(torch, dtype))
 

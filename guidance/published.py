@@ -154,6 +154,7 @@ NOISE: Config = {
 DDIM = ("DDIMScheduler", NOISE | {"clip_sample": False, "set_alpha_to_one": False})
 DDIM_LINEAR = ("DDIMScheduler", {"beta_schedule": "linear", "clip_sample": False})
 PNDM = ("PNDMScheduler", NOISE | {"skip_prk_steps": True, "set_alpha_to_one": False})
+DDIM_COSINE = ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"})  # of ADM's 64 px; clips x0 to pixels
 V_PREDICTION = ("DDIMScheduler", DDIM[1] | {"prediction_type": "v_prediction"})
 
 PAD_END = ("CLIPTokenizer", {"pad_token": "<|endoftext|>", "model_max_length": 77})

@@ -6,14 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import make_head
 from original_layout import original_checkpoint
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from eval import cost
+from guidance import MidBlockGuide, NoiseSchedule, apply_guidance
 from guidance.architectures import build_denoiser, build_pipeline
 from guidance.errors import UserError
 from guidance.pipelines import DENOISER, for_task, load_pipeline
@@ -108,6 +112,35 @@ def test_small_variants_run_through_their_own_pipelines(name: str) -> None:
     assert sum(count(model) for model in networks(pipe).values()) < 5_000_000
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_schedules_are_the_published_ones(name: str) -> None:
+    cls, config = find_preset(name).parts["scheduler"]
+    schedule = NoiseSchedule.from_scheduler(getattr(diffusers, cls)(**config))
+    if name in ("sd3-medium", "flux-dev"):
+        assert schedule.kind == "flow"
+        return
+    assert schedule.prediction_type == ("v_prediction" if name == "sd-2.1" else "epsilon")
+    alpha, _ = schedule.alpha_sigma(500)
+    if (
+        name == "imagenet-64"
+    ):  # abar = cos^2((u + 0.008) / 1.008 pi / 2) / cos^2(0.008 / 1.008 pi / 2), u = 0.501
+        cosines = np.cos(np.array([0.509, 0.008]) / 1.008 * np.pi / 2)
+        abar = (cosines[0] / cosines[1]) ** 2
+    else:
+        first, last, power = (1e-4, 0.02, 1) if name == "dit-xl-2-256" else (0.00085, 0.012, 2)
+        abar = np.prod(1 - np.linspace(first ** (1 / power), last ** (1 / power), 1000)[:501] ** power)
+    assert alpha.item() ** 2 == pytest.approx(abar, rel=1e-4)
+
+
+def test_a_unet_of_pixels_is_guided() -> None:
+    """Class labels, no text, no autoencoder: scale zero changes no bit, another scale does."""
+    pipe = load_pipeline("random:imagenet-64-tiny")
+    plain = call(pipe)
+    for scale, same in ((0.0, True), (1.0, False)):
+        with apply_guidance(pipe, [MidBlockGuide(make_head(pipe), scale, start=0, stop=1)]):
+            assert np.array_equal(call(pipe), plain) is same
+
+
 def test_the_text_and_the_seed_matter() -> None:
     pipe = load_pipeline("random:sdxl-tiny")
     image = call(pipe, output_type="latent")
@@ -177,6 +210,12 @@ def test_a_random_pipeline_is_ready() -> None:
     for model in networks(pipe).values():
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert model.dtype == torch.bfloat16
+
+
+def test_scripts_take_random_models(tmp_path: Path) -> None:
+    words = ["model=random:sd-1.5-tiny", "repeats=1", "methods=[mid-u]", f"output={tmp_path}"]
+    assert cost.main(words) == 0
+    assert (tmp_path / "random-sd-1.5-tiny-16.json").is_file()
 
 
 # ---- parts and tasks ----------------------------------------------------------------------------------------------
