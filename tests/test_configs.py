@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -181,9 +182,17 @@ def test_the_head_recipes_train(data: Path, tiny_folder: Path, tmp_path: Path, m
     # the discriminator's real rows are those of the aesthetic head's cache, which nothing made anew
     caches = {p.name for p in (tmp_path / "cache").iterdir()}
     assert caches == {"sd21", "sd21-clean", "sd21-class", "sd21-clip"}
+    pair = ",".join(str(tmp_path / "heads" / recipe) for recipe in recipes[:2])
+    words = ["--config", "configs/eval/sd21-heads.yaml", f"heads=[{pair}]", f"output={tmp_path / 'eval'}"]
+    words += [f"data.model={tiny_folder}", "data.dtype=float32", f"data.dataset={data / 'rated.csv'}"]
+    assert exit_code("eval.heads", words) == 0, capsys.readouterr().err[-300:]
+    measured = json.loads((tmp_path / "eval" / "metrics.json").read_text())["heads"]
+    assert {found["features"]["noise"] for found in measured.values()} == {"random", "none"}
 
 
-def test_the_sampling_recipe_samples(tiny_pipe, tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_sampling_recipe_samples_and_is_evaluated(
+    tiny_pipe, tiny_folder: Path, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     from conftest import make_head
 
     from guidance.records import RecordStore
@@ -197,6 +206,17 @@ def test_the_sampling_recipe_samples(tiny_pipe, tiny_folder: Path, tmp_path: Pat
     assert exit_code("sample.guided", words) == 0
     records = RecordStore(tmp_path / "out").load()
     assert len(records) == 2 * 3 and {r.cfg_scale for r in records} == {7.5}
+    # the embedded networks stand in for CLIP and Inception
+    words = [
+        str(tmp_path / "out"),
+        "--config",
+        "configs/eval/sd21-parti.yaml",
+        "clip=judge-clip",
+        "features=judge",
+    ]
+    words += [f"reference={data / 'classes' / 'red'}", f"cache={tmp_path / 'cache'}", "permutations=19"]
+    assert exit_code("eval.images", words) == 0, capsys.readouterr().err[-300:]
+    assert "FD" in (tmp_path / "out" / "eval" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_sweep_recipe_is_planned(
