@@ -303,3 +303,9 @@ def _pull_back(live: dict[str, Tensor], wanted: dict[str, Tensor], leaf: Tensor,
 
 def _like(scale: Tensor | float, x: Tensor) -> Tensor | float:
     return scale.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(scale, Tensor) else scale
+
+
+if __name__ == "__main__":
+    from guidance import tap_table
+
+    tap_table.main()
