@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from guidance.apply import StepRecord, apply_guidance, cfg_parts
 from guidance.cfg import ClassifierFree
+from guidance.conditions import encode_prompts, last
+from guidance.denoiser import device_of
 from guidance.errors import UserError, nearest
 from guidance.guides.base import Guide, run_factors, run_prompts
 from guidance.scoring import scoring
@@ -80,7 +82,7 @@ def sample_latents(
     The same (prompt, seed) gives the same latents whatever else is in the batch, up to float rounding.
 
     Args:
-        pipe: A Stable-Diffusion-like pipeline: ``unet``, ``scheduler``, ``encode_prompt``.
+        pipe: A pipeline of Stable Diffusion 1, 2 or XL: ``unet``, ``scheduler``, ``encode_prompt``.
         prompts: One prompt per sample.
         seeds: One seed per sample, for its initial noise and all later noise.
         num_steps: Sampling steps.
@@ -110,13 +112,13 @@ def sample_latents(
     cfg = ClassifierFree.of(cfg_scale)
     watch = scoring(pipe, cfg.modulate, len(prompts)) if cfg.modulate else nullcontext()
     with using_scheduler(pipe, scheduler), watch as scorer, apply_guidance(pipe, guides) as handle:
-        text = encode_prompts(pipe, prompts, negative_prompt, cfg.scale)
-        pipe.scheduler.set_timesteps(num_steps, device=pipe.unet.device)
+        conditions = encode_prompts(pipe, prompts, negative_prompt, classifier_free=cfg.scale != 1)
+        pipe.scheduler.set_timesteps(num_steps, device=device_of(pipe))
         generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
         extra = step_options(pipe.scheduler, generators, eta)
         run = (start or FromNoise()).begin(pipe, initial_noise(pipe, generators), num_steps)
         x, skipped = run.x, len(pipe.scheduler.timesteps) - len(run.timesteps)
-        parts = len(text) // len(prompts)
+        parts = 1 if cfg.scale == 1 else 2
         tokens = cfg_parts.set(parts), run_prompts.set(tuple(guide_prompts or prompts))
         factors = run_factors.set(None if guide_factors is None else tuple(guide_factors))
         try:
@@ -124,8 +126,7 @@ def sample_latents(
                 fraction = (skipped + i) / (skipped + len(run.timesteps))
                 needed = 1 if cfg.weight(fraction) == 1 and not guides and scorer is None else parts
                 x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * needed), t))
-                states = text[-needed * len(prompts) :]
-                output = pipe.unet(x_in, t, encoder_hidden_states=states, return_dict=False)[0]
+                output = pipe.unet(x_in, t, **last(conditions, needed * len(prompts)), return_dict=False)[0]
                 scores = None if scorer is None else scorer.take()[0]
                 if needed == 2:
                     uncond, cond = output.chunk(2)
@@ -141,22 +142,12 @@ def sample_latents(
     return x
 
 
-def encode_prompts(
-    pipe: Any, prompts: Sequence[str], negative: str, cfg_scale: float | Sequence[float]
-) -> Float[Tensor, "pb n d"]:
-    """Text states, unconditional part first (only the conditional one if ``cfg_scale`` is 1)."""
-    cond, uncond = pipe.encode_prompt(
-        list(prompts), pipe.unet.device, 1, cfg_scale != 1, negative_prompt=[negative] * len(prompts)
-    )[:2]
-    return cond if cfg_scale == 1 else torch.cat([uncond, cond])
-
-
 def initial_noise(pipe: Any, generators: Sequence[torch.Generator]) -> Float[Tensor, "b c y x"]:
     """Unit Gaussian latents, one CPU generator per sample; the numbers diffusers draws from the same generators."""
     size = pipe.unet.config.sample_size
     shape = (1, pipe.vae.config.latent_channels, size, size)
     noise = [torch.randn(shape, generator=g, dtype=pipe.unet.dtype) for g in generators]
-    return torch.cat(noise).to(pipe.unet.device)
+    return torch.cat(noise).to(device_of(pipe))
 
 
 def takes_eta(scheduler: Any) -> bool:
