@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from guidance.errors import UserError
 from guidance.tap_table import build_shape, format_table, list_taps, main
 from guidance.taps import encode_features
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["sdxl-tiny", "imagenet-64-tiny", "dit-xl-2-256-tiny", "sd3-medium-tiny", "flux-dev-tiny"]
 
 
@@ -85,12 +87,10 @@ def test_size_and_batch() -> None:
     assert f"within half of the FLOPs is '{table.halfway()}'" in format_table(table)
 
 
-def test_the_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny_folder) -> None:
+def test_the_command(capsys: pytest.CaptureFixture, tiny_folder) -> None:
     """By module name, as a user calls it; a folder is listed from its configuration alone."""
-    monkeypatch.setattr(sys, "argv", ["taps", "testbed", "--json"])
-    monkeypatch.delitem(sys.modules, "guidance.taps")  # as in a new process
-    runpy.run_module("guidance.taps", run_name="__main__")
-    told = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-m", "guidance.taps", "testbed", "--json"]
+    told = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout)
     assert told["default"] == "mid_block" and told["taps"][3]["shape"] == [1, 128, 4, 4]
     main([str(tiny_folder), "--latent-size", "8"])
     lines = capsys.readouterr().out.splitlines()
