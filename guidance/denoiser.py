@@ -118,10 +118,11 @@ def frozen(denoiser: nn.Module) -> Iterator[None]:
 def uncompiled(denoiser: nn.Module, taps: Iterable[str]) -> Iterator[None]:
     """Run every module that contains a tap as plain Python: a compiled graph may skip hooks that came after it.
 
-    Blocks beside and below the taps stay compiled, as ``pipe.unet.compile_repeated_blocks()`` makes them.
+    So does the denoiser itself, whose forward is replaced.  Blocks beside and below the taps stay compiled, as
+    ``pipe.unet.compile_repeated_blocks()`` makes them.
     """
     paths = [name.split(".") for tap in taps for name in split_taps(tap)]
-    names = {".".join(path[:n]) for path in paths for n in range(len(path) + 1)}
+    names = {"", *(".".join(path[:n]) for path in paths for n in range(1, len(path) + 1))}
     modules = [
         m for name, m in denoiser.named_modules() if name in names and m._compiled_call_impl is not None
     ]

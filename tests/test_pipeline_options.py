@@ -29,8 +29,11 @@ def pipe() -> Any:
     return tiny.build_sd()
 
 
-def guided(pipe: Any, name: str = "sd", variant: str = "plain", **options: Any) -> Tensor:
-    with apply_guidance(pipe, [PatternGuide(CASES[name].tap, **{"guidance_scale": 0.7} | options)]) as handle:
+def guided(
+    pipe: Any, name: str = "sd", variant: str = "plain", tap: str | None = None, **options: Any
+) -> Tensor:
+    guide = PatternGuide(tap or CASES[name].tap, **{"guidance_scale": 0.7} | options)
+    with apply_guidance(pipe, [guide]) as handle:
         result = CASES[name].run(pipe, variant)
     assert len(handle.records) == 2
     return result
@@ -70,14 +73,15 @@ def test_a_compiled_denoiser_is_guided_although_it_ran_before(how: str) -> None:
     """A graph compiled before a hook came may skip it: then guidance would be silently off."""
     pipe = tiny.build_dit(num_layers=2)
     run = lambda: CASES["dit"].run(pipe, "no cfg")  # noqa: E731
-    plain, wanted = run(), guided(pipe, "dit", "no cfg")
+    plain, wanted = run(), {tap: guided(pipe, "dit", "no cfg", tap) for tap in (None, "x0")}
     torch._dynamo.reset()
     compiled = COMPILED[how](pipe.transformer)
     pipe.transformer = pipe.transformer if compiled is None else compiled
     for _ in range(2):
         torch.testing.assert_close(run(), plain, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(guided(pipe, "dit", "no cfg"), wanted, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(plain, wanted, atol=1e-3)
+        for tap, images in wanted.items():
+            torch.testing.assert_close(guided(pipe, "dit", "no cfg", tap), images, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(plain, images, atol=1e-3)
 
 
 def test_compiled_blocks_beside_the_taps_stay_compiled() -> None:
