@@ -30,9 +30,9 @@ __all__ = ["GuidanceHandle", "StepRecord", "apply_guidance", "cfg_parts"]
 def apply_guidance(pipe: Any, guides: Sequence[Guide]) -> Iterator[GuidanceHandle]:
     """Guide every denoiser call of a pipeline inside the ``with`` block; leave nothing behind.
 
-    A denoiser that ``torch.compile`` compiled as a whole runs uncompiled where gradients are taken at a module, since
-    a compiled graph may skip hooks that came after it; blocks that do not contain a tap stay compiled
-    (``pipe.unet.compile_repeated_blocks()``).
+    A denoiser that ``torch.compile`` compiled as a whole runs uncompiled where gradients are taken at a module; blocks
+    that contain no tap stay compiled (``pipe.unet.compile_repeated_blocks()``), and see
+    :func:`guidance.denoiser.uncompiled` for why.
 
     Args:
         pipe: A diffusers pipeline of one of the families in :data:`guidance.denoiser.SUPPORTED`, or our own loop over

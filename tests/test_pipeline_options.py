@@ -70,7 +70,7 @@ COMPILED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("how", COMPILED)
 def test_a_compiled_denoiser_is_guided_although_it_ran_before(how: str) -> None:
-    """A graph compiled before a hook came may skip it: then guidance would be silently off."""
+    """A graph compiled before guidance came must not run in its place."""
     pipe = tiny.build_dit(num_layers=2)
     run = lambda: CASES["dit"].run(pipe, "no cfg")  # noqa: E731
     plain, wanted = run(), {tap: guided(pipe, "dit", "no cfg", tap) for tap in (None, "x0")}
