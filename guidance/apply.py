@@ -55,8 +55,6 @@ def apply_guidance(pipe: Any, guides: Sequence[Guide]) -> Iterator[GuidanceHandl
         raise UserError(
             "Expected an unguided pipeline, but guidance is applied to it already; pass all guides at once."
         )
-    for guide in guides:
-        guide.prepare(pipe)
     handle = GuidanceHandle()
     guided: GuidedForward
     if guider is None:
@@ -65,6 +63,8 @@ def apply_guidance(pipe: Any, guides: Sequence[Guide]) -> Iterator[GuidanceHandl
     else:
         guided = GuidedPart(pipe, guides, handle)
         placed = guided.in_guider(guider)
+    for guide in guides:
+        guide.prepare(pipe)
     with ExitStack() as stack:
         if guided.guides:
             stack.enter_context(placed)
