@@ -156,8 +156,11 @@ def _draw(values: Tensor, name: str, seed: str) -> None:
         return
     digest = hashlib.sha256(f"{seed}.{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    drawn = torch.randn(values.shape, generator=generator)
-    values.copy_(drawn.mul_(math.sqrt(values.shape[0] / values.numel())))
+    std = math.sqrt(values.shape[0] / values.numel())
+    if values.dtype == torch.float32 and values.device.type == "cpu":
+        values.normal_(std=std, generator=generator)
+    else:  # the same numbers everywhere
+        values.copy_(torch.empty(values.shape, dtype=torch.float32).normal_(std=std, generator=generator))
 
 
 def _clip_tokenizer(vocab_size: int, **options: Any) -> Any:

@@ -29,7 +29,7 @@ def explained(name: str, device: torch.device, dtype: torch.dtype) -> Iterator[N
         if isinstance(error, RuntimeError):
             raise
         if "necessary `safetensors` weights" in str(error):  # of a repository on the hub
-            raise UserError(pickled(name)) from error
+            raise UserError(pickled(_hub_id(name))) from error
         if is_offline(error):
             raise UserError(
                 f"Expected a folder or a reachable hub id, but '{name}' could not be loaded: the hub is not reached "

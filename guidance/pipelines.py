@@ -54,7 +54,8 @@ def load_pipeline(
             * a folder in diffusers format;
             * a single-file checkpoint, ``x.safetensors``, in the layout of the original repositories;
             * ``random:`` before a key of ``PRESETS``: the real classes and shapes with random weights, without any
-              network; with ``-tiny`` at the end, every width divided by 32, for tests ("random:sdxl-tiny").
+              network (what concerns files, such as ``revision``, has no effect); with ``-tiny`` at the end, every
+              width divided by 32, for tests ("random:sdxl-tiny").
         device: None picks CUDA, then MPS, then the CPU.
         dtype: None keeps float32; ``torch.float16`` or ``bfloat16`` for half precision.
         revision: Branch, tag or commit on the hub.
@@ -73,8 +74,8 @@ def load_pipeline(
         safetensors only, and no code of a downloaded folder is run.
 
     Raises:
-        UserError: If there is no such model, device or task, a part is missing or has no safetensors, nothing in it
-            denoises, or memory is out.
+        UserError: If there is no such model, device, part or task, a part is missing or has no safetensors, the
+            pipeline has no denoiser, the hub is not reached, or memory is out.
     """
     name, dtype = os.fspath(name), dtype or torch.float32
     device = torch.device(default_device() if device is None else _known(device))
@@ -84,7 +85,7 @@ def load_pipeline(
     with explained(name, device, dtype):
         if name.startswith(RANDOM):
             pipe = _random(name, parts, device=device, dtype=dtype, **kwargs)
-        elif Path(name).suffix in (".safetensors", *PICKLES):
+        elif Path(name).suffix in (".safetensors", *PICKLES) and not Path(name).is_dir():
             pipe = _from_single_file(Path(name), config, parts, hub, dtype=dtype, **kwargs)
         else:
             pipe = _from_pretrained(name, parts, hub, dtype=dtype, variant=variant, **kwargs)
