@@ -27,7 +27,7 @@ def run(pipe: Any, name: str, **options: Any) -> Tensor:
     return pipe(**prompted, **own, output_type="latent", generator=generator).images
 
 
-@pytest.mark.parametrize("name", ["sd", "sd-img2img", "sd-inpaint-9", "sd-pix2pix", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd-img2img", "sd-inpaint-9", "sd-pix2pix", "sdxl", "sd3"])
 def test_it_equals_apply_guidance_where_the_prediction_does_not_depend_on_the_latents(name: str) -> None:
     """Then it is no matter whether the prediction sees moved latents; and apply_guidance starts a step later."""
     pipe = CASES[name].build()
