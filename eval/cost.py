@@ -1,37 +1,32 @@
-"""What guidance costs: guided against unguided steps, and encoder-only against full-forward feature capture.
+"""What guidance costs: seconds, memory and FLOPs of a denoiser step under each method, against an unguided one.
 
-    python -m eval.cost                       # sd-2.1-base shape, random weights, 512 px (64x64 latents), batch 1
-    python -m eval.cost model=random:sd-1.5 latent_size=32 repeats=9
-    python -m eval.cost model=testbed batch_size=32 'methods=[mid-u, amortised]'
+    python -m eval.cost                       # Stable Diffusion 2.1's shape, random weights, 512 px: 20 minutes
+    python -m eval.cost latent_size=32 repeats=9 'methods=[mid-u, amortised]'                             # 256 px
+    python -m eval.cost model=random:sdxl latent_size=64 'methods=[mid-u, full graph]' repeats=3
+    python -m eval.cost model=testbed batch_size=32 'guides=[aesthetic, "aesthetic:every=2"]' methods=[mid-u]
+    python -m eval.cost device=cuda dtype=bfloat16 channels_last=true compile=true batch_size=4    # untested
 
-Runs alternate, so that a drifting machine hits all of them; times are CPU times of the process on a CPU and wall
-times on a GPU.  The floor is counted: FLOPs of the guided step over FLOPs of the unguided one.
+Runs alternate, so that a drifting machine hits all of them; seconds are CPU time of the process on a CPU and wall time
+on an accelerator.  The floor is counted: FLOPs of the guided step over those of the unguided one.  A guide with an
+interval or every=k is charged what its steps cost on average over a run of 25.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from guidance.config import friendly_errors, option, parse_config
 from guidance.errors import UserError, nearest
 
-#: What is timed -> what it is compared with.
-METHODS: dict[str, str | None] = {
-    "unguided": None,
-    "mid-u": "unguided",
-    "amortised": "unguided",
-    "unguided, no CFG": None,
-    "mid-u, no CFG": "unguided, no CFG",
-    "capture, full": None,
-    "capture, encoder": "capture, full",
-}
+if TYPE_CHECKING:
+    from eval.cost_methods import Bench, Method
+
+    Built = Mapping[str, tuple[str | None, Callable[[Bench], Method]]]
 
 
 @dataclasses.dataclass
@@ -44,178 +39,222 @@ class CostConfig:
     latent_size: int = option(0, "side of the latents, 64 for 512 px in Stable Diffusion; 0: the model's own")
     batch_size: int = option(1, "images a step; each is two samples with classifier-free guidance")
     methods: list[str] = option([], "those to time, and what they are compared with; empty: all")
-    repeats: int = option(5, "alternating repeats of each method, after one warm-up")
+    guides: list[str] = option(
+        [], "guides NAME:key=value,... to time beside them, as sample.guided takes them"
+    )
+    clip: str = option(
+        "random", "CLIP of the methods that need one: random (ViT-B/32), testbed, a folder or id"
+    )
+    repeats: int = option(5, "alternating repeats of each method, after warm-ups")
     device: str = option("cpu", "cpu or cuda")
-    output: str = option("runs/cost", "folder of cost.json")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
+    channels_last: bool = option(False, "keep the denoiser's weights channels-last")
+    compile: bool = option(False, "compile the denoiser's repeated blocks")
+    output: str = option("runs/cost", "folder of MODEL-SIZE.json and .png")
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.batch_size < 1 or self.latent_size < 0:
+            raise UserError(
+                "Expected repeats and batch_size of at least 1 and a latent_size of at least 0, got "
+                f"{self.repeats}, {self.batch_size} and {self.latent_size}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a step takes under a method.
+
+    Attributes:
+        median, min, max: Seconds of a step over the repeats.
+        tflop: Counted.
+        peak_gb: Most memory in use during a step, weights included; None where that cannot be told.
+        saved_gb: Activations kept for a backward pass, over all of a step.
+        against: The method it is compared with.
+        ratio, ratio_min, ratio_max: Seconds over those of the neighbouring run of that: median and range.
+        floor: FLOPs over its FLOPs.
+        peak_ratio: Peak memory over its peak memory.
+    """
+
+    median: float
+    min: float
+    max: float
+    tflop: float
+    peak_gb: float | None
+    saved_gb: float
+    against: str | None = None
+    ratio: float | None = None
+    ratio_min: float | None = None
+    ratio_max: float | None = None
+    floor: float | None = None
+    peak_ratio: float | None = None
 
 
 def measure_cost(config: CostConfig) -> dict[str, Any]:
-    """Time one step unguided and guided, with CFG and without, and feature capture both ways.
+    """Measure a denoiser step under every method that is asked for.
 
     Returns:
-        Per method: median, minimum and maximum seconds, ratio to its baseline (median of the ratios of
-        neighbouring runs), counted FLOPs and the floor.
+        ``{"config": ..., "threads": ..., "rows": {method: fields of a Cost}}``; the same is written as JSON, and a plot
+        beside it.
 
     Raises:
-        UserError: If there is no such method.
+        UserError: If there is no such method, guide or model.
     """
     import torch
-    from tqdm.auto import tqdm
 
     from guidance.io import write_json
 
-    wanted = config.methods or list(METHODS)
-    if unknown := [name for name in wanted if name not in METHODS]:
-        raise UserError(f"Expected methods, got '{unknown[0]}'.{nearest(unknown[0], METHODS)}")
-    names = [name for name in METHODS if name in wanted or name in {METHODS[w] for w in wanted}]
-    pipe = _load(config)
-    side = config.latent_size or pipe.unet.config.sample_size
-    built = _build_methods(pipe, config.batch_size, side, config.device)
-    methods = {name: built[name] for name in names}
-    flops = {name: _flops(*method) for name, method in methods.items()}
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in tqdm(range(config.repeats), desc="repeat"):
-        for name, method in methods.items():
-            times[name].append(_time(*method, config.device))
-    rows = {}
-    for name, seconds in times.items():
-        base = METHODS[name]
-        ratios = [a / b for a, b in zip(seconds, times[base], strict=True)] if base else []
-        rows[name] = {
-            "median": statistics.median(seconds),
-            "min": min(seconds),
-            "max": max(seconds),
-            "tflop": flops[name] / 1e12,
-            "against": base,
-            "ratio": statistics.median(ratios) if base else None,
-            "floor": flops[name] / flops[base] if base else None,
-        }
+    built = _choose(config)
+    bench = _bench(config)
+    rows = {name: dataclasses.asdict(cost) for name, cost in _measure(bench, built, config).items()}
+    side = config.latent_size or bench.denoiser.config.sample_size
     result = {"config": dataclasses.asdict(config), "threads": torch.get_num_threads(), "rows": rows}
-    write_json(Path(config.output) / f"{Path(config.model).name.replace(':', '-')}-{side}.json", result)
+    file = Path(config.output) / f"{Path(config.model).name.replace(':', '-')}-{side}.json"
+    write_json(file, result)
+    plot_cost(result, file.with_suffix(".png"))
     return result
 
 
-Method = tuple[Callable[[], Any], Callable[[], None]]  # a context, and what is timed in it
+def _choose(config: CostConfig) -> Built:
+    """The methods that are asked for, with what they are compared with before them."""
+    from eval.cost_methods import METHODS, given_method
 
-
-def _load(config: CostConfig) -> Any:
-    from guidance.pipelines import DENOISER, load_pipeline
-
-    return load_pipeline(config.model, device=config.device, parts=DENOISER)
-
-
-def _build_methods(pipe: Any, b: int, side: int, device: str) -> dict[str, Method]:
-    """What can be timed, for ``b`` images with latents of this side."""
-    import torch
-
-    from guidance.apply import apply_guidance, cfg_parts
-    from guidance.taps import capture, encode_features
-
-    unet = pipe.unet
-    pipe.scheduler.set_timesteps(25)
-    torch.manual_seed(0)
-    x = torch.randn(2 * b, unet.config.in_channels, side, side, device=device)
-    text = torch.randn(2 * b, 77, unet.config.cross_attention_dim, device=device)
-    t = pipe.scheduler.timesteps[3]
-
-    @torch.no_grad()
-    def step(parts: int) -> None:
-        token = cfg_parts.set(parts)
-        try:
-            unet(x[: parts * b], t, encoder_hidden_states=text[: parts * b])
-        finally:
-            cfg_parts.reset(token)
-
-    @torch.no_grad()
-    def full_capture() -> None:
-        with capture(unet):
-            unet(x[:b], t, encoder_hidden_states=text[:b])
-
-    def encoder_only() -> None:
-        encode_features(unet, x[:b], t, text[:b])
-
-    head, adapter = _guides(pipe, device)
-    plain = contextlib.nullcontext
-    with_head, with_adapter = (functools.partial(apply_guidance, pipe, [guide]) for guide in (head, adapter))
-    with_cfg, without = functools.partial(step, 2), functools.partial(step, 1)
-    return {
-        "unguided": (plain, with_cfg),
-        "mid-u": (with_head, with_cfg),
-        "amortised": (with_adapter, with_cfg),
-        "unguided, no CFG": (plain, without),
-        "mid-u, no CFG": (with_head, without),
-        "capture, full": (plain, full_capture),
-        "capture, encoder": (plain, encoder_only),
+    if unknown := [name for name in config.methods if name not in METHODS]:
+        raise UserError(f"Expected methods, got '{unknown[0]}'.{nearest(unknown[0], METHODS)}")
+    wanted = set(config.methods or METHODS)
+    wanted |= {against for name in wanted if (against := METHODS[name][0])}
+    wanted |= {"unguided"} if config.guides else set()
+    return {name: METHODS[name] for name in METHODS if name in wanted} | {
+        text: given_method(text) for text in config.guides
     }
 
 
-def _guides(pipe: Any, device: str) -> tuple[Any, Any]:
-    """The report's head and an adapter of the default size, both random."""
-    from guidance.adapter import AdapterConfig, build_adapter
-    from guidance.guides import MidBlockGuide
-    from guidance.guides.amortised import AmortisedGuide
-    from guidance.heads import HeadConfig, build_head
-    from guidance.pipelines import latent_channels
-
-    base = {"prediction_type": pipe.scheduler.config.prediction_type}
-    config = HeadConfig(
-        "conv", in_channels=pipe.unet.config.block_out_channels[-1], time_conditioned=False, **base
-    )
-    adapter = build_adapter(AdapterConfig(latent_channels(pipe.unet), **base)).to(device)
-    return MidBlockGuide(build_head(config).to(device), 1.0, start=0, stop=1), AmortisedGuide(adapter, 1.0)
-
-
-class _Whole:
-    """Module tracker that puts everything under one name."""
-
-    parents: ClassVar[set[str]] = {"Global"}
-
-    def __enter__(self) -> _Whole:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        pass
-
-
-def _flops(context: Callable[[], Any], run: Callable[[], None]) -> int:
-    """Count FLOPs of one call (this is also its warm-up)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = (
-        _Whole()
-    )  # the per-module tracker cannot follow autograd.grad with respect to an input
-    with context(), counter:
-        run()
-    return counter.get_total_flops()
-
-
-def _time(context: Callable[[], Any], run: Callable[[], None], device: str) -> float:
+def _bench(config: CostConfig) -> Bench:
     import torch
 
-    on_cpu = device == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
-    with context():
-        if not on_cpu:
-            torch.cuda.synchronize()
-        begun = clock()
-        run()
-        if not on_cpu:
-            torch.cuda.synchronize()
-        return clock() - begun
+    from eval.cost_methods import Bench
+    from guidance.pipelines import DENOISER, load_pipeline
+
+    needs_vae = not config.methods or any("VAE" in name for name in config.methods) or config.guides
+    parts = None if config.guides else (*DENOISER, "vae") if needs_vae else DENOISER
+    dtype = getattr(torch, config.dtype)
+    pipe = load_pipeline(config.model, device=config.device, dtype=dtype, parts=parts)
+    bench = Bench(pipe, config.batch_size, config.latent_size or None, config.clip)
+    if config.channels_last:
+        bench.denoiser.to(memory_format=torch.channels_last)
+    if config.compile:
+        bench.denoiser.compile_repeated_blocks()
+    return bench
 
 
-def cost_table(result: dict[str, Any]) -> str:
+def _measure(bench: Bench, built: Built, config: CostConfig) -> dict[str, Cost]:
+    from tqdm.auto import tqdm
+
+    from eval.cost_meters import count_flops, count_saved, peak_memory, time_run
+
+    methods, counted, saved, peaks = {}, {}, {}, {}
+    for name in tqdm(
+        built, desc="count FLOPs and memory"
+    ):  # what is heavy is built late: earlier peaks lack it
+        methods[name] = method = built[name][1](bench)
+        counted[name] = _over(method, count_flops)  # warms up, too
+        saved[name] = 0.0
+        if method.gradient:
+            saved[name] = max(_each(method, lambda run: count_saved(run, list(bench.networks()))))
+        peaks[name] = _each(method, lambda run: peak_memory(run, config.device))
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in tqdm(range(config.repeats), desc="repeat"):
+        for name, method in methods.items():
+            seconds[name].append(_over(method, lambda run: time_run(run, config.device)))
+    costs: dict[str, Cost] = {}
+    for name in methods:
+        known = [peak for peak in peaks[name] if peak is not None]
+        own = Cost(
+            statistics.median(seconds[name]),
+            min(seconds[name]),
+            max(seconds[name]),
+            counted[name] / 1e12,
+            max(known) / 1e9 if known else None,
+            saved[name] / 1e9,
+        )
+        base = built[name][0]
+        if base is not None:
+            ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+            own = dataclasses.replace(
+                own,
+                against=base,
+                ratio=statistics.median(ratios),
+                ratio_min=min(ratios),
+                ratio_max=max(ratios),
+                floor=counted[name] / counted[base],
+                peak_ratio=_quotient(own.peak_gb, costs[base].peak_gb),
+            )
+        costs[name] = own
+    return costs
+
+
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def _each(method: Method, meter: Callable[[Callable[[], Any]], Any]) -> list[Any]:
+    """What a meter says of every phase of a run."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(method.context())
+        return [meter(run) for run, _ in method.phases]
+
+
+def _over(method: Method, meter: Callable[[Callable[[], Any]], float]) -> float:
+    """The average step of a run, by a meter."""
+    found = _each(method, meter)
+    return sum(value * share for value, (_, share) in zip(found, method.phases, strict=True))
+
+
+def cost_table(result: Mapping[str, Any]) -> str:
     """Markdown of :func:`measure_cost`."""
     lines = [
-        "| method | seconds (min .. max) | TFLOP | against | ratio | counted floor |",
-        "|---|---|---|---|---|---|",
+        "| method | seconds (min .. max) | against | ratio (range) | floor | TFLOP | peak GB | ratio | saved GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in result["rows"].items():
-        ratio, floor = (f"{r[k]:.3f}" if r[k] is not None else "-" for k in ("ratio", "floor"))
-        span = f"{r['median']:.2f} ({r['min']:.2f} .. {r['max']:.2f})"
-        lines.append(f"| {name} | {span} | {r['tflop']:.3f} | {r['against'] or '-'} | {ratio} | {floor} |")
+        span = f"{r['median']:.3g} ({r['min']:.3g} .. {r['max']:.3g})"
+        ratio = "-"
+        if r["ratio"] is not None:
+            ratio = f"{r['ratio']:.3f} ({r['ratio_min']:.3f} .. {r['ratio_max']:.3f})"
+        floor, peak, more = (_number(r[k]) for k in ("floor", "peak_gb", "peak_ratio"))
+        saved = f"{r['saved_gb']:.3g}" if r["saved_gb"] else "-"
+        cells = (name, span, r["against"] or "-", ratio, floor, f"{r['tflop']:.3g}", peak, more, saved)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def plot_cost(result: Mapping[str, Any], file: Path) -> None:
+    """Bars of the measured ratios with their range, and the counted floor of each."""
+    from matplotlib.figure import Figure
+
+    from guidance.io import atomic_path
+
+    rows = {name: r for name, r in result["rows"].items() if r["against"] == "unguided"}
+    if not rows:
+        return
+    figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    ratios = [r["ratio"] for r in rows.values()]
+    below = [r["ratio"] - r["ratio_min"] for r in rows.values()]
+    above = [r["ratio_max"] - r["ratio"] for r in rows.values()]
+    axes.barh(list(rows), ratios, xerr=[below, above], color="#9ecae1", label="measured, with range")
+    floors = [r["floor"] for r in rows.values()]
+    axes.plot(floors, list(rows), "k|", markersize=14, label="counted FLOPs")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("cost of a step against an unguided one")
+    axes.set_title(f"{result['config']['model']}, batch {result['config']['batch_size']}", fontsize=10)
+    axes.legend(fontsize=8)
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 @friendly_errors("eval.cost")

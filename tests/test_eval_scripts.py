@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from conftest import make_head
 
-from eval import cost
 from eval import testbed as measure
 from eval.frechet import frechet_distance, moments
 from eval.images import EvalImagesConfig, evaluate_images
@@ -94,25 +93,6 @@ def test_the_table_of_known_images(clear_and_hazy, judges, reference, tmp_path) 
 def test_prompts_of_another_seed_are_others() -> None:
     first, second = (measure._fresh_prompts(60, seed) for seed in (0, 1))
     assert len(first) == len(second) == 60 and not {p.text for p in first} & {p.text for p in second}
-
-
-def test_cost_counts_and_times(tiny_folder, tmp_path, capsys) -> None:
-    words = [f"model={tiny_folder}", "repeats=2", f"output={tmp_path}", "latent_size=8"]
-    assert cost.main(words) == 0
-    rows = json.loads((tmp_path / f"{tiny_folder.name}-8.json").read_text())["rows"]
-    assert rows["mid-u"]["against"] == "unguided" and 1.05 < rows["mid-u"]["floor"] < 1.6
-    assert 0.2 < rows["capture, encoder"]["floor"] < 0.8
-    for row in rows.values():
-        assert 0 < row["min"] <= row["median"] <= row["max"]
-    assert "| mid-u |" in capsys.readouterr().out
-    assert (
-        rows["mid-u"]["floor"] < rows["mid-u, no CFG"]["floor"]
-    )  # the gradient is of the conditional part alone
-    assert cost.main([*words, "methods=[amortised]"]) == 0
-    few = json.loads((tmp_path / f"{tiny_folder.name}-8.json").read_text())["rows"]
-    assert list(few) == ["unguided", "amortised"] and few["amortised"]["floor"] > 1
-    refused(cost.main, ["methods=[midu]"], "mid-u", capsys)
-    refused(cost.main, ["model=sd-9"], "sd-9", capsys)
 
 
 def test_quality_and_the_model_card(tiny_folder, tmp_path, capsys) -> None:
