@@ -8,16 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from guidance.config import friendly_errors, option, parse_config
-from guidance.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass
@@ -65,27 +60,31 @@ def run_demo(config: DemoConfig) -> Path:
 
 
 def _train(head: str) -> None:
-    """Run ``accelerate launch train/head.py`` as a user would."""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "train" / "head.py"), f"output={head}"]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError("Expected the head to be trained, but train/head.py failed; its message is above.")
+    """Run ``train/cache_features.py`` and ``train/head.py`` as a user would."""
+    from guidance.processes import run_script
+
+    if not (Path(head) / "config.json").is_file():
+        run_script("train.cache_features", [], processes=_processes())
+    run_script("train.head", [f"output={head}"])
 
 
 def _sample(config: DemoConfig) -> Path:
-    """Run ``sample/sweep.py`` as a user would: on a CPU one process a core, of one thread each."""
-    import torch
-
+    """Run ``sample/sweep.py`` as a user would."""
     from guidance.processes import run_script
 
     words = [f"scale={json.dumps(config.scales)}", f"cfg_matched={config.cfg_matched > 0}".lower()]
     words += [f"cfg_scales_matched=[{config.cfg_matched:g}]"] if config.cfg_matched > 0 else []
     words += [f"{k}={getattr(config, k)}" for k in ("start", "head", "num_prompts", "num_steps", "cfg_scale")]
-    words += ["seeds_per_prompt=1", "batch_size=16", "grid_rows=10", f"output={config.output}"]
-    processes = 1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, 4)
-    run_script("sample.sweep", words, processes=processes)
+    words += ["seeds_per_prompt=1", "batch_size=32", "grid_rows=10", f"output={config.output}"]
+    run_script("sample.sweep", words, processes=_processes())
     return Path(config.output)
+
+
+def _processes() -> int:
+    """One on an accelerator; on a CPU one a core, of one thread each."""
+    import torch
+
+    return 1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, 4)
 
 
 def _compare(config: DemoConfig, folder: Path) -> str:
