@@ -146,7 +146,7 @@ class NoisedLatents:
                 for t in torch.from_numpy(np.sort(times)[::-1].copy()):
                     eps = torch.randn(x0.shape, generator=generator).to(x0)
                     x_t = encoder.schedule.add_noise(x0, eps, t).to(unet.dtype)
-                    unet(x_t, t.to(unet.device), encoder_hidden_states=text, return_dict=False)
+                    unet(x_t, t.to(unet.device), **text, return_dict=False)
         finally:
             cfg_parts.reset(token)
         return recorder

@@ -68,6 +68,11 @@ def _width(config: Any, pooled: Tensor, ids: Tensor) -> int:
     return int(pooled.shape[-1] + ids.shape[-1] * config.addition_time_embed_dim)
 
 
+def pick(conditions: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+    """The conditions of some samples of a batch, by their indices."""
+    return {k: pick(v, rows) if isinstance(v, Mapping) else v[rows] for k, v in conditions.items()}
+
+
 def last(conditions: Mapping[str, Any], count: int) -> dict[str, Any]:
     """The conditions of the last ``count`` samples of a batch: of the conditional part, or of all."""
-    return {k: last(v, count) if isinstance(v, Mapping) else v[-count:] for k, v in conditions.items()}
+    return pick(conditions, slice(-count, None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from guidance.conditions import encode_prompts
 from guidance.errors import UserError
 from guidance.schedule import NoiseSchedule
 from guidance.tap_features import MID_BLOCK, tap_channels
@@ -38,7 +39,7 @@ class FeatureEncoder:
         split: Name of the split, part of the seed.
 
     Raises:
-        UserError: If the tap does not exist, the range is empty, or the model needs more than a prompt.
+        UserError: If the tap does not exist, the range is empty, or the model is conditioned in another way.
     """
 
     def __init__(
@@ -62,12 +63,6 @@ class FeatureEncoder:
                 "other denoisers by guidance.encode_features, and train on those."
             )
         self.tap_channels = _known_channels(pipe.unet, tap)
-        if pipe.unet.config.get("addition_embed_type"):
-            kind = pipe.unet.config.addition_embed_type
-            raise UserError(
-                f"Expected a model that is conditioned on text alone, got one with '{kind}' (as SDXL has); "
-                "use a model of the Stable Diffusion 1 or 2 family."
-            )
         self.pipe, self.tap, self.noise, self.caption = pipe, tap, noise, caption
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         self.timesteps = trained_timesteps(self.schedule, noise, timesteps)
@@ -80,10 +75,10 @@ class FeatureEncoder:
         return encode_pixels(self.pipe.vae, to_float(pixels), torch.float32)
 
     @torch.no_grad()
-    def text(self, captions: Sequence[str]) -> Float[Tensor, "b n d"]:
-        """Encode captions, or as many empty prompts."""
+    def text(self, captions: Sequence[str]) -> dict[str, Any]:
+        """Encode captions, or as many empty prompts; see :func:`guidance.conditions.encode_prompts`."""
         prompts = ["" if self.caption == "empty" else text for text in captions]
-        return self.pipe.encode_prompt(prompts, self.pipe.unet.device, 1, False)[0]
+        return encode_prompts(self.pipe, prompts, classifier_free=False)
 
     def draw_noise(
         self, keys: Sequence[NoiseKey], shape: Sequence[int]
@@ -102,14 +97,14 @@ class FeatureEncoder:
     def encode(
         self,
         x0: Float[Tensor, "b c y x"],
-        text: Float[Tensor, "b n d"],
+        text: Mapping[str, Any],
         keys: Sequence[NoiseKey],
     ) -> tuple[Float[Tensor, "b c2 y2 x2"], Float[Tensor, " b"]]:
         """Noise latents and read the tap.
 
         Args:
             x0: Clean latents.
-            text: Text-encoder states.
+            text: What :meth:`text` makes of the captions.
             keys: What each example's noise depends on.
 
         Returns:
@@ -121,7 +116,7 @@ class FeatureEncoder:
         else:
             t, eps = (value.to(x0.device) for value in self.draw_noise(keys, x0.shape[1:]))
             x = self.schedule.add_noise(x0, eps, t)
-        return encode_features(unet, x.to(unet.dtype), t, text.to(unet.dtype), tap=self.tap), t.float()
+        return encode_features(unet, x.to(unet.dtype), t, tap=self.tap, **text), t.float()
 
 
 def _known_channels(unet: Any, tap: str) -> list[int]:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from guidance.conditions import pick
 from guidance.encoding import FeatureEncoder, fit_image
 from guidance.errors import UserError
 from guidance.feature_cache import (
@@ -108,7 +109,7 @@ class LiveFeatures:
             x0 = self.encoder.latents(self._images(examples))[inverse]
         else:
             x0 = torch.from_numpy(self.clean[examples]).to(self.encoder.pipe.unet.device)[inverse]
-        text = self.encoder.text([text or "" for text in captions])[inverse]
+        text = pick(self.encoder.text([text or "" for text in captions]), inverse)
         keys = [(int(row // self.draws), int(epoch * self.draws + row % self.draws)) for row in rows]
         return self.encoder.encode(x0, text, keys)
 

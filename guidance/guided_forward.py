@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from guidance.denoiser import (
@@ -26,6 +25,7 @@ from guidance.denoiser import (
 from guidance.errors import UserError
 from guidance.guided_step import DenoiserCall, Group, GuidedStep, StepRecord
 from guidance.guides.base import Guide, is_direct
+from guidance.memory import is_out_of_memory
 from guidance.schedule import NoiseSchedule, step_position
 from guidance.taps import X0, X0_THROUGH_UNET
 
@@ -190,8 +190,7 @@ def advised() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).lower()  # a CPU has no error of its own for it
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "Expected a guided step to fit in memory, but it ran out; make the batch smaller, load the pipeline in "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from guidance.errors import UserError
+from guidance.memory import is_out_of_memory
 from guidance.model_files import pickled
 from guidance.presets import PRESETS, RANDOM
 
@@ -48,14 +49,6 @@ def _hub_id(name: str) -> str:
 
 def _random(name: str) -> str:
     return RANDOM + (name if name in PRESETS else "NAME")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is out, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return any(sign in text for sign in ("out of memory", "defaultcpuallocator", "not enough memory"))
 
 
 def is_offline(error: BaseException | None) -> bool:

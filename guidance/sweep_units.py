@@ -12,6 +12,7 @@ import torch
 
 from guidance.claims import Claims
 from guidance.errors import UserError
+from guidance.memory import is_out_of_memory
 from guidance.records import Record
 from guidance.units import Unit, UnitSampler, list_batches
 
@@ -62,18 +63,10 @@ class Divider:
         """The images, or None if memory is out; no reference to the failed attempt stays."""
         try:
             return [made for part in list_batches(unit, self.size) for made in self.sampler.images(part)]
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, UserError) as error:  # a guided step says what to turn
             if not is_out_of_memory(error):
                 raise
         return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is out, on any device."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return any(sign in text for sign in ("out of memory", "defaultcpuallocator", "not enough memory"))
 
 
 def fill_units(

@@ -61,9 +61,11 @@ def run_demo(config: DemoConfig) -> Path:
 
 def _train(head: str) -> None:
     """Run ``train/cache_features.py`` and ``train/head.py`` as a user would."""
+    from guidance.io import check_writable
     from guidance.processes import run_script
 
     if not (Path(head) / "config.json").is_file():
+        check_writable(head)  # before the minutes of caching
         run_script("train.cache_features", [], processes=_processes())
     run_script("train.head", [f"output={head}"])
 

@@ -27,6 +27,7 @@ from guidance.features import FeatureCache, cache_features
 from guidance.guides import MidBlockGuide
 from guidance.head_setup import prepare_head
 from guidance.heads import HEADS, HeadConfig, build_head, check_fits, load_head, save_head
+from guidance.pipelines import load_pipeline
 from guidance.recipes import HeadRecipe
 from guidance.sampling import sample_latents
 from guidance.schedule import NoiseSchedule
@@ -367,6 +368,35 @@ def test_a_head_on_several_taps_is_cached_trained_and_saved(tiny_pipe, tmp_path)
     loaded = load_head(tmp_path / "head")
     assert loaded.config == head.config
     check_fits(loaded, tiny_pipe.unet, NoiseSchedule.from_scheduler(tiny_pipe.scheduler))
+
+
+def test_features_of_sdxl_are_cached(tmp_path) -> None:
+    """Each row is the tap of the pipeline's own denoiser call, pooled text and sizes included."""
+    import numpy as np
+    from datasets import Dataset
+    from PIL import Image
+
+    pipe = load_pipeline("random:sdxl-tiny")
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (256, 256, 3), np.uint8)) for _ in range(3)]
+    captions = ["a tree", "a house at dusk", ""]
+    dataset = Dataset.from_dict({"image": images, "caption": captions, "rating": [1, 5, 9]})
+    cache_features(pipe, dataset, tmp_path / "cache", draws=2, batch_size=4, progress=False)
+    cache, encoder = FeatureCache(tmp_path / "cache"), FeatureEncoder(pipe)
+    for row in (0, 3, 5):
+        i = row // 2
+        states, _, pooled, _ = pipe.encode_prompt(captions[i], do_classifier_free_guidance=False)
+        t, eps = encoder.draw_noise([(i, row % 2)], encoder.latents(images[i : i + 1]).shape[1:])
+        x_t = encoder.schedule.add_noise(encoder.latents(images[i : i + 1]), eps, t)
+        side = float(encoder.image_size)
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([[side, side, 0, 0, side, side]])}
+        with torch.no_grad(), capture(pipe.unet) as seen:
+            pipe.unet(x_t, t, encoder_hidden_states=states, added_cond_kwargs=added)
+        h, times = cache.read([row])
+        assert times == t
+        torch.testing.assert_close(h.float(), seen["mid_block"], rtol=2e-3, atol=2e-3)
+    head, _ = prepare_head({"train": cache}, HeadRecipe(hidden=8), cache.manifest["settings"])
+    check_fits(head, pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler))
 
 
 @pytest.mark.parametrize("kind", HEADS)

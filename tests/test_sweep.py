@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import os
 import subprocess
@@ -22,6 +23,7 @@ from test_claims import elsewhere, set_back
 from guidance.claims import Claims
 from guidance.errors import UserError
 from guidance.heads import save_head
+from guidance.memory import is_out_of_memory
 from guidance.pipelines import fingerprint
 from guidance.records import RecordStore, audit_pairs
 from guidance.run import list_jobs
@@ -29,7 +31,7 @@ from guidance.run_folder import CLAIMS_FOLDER, MAX_COLUMNS, load_settings, write
 from guidance.sweep import Cell
 from guidance.sweep_folder import LOCK
 from guidance.sweep_run import find_batch_size
-from guidance.sweep_units import Divider, fill_units, is_out_of_memory, unit_name
+from guidance.sweep_units import Divider, fill_units, unit_name
 from guidance.units import Task, UnitSampler
 from sample.sweep import SweepConfig, default_output, main, run_sweep
 
@@ -329,6 +331,27 @@ def test_out_of_memory_halves_the_batch(done: Path, words, tmp_path: Path, monke
     assert "half-precision" in stopped([*words, f"output={tmp_path / 'none'}", "batch_size=auto"], capsys)
 
 
+def test_memory_that_runs_out_inside_a_guided_step_halves_the_batch(
+    words, tmp_path: Path, monkeypatch
+) -> None:
+    """There it is a sentence that says what to turn, with the error behind it."""
+    from diffusers import UNet2DConditionModel
+
+    real, tried = UNet2DConditionModel.forward, []
+
+    @functools.wraps(real)  # guidance reads its signature
+    def limited(self, sample, *arguments, **options):
+        tried.append(len(sample))
+        if len(sample) > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return real(self, sample, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", limited)
+    small = ["scale=1", "baseline=false", "cfg_matched=false", "cfg_scales_matched=[]", "cfg_scale=1"]
+    main([*words, *small, "batch_size=auto", f"output={tmp_path / 'out'}"])
+    assert tried[0] == 6 and max(tried[2:]) <= 2 and len(RecordStore(tmp_path / "out").load()) == 6
+
+
 def test_what_fits_is_found_with_the_most_costly_cell(done: Path, tmp_path: Path) -> None:
     class Small(Fake):
         def images(self, unit) -> list:
@@ -343,7 +366,9 @@ def test_what_fits_is_found_with_the_most_costly_cell(done: Path, tmp_path: Path
     divider = Divider(sampler, 64, halve=True, say=lambda text, size: said.append(size))  # type: ignore[arg-type]
     assert find_batch_size(divider, units) == 1 and said == [1]
     assert {r.arm for r in RecordStore(tmp_path).load()} == {"scale=-2"} and len(RecordStore(tmp_path)) == 2
-    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(
+        ValueError("out of memory")
+    )
 
 
 def test_cells_are_added_and_another_config_is_refused(words, tmp_path: Path, capsys) -> None:
