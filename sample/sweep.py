@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 AXIS_OPTIONS = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler", "strength")
 #: Options that decide which cells there are, or how they are made: no image depends on them.
 INCIDENTAL = ("combine", "baseline", "cfg_matched", "cfg_scales_matched", "batch_size", "grid_rows")
-INCIDENTAL_TOO = ("tracker", "output", "fresh", "join", "stalled_after", "metric", "limit")
+INCIDENTAL_TOO = ("tracker", "output", "fresh", "join", "stalled_after", "metric", "limit", "evaluate")
 PLACEMENT = ("model", "revision", "device", "dtype")
 HEAD_OPTIONS = ("objective", "target", "normalize", "every", "space")
 
@@ -88,6 +88,7 @@ class SweepConfig:
     limit: list[str] = option(
         ["fd<=1.5x"], "for --recommend: fd<=1.5x of the baseline's, object>=-0.02 from it"
     )
+    evaluate: list[str] = option([], "for --recommend: words of eval.images, clip=..., reference=FOLDER, ...")
 
     def __post_init__(self) -> None:
         texts = isinstance(self.prompts, list) and all(isinstance(text, str) for text in self.prompts)
@@ -179,7 +180,7 @@ def recommend(config: SweepConfig) -> None:
     require_finished(plan, jobs)
     baseline = plan.cells[0].name  # unguided cells come first
     words = [str(plan.folder), f"baseline={baseline}", f"vary={json.dumps(varied_fields(plan.cells))}"]
-    run_script("eval.images", words)
+    run_script("eval.images", [*words, *config.evaluate])
     chosen = [f"metric={config.metric}"] if config.metric else []
     run_script("eval.recommend", [str(plan.folder), *chosen, f"limit={json.dumps(config.limit)}"])
 

@@ -213,6 +213,20 @@ def test_the_units_of_a_stalled_process_are_redone(done: Path, words, tmp_path: 
     assert image_hashes(folder) == image_hashes(done) and not other.holds(LOCK)
 
 
+def test_recommend_evaluates_with_the_words_that_are_given(done: Path, words, monkeypatch) -> None:
+    ran: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr("guidance.processes.run_script", lambda module, words: ran.append((module, words)))
+    more = ["evaluate=[clip=judge-clip, reference_size=300]", "metric=truth", "limit=[]", "--recommend"]
+    main([*words, f"output={done}", *more])
+    (first, asked), (second, chosen) = ran
+    assert (first, second) == ("eval.images", "eval.recommend")
+    assert asked[:2] == [str(done), "baseline=unguided"] and asked[-2:] == [
+        "clip=judge-clip",
+        "reference_size=300",
+    ]
+    assert chosen == [str(done), "metric=truth", "limit=[]"]
+
+
 def tiny_units(done: Path) -> list:
     """Units as the sweep of ``done`` has them, as far as their names go."""
     from guidance.arms import Arm
