@@ -161,7 +161,7 @@ class _Joint(torch.autograd.Function):
         parts = whole.shape[0] // cond.shape[0]
         *others, first = whole.chunk(parts)
         found += others
-        return first
+        return first.clone()  # what is kept of it for the gradient must not hold the memory of the other parts
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
