@@ -134,7 +134,7 @@ def _bench(config: CostConfig) -> Bench:
     from eval.cost_methods import Bench
     from guidance.pipelines import DENOISER, load_pipeline
 
-    needs_vae = not config.methods or any("VAE" in name for name in config.methods) or config.guides
+    needs_vae = not config.methods or any("VAE" in name for name in config.methods)
     parts = None if config.guides else (*DENOISER, "vae") if needs_vae else DENOISER
     dtype = getattr(torch, config.dtype)
     pipe = load_pipeline(config.model, device=config.device, dtype=dtype, parts=parts)

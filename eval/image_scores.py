@@ -82,9 +82,8 @@ def diversity(embeddings: Features, prompt: Int[np.ndarray, " n"]) -> Float[np.n
     >>> diversity(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), np.array([0, 0, 1])).tolist()
     [1.0, 1.0, nan]
     """
-    x, prompt = unit_rows(embeddings).cpu().numpy(), np.asarray(prompt)
-    if prompt.shape != x.shape[:1]:
-        raise UserError(f"Expected the prompt of each of {len(x)} images, got shape {prompt.shape}.")
+    rows_of, numbers = _of_prompts(embeddings, prompt)
+    x, prompt = rows_of.cpu().numpy(), numbers.cpu().numpy()
     found = np.full(len(x), np.nan)
     for number in np.unique(prompt):
         rows = np.flatnonzero(prompt == number)
@@ -171,10 +170,7 @@ class Diversity(Metric):
 
     def update(self, embeddings: Features, prompt: Int[np.ndarray, " n"] | Int[Tensor, " n"]) -> None:
         """Add images; the arguments of `diversity`."""
-        numbers = torch.as_tensor(prompt)
-        unit = unit_rows(embeddings)
-        if numbers.shape != unit.shape[:1]:
-            raise UserError(f"Expected the prompt of each of {len(unit)} images, got {tuple(numbers.shape)}.")
+        unit, numbers = _of_prompts(embeddings, prompt)
         self.rows.append(unit.to(self.device))
         self.prompts.append(numbers.long().to(self.device))
 
@@ -188,6 +184,16 @@ class Diversity(Metric):
             raise UserError("Expected images, got none; call update(embeddings, prompt) first.")
         values = diversity(dim_zero_cat(self.rows), dim_zero_cat(self.prompts).cpu().numpy())
         return as_tensors(pair_mean(values), self.device)
+
+
+def _of_prompts(embeddings: Features, prompt: Any) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
+    """Embeddings of unit length, and the prompt of each."""
+    unit, numbers = unit_rows(embeddings), torch.as_tensor(prompt)
+    if numbers.shape != unit.shape[:1]:
+        raise UserError(
+            f"Expected the prompt of each of {len(unit)} images, got shape {tuple(numbers.shape)}."
+        )
+    return unit, numbers
 
 
 def _rgb(images: Images) -> UInt8[np.ndarray, "n y x 3"]:

@@ -161,7 +161,8 @@ class _Joint(torch.autograd.Function):
         parts = whole.shape[0] // cond.shape[0]
         *others, first = whole.chunk(parts)
         found += others
-        return first.clone()  # what is kept of it for the gradient must not hold the memory of the other parts
+        # Its own memory: what is kept of it for the gradient must not hold the other parts' too.
+        return first.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

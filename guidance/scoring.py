@@ -13,6 +13,7 @@ from torch import Tensor
 
 from guidance.apply import apply_guidance
 from guidance.errors import UserError
+from guidance.guided_forward import replaced
 from guidance.guides.base import Guide
 from guidance.lockstep import plain
 from guidance.pipelines import latent_channels
@@ -76,11 +77,6 @@ def scoring(pipe: Any, guide: Guide, batch: int) -> Iterator[StepScorer]:
     """Score each step of a run inside the ``with`` block; refuse a pipeline that is guided already."""
     with apply_guidance(pipe, ()):
         guide.prepare(pipe)
-    scorer, had = StepScorer(pipe, guide, batch), vars(pipe.unet).get("forward")
-    pipe.unet.forward = scorer
-    try:
+    scorer = StepScorer(pipe, guide, batch)
+    with replaced(pipe.unet, "forward", scorer):
         yield scorer
-    finally:
-        del pipe.unet.forward
-        if had is not None:
-            pipe.unet.forward = had

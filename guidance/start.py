@@ -182,9 +182,18 @@ class _SeeMask(Begun):
         return torch.cat([x_in, torch.cat([self.extra] * (len(x_in) // len(self.extra)))], dim=1)
 
 
+def steps_taken(strength: float, num_steps: int) -> int:
+    """How many steps a start part of the way takes, rounded down as diffusers does.
+
+    >>> steps_taken(0.5, 25)
+    12
+    """
+    return int(num_steps * strength)
+
+
 def _cut_timesteps(scheduler: Any, strength: float, num_steps: int) -> Tensor:
-    """The last ``int(strength * num_steps)`` steps, rounded down as diffusers does."""
-    steps = int(num_steps * strength)
+    """The last :func:`steps_taken` timesteps."""
+    steps = steps_taken(strength, num_steps)
     if steps < 1 and strength > 0:
         raise UserError(
             f"Expected strength * num_steps of at least 1, got {strength} * {num_steps}; raise one of them."

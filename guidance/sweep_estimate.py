@@ -14,6 +14,7 @@ from guidance.arms import Arm
 from guidance.cfg import ClassifierFree
 from guidance.records import Record, RecordStore, encode_png
 from guidance.sampling import decode_latents, sample_latents
+from guidance.start import steps_taken
 from guidance.sweep import ArmBuilder, Cell
 from guidance.units import Job
 
@@ -64,7 +65,7 @@ def count_costs(
     for cell in cells:
         done = sum(store is not None and store.has(cell.name, job.prompt.id, job.seed) for job in jobs)
         per_step = 1 if cell.cfg_scale == 1 else 2
-        taken = int(cell.num_steps * cell.strength) if jobs[0].start else cell.num_steps
+        taken = steps_taken(cell.strength, cell.num_steps) if jobs[0].start else cell.num_steps
         guided = sum(
             any(g.strength.active(i / cell.num_steps) for g in arms[cell.name].guides)
             for i in range(cell.num_steps - taken, cell.num_steps)

@@ -79,8 +79,9 @@ def fill_sweep(
 
     together(state, find)
     size = remembered_batch_size(plan.folder) or AUTO_BATCH_CPU
-    bar = Progress(units(size), store, shown=progress, log=log if state.is_main_process else None)
-    made = fill_units(units(size), Divider(sampler, size, halve=auto, say=say), claims, progress=bar)
+    work = units(size)
+    bar = Progress(work, store, shown=progress, log=log if state.is_main_process else None)
+    made = fill_units(work, Divider(sampler, size, halve=auto, say=say), claims, progress=bar)
     bar.close()
     return made
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from guidance.sweep_folder import SweepPlan
     from guidance.units import Job
 
-AXIS_OPTIONS = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler", "strength")
 #: Options that decide which cells there are, or how they are made: no image depends on them.
 INCIDENTAL = ("combine", "baseline", "cfg_matched", "cfg_scales_matched", "batch_size", "grid_rows")
 INCIDENTAL_TOO = ("tracker", "output", "fresh", "join", "stalled_after", "metric", "limit", "evaluate")
@@ -187,13 +186,13 @@ def recommend(config: SweepConfig) -> None:
 
 def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
     from guidance.jobs import read_jobs
-    from guidance.sweep import matched_scales
+    from guidance.sweep import AXES, matched_scales
     from guidance.sweep_axes import read_axes
     from guidance.sweep_folder import plan_sweep
 
     told = [getattr(config, k) for k in ("prompts", "num_prompts", "seeds_per_prompt", "seed")]
     jobs = read_jobs(*told, category=config.category, edits=config.edits)
-    axes = read_axes({name: getattr(config, name) for name in AXIS_OPTIONS})
+    axes = read_axes({name: getattr(config, name) for name in AXES})
     if len(axes["strength"]) > 1 and config.edits is None:
         raise UserError("Expected edits with several strengths, got none; set edits=testbed:test or a file.")
     if any(axes["guide"]):  # guides stand instead of the head
@@ -219,10 +218,10 @@ def _arms(config: SweepConfig, plan: SweepPlan) -> tuple[ArmBuilder, dict[str, A
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What the folder remembers beside its cells."""
+    from guidance.sweep import AXES
+
     return {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in (*AXIS_OPTIONS, *INCIDENTAL, *INCIDENTAL_TOO)
+        k: v for k, v in dataclasses.asdict(config).items() if k not in (*AXES, *INCIDENTAL, *INCIDENTAL_TOO)
     }
 
 
