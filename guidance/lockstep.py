@@ -4,11 +4,13 @@ The gradient of guidance needs a graph for the conditional part alone, but a for
 every weight once a part, which costs 10 to 20% of a step at batch 1 on a CPU.  A :class:`Lockstep` tensor is the
 conditional part with the others at its side: operations with weights run once on the whole batch, all others part by
 part, and only the conditional part remembers them for the backward pass.
+
+Where no graph is wanted any more, whole modules run on the batch as one (:func:`as_batch`, :func:`as_parts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +26,13 @@ class NotInStepError(Exception):
 
 
 class Lockstep(Tensor):
-    """The conditional part of a batch; ``others`` holds the other parts, each of the same shape."""
+    """The conditional part of a batch; ``others`` holds the other parts, each of the same shape.
+
+    ``whole`` is the tensor they all are views of, the conditional part last, where there is one.
+    """
 
     others: list[Tensor]
+    whole: Tensor | None
 
     @classmethod
     def __torch_function__(
@@ -78,9 +84,68 @@ def split_parts(x: Tensor, conditional: int) -> list[Tensor]:
     return parts
 
 
-def _tie(first: Tensor, others: Sequence[Tensor]) -> Tensor:
+def as_batch(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], int] | None:
+    """A module's arguments as the whole batch has them, the conditional part last, and the number of parts.
+
+    An argument that all parts share is repeated if it runs along the batch.
+
+    Returns:
+        None if no argument has parts, or not all of them run along the batch.
+    """
+    tied = list(_find((args, kwargs)))
+    if not tied or any(x.ndim == 0 or len(x) != len(tied[0]) for x in tied):
+        return None
+    size, parts = len(tied[0]), len(tied[0].others) + 1
+
+    def shared(value: Any) -> Any:
+        along = type(value) is Tensor and value.ndim > 0 and len(value) == size
+        return torch.cat([value] * parts) if along else value
+
+    args, kwargs = tuple(map(shared, args)), {k: shared(v) for k, v in kwargs.items()}
+    return _map(_whole, args), _map(_whole, kwargs), parts
+
+
+def as_parts(output: Any, parts: int) -> Any:
+    """What a module made of :func:`as_batch`, cut into parts again."""
+    return _map(lambda x: _cut(x, parts), output)
+
+
+def _whole(x: Tensor) -> Tensor:
+    if not isinstance(x, Lockstep):
+        return x
+    return torch.cat([*x.others, plain(x)]) if x.whole is None else x.whole
+
+
+def _cut(whole: Tensor, parts: int) -> Tensor:
+    """The parts of a batch whose last part is the conditional one, as views of it."""
+    *others, first = whole.chunk(parts)
+    return _tie(first, others, whole)
+
+
+def _map(f: Callable[[Tensor], Any], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return f(value)
+    if isinstance(value, dict):
+        return {k: _map(f, v) for k, v in value.items()}
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        return type(value)(_map(f, v) for v in value)
+    return value
+
+
+def _find(value: Any) -> Iterator[Lockstep]:
+    """All tensors with parts in containers."""
+    if isinstance(value, Lockstep):
+        yield value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for item in items:
+        yield from _find(item)
+
+
+def _tie(first: Tensor, others: Sequence[Tensor], whole: Tensor | None = None) -> Tensor:
     tied = first.as_subclass(Lockstep)
-    tied.others = list(others)
+    tied.others, tied.whole = list(others), whole
     return tied
 
 
@@ -97,21 +162,13 @@ def _fills(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 
 def _pick(value: Any, part: int | None) -> Any:
     """The arguments as one part sees them; None: the conditional one."""
-    if isinstance(value, Lockstep):
-        return plain(value) if part is None else value.others[part]
-    if isinstance(value, dict):
-        return {k: _pick(v, part) for k, v in value.items()}
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)(_pick(v, part) for v in value)
-    return value
+    own = lambda x: plain(x) if part is None else x.others[part]  # noqa: E731
+    return _map(lambda x: own(x) if isinstance(x, Lockstep) else x, value)
 
 
 def _count(value: Any) -> int:
     """Number of other parts, 0 where no argument has any."""
-    if isinstance(value, Lockstep):
-        return len(value.others)
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return max(map(_count, items), default=0)
+    return max((len(x.others) for x in _find(value)), default=0)
 
 
 def _has_tensor(value: Any) -> bool:
@@ -137,7 +194,7 @@ def _joint(func: Callable[..., Tensor], x: Lockstep, args: Sequence[Any], kwargs
         cond = _Joint.apply(first, weight, run, options, found)
     else:
         with torch.no_grad():
-            *found, cond = run(first).chunk(len(x.others) + 1)
+            return _cut(func(_whole(x), *args, **kwargs), len(x.others) + 1)
     return _tie(cond, found)
 
 

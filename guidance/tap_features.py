@@ -170,3 +170,23 @@ def detached(output: Any) -> Any:
     if isinstance(output, tuple | list):
         return type(output)(detached(part) for part in output)
     return output.detach() if isinstance(output, Tensor) else output
+
+
+def pull_back(live: dict[str, Tensor], wanted: dict[str, Tensor], leaf: Tensor, *, retain: bool) -> Tensor:
+    """``sum_tap J_tap^T wanted_tap``; half precision is scaled to unit size on the way, so nothing underflows."""
+    taps = [tap for tap in wanted if live[tap].requires_grad]
+    precise = torch.float64 if leaf.dtype == torch.float64 else torch.float32
+    if not taps:
+        return torch.zeros_as_rows(leaf, dtype=precise)
+    scale: Tensor | float = 1.0
+    if leaf.dtype in (torch.float16, torch.bfloat16):
+        peak = torch.stack([wanted[t].detach().flatten(1).abs().amax(1) for t in taps]).amax(0)
+        scale = torch.where(peak > 0, peak, 1.0).to(precise)
+    outs = [live[t] for t in taps]
+    vectors = [(wanted[t] / _as_rows(scale, wanted[t])).to(live[t].dtype) for t in taps]
+    (g,) = torch.autograd.grad(outs, leaf, vectors, retain_graph=retain)
+    return g.to(precise) * _as_rows(scale, g)
+
+
+def _as_rows(scale: Tensor | float, x: Tensor) -> Tensor | float:
+    return scale.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(scale, Tensor) else scale

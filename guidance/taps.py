@@ -27,13 +27,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from guidance.errors import UserError
-from guidance.lockstep import plain
+from guidance.lockstep import as_batch, as_parts, plain
 from guidance.tap_features import (
     MID_BLOCK,
     Grid,
     detached,
     join_by_tap,
     patch_grid,
+    pull_back,
     read_output,
     resolve_tap,
     split_taps,
@@ -242,7 +243,7 @@ def forward_with_gradient(
             store = {tap: h.detach().contiguous() for tap, h in features.items()}
             for i, target in enumerate(feature_gradients):
                 last = i == len(feature_gradients) - 1
-                gradients.append(_pull_back(features, target(store), leaf, retain=not last))
+                gradients.append(pull_back(features, target(store), leaf, retain=not last))
         live.clear()
 
     def hook_for(name: str) -> Hook:
@@ -264,7 +265,8 @@ def forward_with_gradient(
         return hook
 
     needs_graph = bool(modules) or X0_THROUGH_UNET in taps
-    with _hooks(model, {name: hook_for(name) for name in modules}), torch.set_grad_enabled(needs_graph):
+    hooks = {name: hook_for(name) for name in modules}
+    with _hooks(model, hooks), _whole_blocks(model), torch.set_grad_enabled(needs_graph):
         try:
             output = forward(leaf)
         except _Stop:
@@ -280,29 +282,34 @@ def forward_with_gradient(
     return output, gradients
 
 
+@contextmanager
+def _whole_blocks(model: nn.Module) -> Iterator[None]:
+    """Let a UNet's blocks run parts in step as the one batch they are, wherever no graph is wanted (or any more)."""
+    number: list[int] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        joined = None if torch.is_grad_enabled() else as_batch(args, kwargs)
+        number.append(joined[2] if joined else 0)
+        return joined[:2] if joined else None
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        parts = number.pop()
+        return as_parts(output, parts) if parts else None
+
+    named = (getattr(model, name, None) for name in ("down_blocks", "mid_block", "up_blocks"))
+    blocks = [b for x in named if x is not None for b in (x if isinstance(x, nn.ModuleList) else [x])]
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in blocks]
+    handles += [b.register_forward_hook(after) for b in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _saved_as_they_are() -> Any:
     """What is saved for a backward pass here is none of a checkpointed block's, whose hook may be running."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-def _pull_back(live: dict[str, Tensor], wanted: dict[str, Tensor], leaf: Tensor, *, retain: bool) -> Tensor:
-    """``sum_tap J_tap^T wanted_tap``; half precision is scaled to unit size on the way, so nothing underflows."""
-    taps = [tap for tap in wanted if live[tap].requires_grad]
-    precise = torch.float64 if leaf.dtype == torch.float64 else torch.float32
-    if not taps:
-        return torch.zeros_like(leaf, dtype=precise)
-    scale: Tensor | float = 1.0
-    if leaf.dtype in (torch.float16, torch.bfloat16):
-        peak = torch.stack([wanted[t].detach().flatten(1).abs().amax(1) for t in taps]).amax(0)
-        scale = torch.where(peak > 0, peak, 1.0).to(precise)
-    outs = [live[t] for t in taps]
-    vectors = [(wanted[t] / _like(scale, wanted[t])).to(live[t].dtype) for t in taps]
-    (g,) = torch.autograd.grad(outs, leaf, vectors, retain_graph=retain)
-    return g.to(precise) * _like(scale, g)
-
-
-def _like(scale: Tensor | float, x: Tensor) -> Tensor | float:
-    return scale.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(scale, Tensor) else scale
 
 
 if __name__ == "__main__":

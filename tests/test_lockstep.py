@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_taps import sd15_shape
 
-from guidance.lockstep import Lockstep, lockstep, plain, split_parts
+from guidance.lockstep import Lockstep, as_batch, as_parts, lockstep, plain, split_parts
 from guidance.taps import forward_with_gradient
 
 
@@ -107,3 +107,48 @@ def test_containers_and_shared_arguments():
     assert plain(joined[0]["k"]) is not a and torch.equal(plain(joined[0]["k"]), b)
     assert joined[0]["same"] is None and torch.equal(joined[1][0].others[0], a)
     assert not isinstance(lockstep([a, a], 0), Lockstep)  # the very same tensor stays ordinary
+
+
+def test_blocks_after_the_tap_get_the_whole_batch():
+    unet = sd15_shape().eval().requires_grad_(False)
+    x, text = torch.randn(2, 4, 16, 16), torch.zeros(2, 7, 768)
+    seen = {"down_blocks": [], "up_blocks": []}
+    for name, found in seen.items():
+        for block in getattr(unet, name):
+            forward = block.forward
+
+            def watched(*args, found=found, forward=forward, **kwargs):
+                every = [*args, *kwargs.values(), *kwargs.get("res_hidden_states_tuple", ())]
+                found.append(
+                    {(isinstance(a, Lockstep), len(a)) for a in every if isinstance(a, torch.Tensor)}
+                )
+                return forward(*args, **kwargs)
+
+            block.forward = watched
+
+    def in_step(leaf):
+        return unet(lockstep([x, leaf], 1), torch.tensor(401), lockstep([text + 1, text], 1)).sample
+
+    out, _ = forward_with_gradient(in_step, unet, x + 1, ["mid_block"], [score_gradient])
+    assert all((True, 2) in sizes and (False, 4) not in sizes for sizes in seen["down_blocks"])
+    assert all(
+        sizes == {(False, 4)} for sizes in seen["up_blocks"]
+    )  # the time embedding too, which is shared
+    assert isinstance(out, Lockstep) and out.shape == x.shape
+
+
+def test_a_batch_of_parts_and_back():
+    a, b, own = torch.zeros(1, 2), torch.ones(1, 2), torch.full((1, 3), 5.0)
+    tied = lockstep([a, b], 0)
+    (x, shared, number), options, parts = as_batch((tied, own, 7), {"skips": (tied, None)})
+    assert parts == 2 and number == 7 and options["skips"][1] is None
+    assert torch.equal(x, torch.cat([b, a])) and torch.equal(
+        options["skips"][0], x
+    )  # the conditional part last
+    assert shared.shape == (2, 3)
+    back = as_parts((x, None), parts)[0]
+    assert torch.equal(plain(back), a) and torch.equal(back.others[0], b)
+    (again,), _, _ = as_batch((back,), {})
+    assert again is x  # no copy
+    assert as_batch((own,), {}) is None
+    assert as_batch((tied, lockstep([torch.zeros(3, 2), torch.ones(3, 2)], 0)), {}) is None
