@@ -3,7 +3,8 @@
 A pair is what the adapter will see in a denoiser call, ``(x_t, eps, x0, t)``, and the direction in which
 :func:`guidance.apply_guidance` pushes there for the teacher.  Pairs lie in the shards of a
 :class:`~guidance.feature_cache.FeatureCache`, ``h = [x_t, eps, x0, direction]``; a shard is one recorded run and a
-function of (seed, split, index) alone, so a killed recording goes on with the shards that are missing.
+function of (seed, split, index) alone, so a killed recording goes on with the shards that are missing, and
+several processes record the bytes that one does.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -40,7 +42,10 @@ from guidance.guides.base import Guide
 from guidance.head_config import NUM_BINS, timestep_bins
 from guidance.io import atomic_dir, read_json, write_json
 from guidance.sampling import sample_latents, using_scheduler
-from guidance.testbed.training import FitResult, Stage, batch_indices, fit
+from guidance.testbed.training import FitResult, Stage, batch_indices, fit, world
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 SPLITS = ("train", "test")
 _STATISTICS_ROWS = 2048
@@ -167,6 +172,7 @@ def cache_pairs(
     calls_per_run: int = 10,
     seed: int = 0,
     progress: bool = True,
+    state: PartialState | None = None,
 ) -> FeatureCache:
     """Record teacher pairs into shards, one run each; whole shards that are there are kept.
 
@@ -180,10 +186,11 @@ def cache_pairs(
         batch_size: Samples per run.
         calls_per_run: Denoiser calls recorded of each run.
         seed: Seed of prompts, noise, scales and steps.
-        progress: Show a progress bar.
+        progress: Show a progress bar: of this process's share, on the main process.
+        state: Processes that share the runs and all call this; None for this one alone.
 
     Returns:
-        The finished cache.
+        The finished cache, once every process has done its share.
 
     Raises:
         UserError: If the cache was recorded with other settings, or predictions are not finite.
@@ -194,10 +201,15 @@ def cache_pairs(
     splits = {s: {"rows": math.ceil(rows[s] / per_run) * per_run, "rows_per_shard": per_run} for s in SPLITS}
     manifest = {"format_version": FORMAT_VERSION, "settings": settings, "splits": splits}
     _check_plan(folder, manifest)
+    index, processes = (state.process_index, state.num_processes) if state else (0, 1)
+    if state:
+        state.wait_for_everyone()  # all have looked before any writes
     shards = [(split, i) for split in SPLITS for i in range(splits[split]["rows"] // per_run)]
+    shards = shards[index::processes]
     todo = [(s, i) for s, i in shards if not has_shard(folder / shard_name(s, i), per_run, [])]
     total = len(todo) * per_run
-    with tqdm(total=total, desc="record pairs", unit="pair", disable=not progress or not todo) as bar:
+    silent = not progress or index > 0 or not todo
+    with tqdm(total=total, desc="record pairs", unit="pair", disable=silent) as bar:
         for split, i in todo:
             rng = np.random.default_rng([seed, zlib.crc32(split.encode()), i])
             recorder = source.record(pipe, teacher, split, batch_size, calls_per_run, rng)
@@ -206,6 +218,8 @@ def cache_pairs(
                 np.save(temporary / "h.npy", torch.cat(recorder.pairs).numpy())
                 np.save(temporary / "t.npy", torch.cat(recorder.times).numpy())
             bar.update(per_run)
+    if state:
+        state.wait_for_everyone()
     return FeatureCache(folder)
 
 
@@ -241,6 +255,8 @@ def fit_adapter(
 ) -> FitResult:
     """Train an adapter in place: AdamW, learning rate up and down once; resumes from its checkpoint in ``work``.
 
+    Several processes of ``torch.distributed`` share each batch; the weights are those of one, up to rounding.
+
     Args:
         adapter: Built; its input statistics are set first.
         pairs: The training split.
@@ -254,16 +270,25 @@ def fit_adapter(
     device, seed = options.get("device", "cpu"), options.get("seed", 0)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = batch_indices(len(pairs), stage.batch_size, step, seed)
+        rank, size = world()
+        rows = batch_indices(len(pairs), stage.batch_size, step, seed)[rank::size]
         inputs, wanted = read_pairs(pairs, rows, device)
         value = direction_loss(adapter(*inputs), wanted, mse_weight)
         if step % 20 == 0 and not value.isfinite():
             raise UserError(f"Expected a finite loss, got {value.item()} at step {step}; lower the lr.")
-        return value
+        return value if size == 1 else value * _share(wanted) * size
 
     result = fit("adapter", adapter.train(), loss, stage, work, **options)
     adapter.eval().requires_grad_(False)
     return result
+
+
+def _share(wanted: Tensor) -> Tensor:
+    """What part of the batch's samples with a direction this process has: its weight in the mean over all."""
+    here = wanted.flatten(1).any(1).sum().float()
+    everywhere = here.clone()
+    dist.all_reduce(everywhere)
+    return here / everywhere.clamp(min=1)
 
 
 @torch.no_grad()

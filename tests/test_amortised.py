@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -466,6 +470,33 @@ def test_the_script_trains_an_adapter(options, pipe, tmp_path: Path, capsys) -> 
     with pytest.raises(SystemExit):
         run(*options, f"output={output}", "lr=0.5")
     assert "lr: 0.002 there, 0.5 here" in capsys.readouterr().err
+
+
+def test_two_processes_record_the_bytes_of_one_and_train_its_weights(options, tmp_path: Path) -> None:
+    """Real processes go on with what a killed one left; their shares of a batch of seven are four and three."""
+    one, two, root = tmp_path / "one", tmp_path / "two", Path(__file__).resolve().parents[1]
+    words = [*options, "data.train=24", "batch_size=7", "lr=0.01"]
+    run(*words, f"output={one / 'a'}", f"pairs={one / 'pairs'}")
+    kept, torn = ("pairs/train/shard-00002", "pairs/train/shard-00001.tmp-1-ab")
+    shutil.copytree(one / kept, two / kept)
+    shutil.copy(one / "pairs" / "manifest.json", two / "pairs")
+    (two / torn).mkdir()
+    before = (two / kept / "h.npy").stat().st_mtime_ns
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "train.amortise", *words, f"output={two / 'a'}", f"pairs={two / 'pairs'}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(launch, env=env, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("cosine") == 1  # one process speaks
+    assert (
+        done.stderr.count("record pairs:   0%") == 1 and (two / kept / "h.npy").stat().st_mtime_ns == before
+    )
+    assert contents(one / "pairs") == contents(two / "pairs")
+    wanted, got = load_adapter(one / "a").state_dict(), load_adapter(two / "a").state_dict()
+    start = small(base_model="x").state_dict()
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4)
+    assert (wanted["first.weight"] - start["first.weight"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(

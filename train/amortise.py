@@ -1,9 +1,12 @@
 """Train an adapter that predicts the directions of mid-u guidance, so that sampling needs no backward pass.
 
-    python -m train.amortise                                    # the testbed's aesthetic head is the teacher
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m train.amortise   # two cores
+    python -m train.amortise                  # one process; the testbed's aesthetic head is the teacher
     python -m train.amortise 'teacher=[{head: runs/heads/testbed-colour, target: red}]' output=runs/adapters/red
 
-Teacher pairs are recorded first where they are absent. A killed run goes on when the same command is given again.
+Teacher pairs are recorded first where they are absent. Processes share the recording, whose bytes do not
+depend on their number, and each batch of the training. A killed run goes on when the same command is given
+again.
 """
 
 from __future__ import annotations
@@ -99,6 +102,8 @@ class AmortiseConfig:
 def amortise(config: AmortiseConfig) -> Adapter:
     """Train an adapter, or return the one that this config has already trained.
 
+    All processes of a launch call this, share the work, and return the same adapter.
+
     Args:
         config: Teacher, pairs, network, training, and where to put the result.
 
@@ -108,13 +113,12 @@ def amortise(config: AmortiseConfig) -> Adapter:
     Raises:
         UserError: If teacher, model, prompts or output cannot be used.
     """
-    import torch
-
     from guidance.adapter import AdapterConfig, build_adapter, load_adapter, save_adapter
     from guidance.adapter_training import cache_pairs, fit_adapter, measure_adapter
     from guidance.guides.amortised import describe_teacher, read_teacher
     from guidance.io import check_writable
-    from guidance.pipelines import fingerprint, latent_channels, load_pipeline
+    from guidance.pipelines import fingerprint, latent_channels
+    from guidance.processes import join_processes, load_on
     from guidance.schedule import NoiseSchedule
     from guidance.testbed.training import Stage
 
@@ -124,7 +128,8 @@ def amortise(config: AmortiseConfig) -> Adapter:
         return finished
     check_writable(config.output)
     guides, source = [term.guide() for term in terms], _source(config)
-    pipe = load_pipeline(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+    state = join_processes()
+    pipe = load_on(state, config.model, revision=None, device=config.device, dtype=config.dtype)
     schedule, device = NoiseSchedule.from_scheduler(pipe.scheduler), pipe.unet.device
     model: dict[str, Any] = {
         "base_model": config.model,
@@ -143,6 +148,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
         batch_size=config.data.batch_size,
         calls_per_run=config.data.calls_per_run,
         seed=config.seed,
+        state=state,
     )
     t = pairs.column("t")
     shape = AdapterConfig(latent_channels(pipe.unet), config.width, config.depth, **model)
@@ -165,10 +171,14 @@ def amortise(config: AmortiseConfig) -> Adapter:
         device=device,
         checkpoint_every=config.checkpoint_every,
     )
-    shape.metrics = measure_adapter(adapter, pairs.select("test"))
-    facts = {"pairs": len(pairs.select("train")), "steps": result.steps, "seconds": round(result.seconds, 1)}
-    save_adapter(adapter, config.output, _card(adapter, config.output, facts), train=to_yaml(config))
-    shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()  # all have read the checkpoint before it goes
+    if state.is_main_process:
+        shape.metrics = measure_adapter(adapter, pairs.select("test"))
+        facts: dict[str, Any] = {"pairs": len(pairs.select("train")), "steps": result.steps}
+        facts |= {"processes": state.num_processes, "seconds": round(result.seconds, 1)}
+        save_adapter(adapter, config.output, _card(adapter, config.output, facts), train=to_yaml(config))
+        shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()
     return load_adapter(config.output)
 
 
@@ -248,10 +258,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         default_config="configs/amortise/testbed.yaml",
     )
     metrics = amortise(config).config.metrics
-    bins = ", ".join(f"{b['cosine']:.2f}" for b in metrics["bins"] if b["cosine"] is not None)
-    print(
-        f"{config.output}: cosine {metrics['cosine']:.3f} on held-out pairs; from t = 0 to the highest: {bins}"
-    )
+    from guidance.processes import join_processes, leave_processes
+
+    state = join_processes()
+    if state.is_main_process:
+        bins = ", ".join(f"{b['cosine']:.2f}" for b in metrics["bins"] if b["cosine"] is not None)
+        print(
+            f"{config.output}: cosine {metrics['cosine']:.3f} on held-out pairs; "
+            f"from t = 0 to the highest: {bins}"
+        )
+    leave_processes(state)
 
 
 if __name__ == "__main__":

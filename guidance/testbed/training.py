@@ -113,7 +113,7 @@ def fit(
 
     def progress() -> float:
         by_time = (spent + time.monotonic() - started) / limit if limit else 0.0
-        value = torch.tensor(max(by_time, step / stage.steps))
+        value = torch.tensor(max(by_time, step / stage.steps), device=device)
         if size > 1:  # all processes go by the clock of the first
             dist.broadcast(value, 0)
         return float(value)
