@@ -7,6 +7,7 @@ python -m eval.guides steering           # particles: best-of-N, Feynman-Kac, wi
 python -m eval.guides amortised          # an adapter against the gradients it was taught by
 python -m eval.guides two_guides         # rating and class at once
 python -m eval.guides overoptimisation   # truth against the head's own score as the scale grows; committees
+python -m eval.guides cfg_variants       # variants of classifier-free guidance as partners of mid-u guidance
 python -m eval.guides edits              # starting from an image (SDEdit) or a mask, on the testbed's edit pairs
 python -m eval.guides STUDY --help       # options of a study
 
@@ -33,6 +34,7 @@ STUDIES = (
     "amortised",
     "two_guides",
     "overoptimisation",
+    "cfg_variants",
     "edits",
 )
 

@@ -15,6 +15,7 @@ from eval.guides import STUDIES, main
 from eval.precision_recall import precision_recall
 from guidance.adapter import AdapterConfig, build_adapter, save_adapter
 from guidance.arms import Arm, Steering
+from guidance.cfg import ClassifierFree
 from guidance.clip import load_clip
 from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
@@ -68,6 +69,7 @@ def words(study: str, parts: dict[str, Path]) -> list[str]:
             "strengths=[0.9]",
             "cfg_scale=2",
         ],
+        "cfg_variants": [f"head={parts['rating']}", "interval=[0.5, 1]"],
         "overoptimisation": [
             f"heads=[{parts['rating']}, {parts['rating']}]",
             f"adapter={parts['adapter']}",
@@ -90,6 +92,7 @@ ROWS = {
     "amortised": 10,
     "overoptimisation": 6,
     "two_guides": 4,
+    "cfg_variants": 10,
     "edits": 7,
 }
 
@@ -118,6 +121,77 @@ def test_a_study_runs_and_goes_on_where_it_was(study, parts, tiny_folder, tmp_pa
     assert [untimed(row) for row in remade["rows"]] == [untimed(row) for row in result["rows"]]
     again = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
     assert again.keys() == images.keys() and sum(again[p] != images[p] for p in images) == min(1, len(images))
+
+
+def rows_of(study: str, tmp_path: Path, tiny_folder: Path, *options: str) -> list[dict[str, str]]:
+    """Rows of a tiny run, whose images lie in ``tmp_path/test``."""
+    assert main([study, f"model={tiny_folder}", f"output={tmp_path}", "num_steps=2", *options]) == 0
+    return json.loads((tmp_path / "test" / f"{study}.json").read_text())["rows"]
+
+
+@pytest.mark.filterwarnings("ignore")  # few images, few features
+def test_variants_of_guidance_are_set_beside_plain_guidance(
+    tiny_pipe, tiny_folder, parts, tmp_path: Path, capsys
+) -> None:
+    options = [f"head={parts['rating']}", "num_images=4", "interval=[0, 1]", "target=6"]
+    rows = rows_of("cfg_variants", tmp_path, tiny_folder, *options)
+    names = ["plain 3", "plain 6", "6, rescale 0.7", "6, steps 0 to 1", "6, modulated by rating 6"]
+    assert [row["CFG"] for row in rows[::2]] == [row["CFG"] for row in rows[1::2]] == names
+    assert [row["arm"] for row in rows] == 5 * ["unguided", "scale=2.5"]
+    base, high, full = rows[0], rows[2], rows[6]
+    assert base["truth, sd [95%]"] == "+0.00 [+0.00, +0.00]" and base["drift, grey levels"] == "0.0"
+    assert untimed(high) == untimed(full) | {"CFG": high["CFG"]}  # the interval is all of the steps
+    assert all(float(row["drift, grey levels"]) > 0 for row in rows[1:])
+
+    likes = MidBlockGuide(load_head(parts["rating"]), objective="at_least", target=6)
+    expected = {"plain 3": 3.0, "plain 6": 6.0, names[4]: ClassifierFree(6.0, modulate=likes)}
+    folders = {}
+    for name, cfg in expected.items():
+        store = RecordStore(tmp_path / "test" / "cfg_variants" / "rating" / name)
+        records = sorted((r for r in store.load() if r.arm == "unguided"), key=lambda r: r.seed)
+        images = sample_images(
+            tiny_pipe, [r.prompt for r in records], [r.seed for r in records], num_steps=2, cfg_scale=cfg
+        )
+        folders[name] = np.stack([read(store, record) for record in records])
+        assert np.abs(folders[name] - images).max() <= 1
+    assert np.abs(folders["plain 6"] - folders[names[4]]).max() > 1  # the modulated weight is another
+    with pytest.raises(SystemExit):
+        rows_of("cfg_variants", tmp_path, tiny_folder, *options, "interval=[0.5]")
+    assert "[start, stop]" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_particles_are_steered_to_each_class_of_a_head(
+    tiny_pipe, tiny_folder, parts, tmp_path: Path, capsys
+) -> None:
+    options = [f"class_head={parts['time']}", "particles=2", "num_images=8", "scale=1"]
+    rows = rows_of("steering", tmp_path, tiny_folder, *options)
+    alone = ["best of 2", "steered, lam 2"]
+    pushed = [f"gradients, {name}" for name in alone]
+    assert [row["arm"] for row in rows] == ["unguided", *alone, "gradients", *pushed]
+    # every class starts from the same noises, so that each unguided image is right for one of the four
+    agrees, against = "judge agrees on the time, % [95%]", "against best of 2, points [95%]"
+    assert rows[0][agrees].startswith("25.0 [")
+    assert rows[1][against] == "+0.0 [+0.0, +0.0]"
+    shares = [float(row[agrees].split()[0]) for row in rows]
+    assert [float(row[against].split()[0]) for row in rows] == pytest.approx([s - shares[1] for s in shares])
+    assert [row["denoiser calls an image"] for row in rows] == ["1x", "2x", "2x", "1x", "2x", "2x"]
+
+    store = RecordStore(tmp_path / "test" / "steering-2-time")
+    best = [r for r in store.load() if r.arm == "best of 2"]
+    assert {r.prompt_id for r in best} == {f"time-{label}" for label in TIMES}
+    assert {r.conditioning for r in best} == {""} and {r.cfg_scale for r in best} == {1.0}
+    for label in TIMES:
+        guide = MidBlockGuide(load_head(parts["time"]), objective="class", target=label)
+        steered = best_of_n(
+            tiny_pipe, ["", ""], [0, 1], guide, particles=2, eta=1.0, num_steps=2, cfg_scale=1.0
+        )
+        expected = decode_latents(tiny_pipe, steered.latents).astype(int)
+        for record in (r for r in best if r.prompt_id == f"time-{label}"):
+            assert np.abs(read(store, record) - expected[record.seed]).max() <= 1
+    with pytest.raises(SystemExit):
+        rows_of("steering", tmp_path, tiny_folder, *options, f"class_head={parts['rating']}")
+    assert "Expected a class head" in capsys.readouterr().err
 
 
 def test_an_unknown_study_and_a_missing_head_are_refused(tmp_path: Path, capsys) -> None:

@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from eval.precision_recall import precision_recall
-from eval.studies.common import Bench, Sampled, StudyConfig, share
+from eval.studies.common import Bench, Sampled, StudyConfig, class_hits, precision, share
 from guidance.arms import arm_name, guide_arms
 from guidance.guide_specs import MidBlockSpec
 from guidance.options import option
@@ -46,7 +45,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
             sampled[label] = bench.sample(f"classes/{attribute}", jobs, arms, cfg_scale=1.0)
         base = np.mean([s["unguided"].seconds for s in sampled.values()])
         for name in map(arm_name, [0.0, *config.scales]):
-            hits = {label: _hits(bench, attribute, label, s[name]) for label, s in sampled.items()}
+            hits = {label: class_hits(bench, attribute, label, s[name]) for label, s in sampled.items()}
             features = bench.judges.features(np.concatenate([s[name].images for s in sampled.values()]))
             worst = min(hits, key=lambda label: hits[label].mean())
             seconds = np.mean([s[name].seconds for s in sampled.values()])
@@ -55,19 +54,10 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
                     "attribute": attribute,
                     "arm": name,
                     "judge agrees, % [95%]": share(np.concatenate(list(hits.values()))),
-                    "precision": f"{_precision(real, features):.2f}",
+                    "precision": f"{precision(real, features):.2f}",
                     "worst class": f"{worst} {100 * hits[worst].mean():.0f}",
                     "chance": f"{100 / len(hits):.1f}",
                     "time": f"{seconds / base:.2f}x",
                 }
             )
     return rows
-
-
-def _precision(real: np.ndarray, features: np.ndarray) -> float:
-    """Of images that are all alike: 0, which a guide that is far too strong may make."""
-    return precision_recall(real, features).precision if np.ptp(features, axis=0).any() else 0.0
-
-
-def _hits(bench: Bench, attribute: str, label: str, sampled: Sampled) -> np.ndarray:
-    return bench.judges.classify(sampled.images)[attribute] == ATTRIBUTES[attribute].index(label)

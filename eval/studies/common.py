@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from eval.arm_folders import load_images
 from eval.paired import PairedDifference, paired_difference, wilson
+from eval.precision_recall import precision_recall
 from eval.tables import with_interval
 from guidance.arms import Arm, guide_arms
 from guidance.guide_specs import GuideSpec
@@ -21,6 +22,7 @@ from guidance.prompts import Prompt, load_prompts
 from guidance.records import Record, RecordStore
 from guidance.run import list_jobs, sample_arms
 from guidance.testbed.judges import Judges, load_judges
+from guidance.testbed.scenes import ATTRIBUTES
 from guidance.testbed.truth import truth_score
 from guidance.units import Job
 
@@ -143,6 +145,16 @@ def agreement(bench: Bench, sampled: Sampled) -> str:
     """Share of images in which the judge classifier sees the object, colour and time that the caption says."""
     seen = bench.judges.agreement(sampled.images, [r.prompt for r in sampled.records])
     return " / ".join(f"{100 * seen[name].mean():.1f}" for name in ("object", "colour", "time"))
+
+
+def class_hits(bench: Bench, attribute: str, label: str, sampled: Sampled) -> Bool[np.ndarray, " n"]:
+    """Whether the judge classifier sees one class of an attribute in each image."""
+    return bench.judges.classify(sampled.images)[attribute] == ATTRIBUTES[attribute].index(label)
+
+
+def precision(real: Float[np.ndarray, "n d"], features: Float[np.ndarray, "m d"]) -> float:
+    """Of images that are all alike: 0, which a guide that is far too strong may make."""
+    return precision_recall(real, features).precision if np.ptp(features, axis=0).any() else 0.0
 
 
 def pixel_rms(a: UInt8[np.ndarray, "n h w 3"], b: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]:

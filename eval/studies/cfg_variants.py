@@ -1,0 +1,85 @@
+"""Variants of classifier-free guidance as partners of mid-u guidance: a large weight, tamed in three ways."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from eval.frechet import frechet_distance, moments
+from eval.studies.common import Bench, Sampled, StudyConfig, agreement, pixel_rms, truth_change
+from guidance.arms import guide_arms
+from guidance.cfg import ClassifierFree
+from guidance.errors import UserError
+from guidance.guide_specs import MidBlockSpec
+from guidance.guides import MidBlockGuide
+from guidance.options import option
+from guidance.testbed.render import render_scenes
+from guidance.testbed.scenes import scenes
+
+
+@dataclasses.dataclass
+class Config(StudyConfig):
+    """What is measured."""
+
+    head: str = option("runs/heads/testbed-aesthetic", "rating head that guides, and modulates the weight")
+    scale: float = option(2.5, "scale of mid-u guidance")
+    start: float | None = option(0.1, "fraction of the steps where it begins; null: the head's own")
+    cfg_scale: float = option(3.0, "weight of classifier-free guidance in the base arm")
+    high: float = option(6.0, "the larger weight that the variants tame")
+    rescale: float = option(0.7, "how far the deviation is pulled back to that of the conditional prediction")
+    interval: list[float] = option([0.2, 0.8], "fractions of the steps between which the larger weight holds")
+    target: float = option(7.0, "rating whose probability, of at least that, turns the larger weight down")
+
+
+def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+    """Sample under each variant, unguided and with mid-u guidance, from the same captions and noise.
+
+    The modulating head is a rating head, because a guide has one target for the whole batch: it cannot wait
+    for the class that each caption names.
+
+    Returns:
+        One row per variant and arm, all paired with the base, plain guidance of ``cfg_scale`` unguided.  The
+        Frechet distance on judge features, to as many rendered scenes of the split, has no interval and is
+        biased upwards, the more the fewer the images: compare it within a table only.
+    """
+    spec = MidBlockSpec(head=config.head, start=config.start)
+    arms, jobs = guide_arms([spec], [config.scale]), bench.captions()
+    folder = f"cfg_variants/{Path(config.head).name}"  # records do not say which head modulates
+    sampled: dict[tuple[str, str], Sampled] = {}
+    for variant, cfg in variants(bench, config).items():
+        for arm, s in bench.sample(f"{folder}/{variant}", jobs, arms, cfg_scale=cfg).items():
+            sampled[variant, arm] = s
+    real = moments(bench.judges.features(render_scenes(scenes(config.split, config.num_images))))
+    base = next(iter(sampled.values()))
+    return [
+        {
+            "CFG": variant,
+            "arm": arm,
+            "truth, sd [95%]": truth_change(base, s),
+            "object / colour / time agree": agreement(bench, s),
+            "FD-judge": f"{frechet_distance(*real, *moments(bench.judges.features(s.images))):.1f}",
+            "drift, grey levels": f"{pixel_rms(base.images, s.images).mean():.1f}",
+            "time": f"{s.seconds / base.seconds:.2f}x",
+        }
+        for (variant, arm), s in sampled.items()
+    ]
+
+
+def variants(bench: Bench, config: Config) -> dict[str, ClassifierFree]:
+    """What is compared, by name, the base first.
+
+    Raises:
+        UserError: If an option is out of range.
+    """
+    if len(config.interval) != 2:
+        raise UserError(f"Expected an interval [start, stop], got {config.interval}; for example [0.2, 0.8].")
+    start, stop = config.interval
+    likes = MidBlockGuide(bench.head(config.head), objective="at_least", target=config.target)
+    high = config.high
+    return {
+        f"plain {config.cfg_scale:g}": ClassifierFree(config.cfg_scale),
+        f"plain {high:g}": ClassifierFree(high),
+        f"{high:g}, rescale {config.rescale:g}": ClassifierFree(high, rescale=config.rescale),
+        f"{high:g}, steps {start:g} to {stop:g}": ClassifierFree(high, start=start, stop=stop),
+        f"{high:g}, modulated by rating {config.target:g}": ClassifierFree(high, modulate=likes),
+    }
