@@ -47,7 +47,7 @@ class AdapterConfig:
     """
 
     channels: int = 4
-    width: int = 32
+    width: int = 16
     depth: int = 5
     base_model: str = ""
     base_fingerprint: str = ""

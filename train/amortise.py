@@ -79,7 +79,7 @@ class AmortiseConfig:
     model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
     device: str | None = option(None, "device of model and training; null picks CUDA, MPS or CPU")
-    width: int = option(32, "channels of the adapter's blocks")
+    width: int = option(16, "channels of the adapter's blocks")
     depth: int = option(5, "number of the adapter's blocks")
     steps: int = option(1500, "optimiser steps")
     batch_size: int = option(128, "pairs per step")
