@@ -2,8 +2,9 @@
 
 The gradient of guidance needs a graph for the conditional part alone, but a forward for each part reads and unpacks
 every weight once a part, which costs 10 to 20% of a step at batch 1 on a CPU.  A :class:`Lockstep` tensor is the
-conditional part with the others at its side: operations with weights run once on the whole batch, all others part by
-part, and only the conditional part remembers them for the backward pass.
+conditional part with the others at its side: operations with large weights run once on the whole batch, all others part
+by part, and only the conditional part remembers them for the backward pass.  Weights smaller than a part's input are
+read again for each part: that is cheaper than to put the parts together.
 
 Where no graph is wanted any more, whole modules run on the batch as one (:func:`as_batch`, :func:`as_parts`).
 """
@@ -40,7 +41,7 @@ class Lockstep(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _WEIGHTED and isinstance(args[0], Lockstep) and not any(map(_moves, args[1:])):
+            if func in _WEIGHTED and isinstance(args[0], Lockstep) and _pays(args, kwargs):
                 return _joint(func, args[0], args[1:], kwargs)
             if _fills(func, args, kwargs):
                 raise NotInStepError(f"{func} writes parts into one tensor")
@@ -149,8 +150,12 @@ def _tie(first: Tensor, others: Sequence[Tensor], whole: Tensor | None = None) -
     return tied
 
 
-def _moves(value: Any) -> bool:
-    return isinstance(value, Lockstep)
+def _pays(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether all parts share the weight, and reading it costs more than putting the parts into one tensor."""
+    if any(isinstance(value, Lockstep) for value in args[1:]):
+        return False
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    return bool(args[0].whole is not None or weight.numel() > args[0].numel())
 
 
 def _fills(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
