@@ -177,7 +177,7 @@ def pull_back(live: dict[str, Tensor], wanted: dict[str, Tensor], leaf: Tensor, 
     taps = [tap for tap in wanted if live[tap].requires_grad]
     precise = torch.float64 if leaf.dtype == torch.float64 else torch.float32
     if not taps:
-        return torch.zeros_as_rows(leaf, dtype=precise)
+        return torch.zeros_like(leaf, dtype=precise)
     scale: Tensor | float = 1.0
     if leaf.dtype in (torch.float16, torch.bfloat16):
         peak = torch.stack([wanted[t].detach().flatten(1).abs().amax(1) for t in taps]).amax(0)

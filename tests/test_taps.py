@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from guidance.errors import UserError
 from guidance.guides.base import unit_rms
+from guidance.tap_features import pull_back
 from guidance.taps import capture, encode_features, forward_with_gradient
 
 
@@ -148,3 +149,10 @@ def test_bad_taps_and_inference_mode_get_a_sentence(tiny_pipe):
         forward_with_gradient(
             lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient]
         )
+
+
+def test_features_that_do_not_depend_on_the_input_pull_back_zeros() -> None:
+    leaf = torch.ones(2, 3, 4, 4, requires_grad=True)
+    fixed = torch.ones(2, 5, 2, 2)
+    gradient = pull_back({"tap": fixed}, {"tap": torch.ones_like(fixed)}, leaf, retain=False)
+    assert gradient.shape == leaf.shape and gradient.dtype == torch.float32 and not gradient.any()
