@@ -18,7 +18,7 @@ from guidance.errors import UserError
 from guidance.guides.base import is_direct, rms, scale_for, unit_rms
 from guidance.lockstep import NotInStepError, lockstep, plain, split_parts
 from guidance.pipelines import latent_channels
-from guidance.taps import forward_with_gradient, prediction_of
+from guidance.taps import forward_with_gradient, prediction_of, whole_blocks
 
 #: On a CPU, models with more weights than this per number of their input run all parts in step
 #: (:mod:`guidance.lockstep`): reading weights once is then worth more than the copies it takes.  Stable Diffusion at
@@ -188,7 +188,8 @@ class GuidedStep:
             if not in_step:
                 return call(own)
             parts = [tuple(part) for part in (*calls[:c], own, *calls[c + 1 :])]
-            return call(DenoiserCall(*lockstep(parts, c)))
+            with whole_blocks(self.owner.denoiser):
+                return call(DenoiserCall(*lockstep(parts, c)))
 
         output, self.gradients = forward_with_gradient(
             forward, self.owner.denoiser, self._x, taps, targets, self._predict_x0, whole=whole

@@ -41,7 +41,7 @@ class Lockstep(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in _WEIGHTED and isinstance(args[0], Lockstep) and _pays(args, kwargs):
+            if func in _WEIGHTED and isinstance(args[0], Lockstep) and _pays(args[0], args[1:], kwargs):
                 return _joint(func, args[0], args[1:], kwargs)
             if _fills(func, args, kwargs):
                 raise NotInStepError(f"{func} writes parts into one tensor")
@@ -100,12 +100,11 @@ def as_batch(
         return None
     size, parts = len(tied[0]), len(tied[0].others) + 1
 
-    def shared(value: Any) -> Any:
-        along = type(value) is Tensor and value.ndim > 0 and len(value) == size
-        return torch.cat([value] * parts) if along else value
+    def whole(value: Any) -> Any:
+        shared = type(value) is Tensor and value.ndim > 0 and len(value) == size
+        return torch.cat([value] * parts) if shared else _map(_whole, value)
 
-    args, kwargs = tuple(map(shared, args)), {k: shared(v) for k, v in kwargs.items()}
-    return _map(_whole, args), _map(_whole, kwargs), parts
+    return tuple(map(whole, args)), {k: whole(v) for k, v in kwargs.items()}, parts
 
 
 def as_parts(output: Any, parts: int) -> Any:
@@ -150,12 +149,15 @@ def _tie(first: Tensor, others: Sequence[Tensor], whole: Tensor | None = None) -
     return tied
 
 
-def _pays(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+def _pays(x: Lockstep, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether all parts share the weight, and reading it costs more than putting the parts into one tensor."""
-    if any(isinstance(value, Lockstep) for value in args[1:]):
+    if any(isinstance(value, Lockstep) for value in args):
         return False
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
-    return bool(args[0].whole is not None or weight.numel() > args[0].numel())
+    return x.whole is not None or _weight(args, kwargs).numel() > x.numel()
+
+
+def _weight(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["weight"]
 
 
 def _fills(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -190,17 +192,14 @@ def _merge(first: Any, rest: Sequence[Any]) -> Any:
 
 def _joint(func: Callable[..., Tensor], x: Lockstep, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     """One call on the whole batch, cut into parts again."""
-    found: list[Tensor] = []
     first = plain(x)
-    run = lambda c: func(torch.cat([*x.others, c]), *args, **kwargs)  # noqa: E731
-    if torch.is_grad_enabled() and first.requires_grad:
-        weight = args[0] if args else kwargs["weight"]
-        options = _conv_options(args, kwargs) if func is F.conv2d else None
-        cond = _Joint.apply(first, weight, run, options, found)
-    else:
+    if not (torch.is_grad_enabled() and first.requires_grad):
         with torch.no_grad():
             return _cut(func(_whole(x), *args, **kwargs), len(x.others) + 1)
-    return _tie(cond, found)
+    found: list[Tensor] = []
+    run = lambda c: func(torch.cat([*x.others, c]), *args, **kwargs)  # noqa: E731
+    options = _conv_options(args, kwargs) if func is F.conv2d else None
+    return _tie(_Joint.apply(first, _weight(args, kwargs), run, options, found), found)
 
 
 def _conv_options(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:

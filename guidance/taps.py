@@ -265,8 +265,7 @@ def forward_with_gradient(
         return hook
 
     needs_graph = bool(modules) or X0_THROUGH_UNET in taps
-    hooks = {name: hook_for(name) for name in modules}
-    with _hooks(model, hooks), _whole_blocks(model), torch.set_grad_enabled(needs_graph):
+    with _hooks(model, {name: hook_for(name) for name in modules}), torch.set_grad_enabled(needs_graph):
         try:
             output = forward(leaf)
         except _Stop:
@@ -283,8 +282,9 @@ def forward_with_gradient(
 
 
 @contextmanager
-def _whole_blocks(model: nn.Module) -> Iterator[None]:
-    """Let a UNet's blocks run parts in step as the one batch they are, wherever no graph is wanted (or any more)."""
+def whole_blocks(model: nn.Module) -> Iterator[None]:
+    """Let a UNet's blocks run parts in step (:mod:`guidance.lockstep`) as the one batch they are, where no graph is
+    wanted, or not any more."""
     number: list[int] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:

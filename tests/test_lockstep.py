@@ -5,7 +5,7 @@ import torch
 from test_taps import sd15_shape
 
 from guidance.lockstep import Lockstep, as_batch, as_parts, lockstep, plain, split_parts
-from guidance.taps import forward_with_gradient
+from guidance.taps import forward_with_gradient, whole_blocks
 
 
 def saved_bytes(run):
@@ -127,13 +127,13 @@ def test_blocks_after_the_tap_get_the_whole_batch():
             block.forward = watched
 
     def in_step(leaf):
-        return unet(lockstep([x, leaf], 1), torch.tensor(401), lockstep([text + 1, text], 1)).sample
+        with whole_blocks(unet):
+            return unet(lockstep([x, leaf], 1), torch.tensor(401), lockstep([text + 1, text], 1)).sample
 
     out, _ = forward_with_gradient(in_step, unet, x + 1, ["mid_block"], [score_gradient])
     assert all((True, 2) in sizes and (False, 4) not in sizes for sizes in seen["down_blocks"])
-    assert all(
-        sizes == {(False, 4)} for sizes in seen["up_blocks"]
-    )  # the time embedding too, which is shared
+    # the time embedding too, which all parts share
+    assert all(sizes == {(False, 4)} for sizes in seen["up_blocks"])
     assert isinstance(out, Lockstep) and out.shape == x.shape
 
 
@@ -142,9 +142,8 @@ def test_a_batch_of_parts_and_back():
     tied = lockstep([a, b], 0)
     (x, shared, number), options, parts = as_batch((tied, own, 7), {"skips": (tied, None)})
     assert parts == 2 and number == 7 and options["skips"][1] is None
-    assert torch.equal(x, torch.cat([b, a])) and torch.equal(
-        options["skips"][0], x
-    )  # the conditional part last
+    # the conditional part is the last
+    assert torch.equal(x, torch.cat([b, a])) and torch.equal(options["skips"][0], x)
     assert shared.shape == (2, 3)
     back = as_parts((x, None), parts)[0]
     assert torch.equal(plain(back), a) and torch.equal(back.others[0], b)

@@ -257,9 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Train an adapter that predicts the directions of mid-u guidance.",
         default_config="configs/amortise/testbed.yaml",
     )
-    metrics = amortise(config).config.metrics
     from guidance.processes import join_processes, leave_processes
 
+    metrics = amortise(config).config.metrics
     state = join_processes()
     if state.is_main_process:
         bins = ", ".join(f"{b['cosine']:.2f}" for b in metrics["bins"] if b["cosine"] is not None)

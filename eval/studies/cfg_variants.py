@@ -13,8 +13,6 @@ from guidance.errors import UserError
 from guidance.guide_specs import MidBlockSpec
 from guidance.guides import MidBlockGuide
 from guidance.options import option
-from guidance.testbed.render import render_scenes
-from guidance.testbed.scenes import scenes
 
 
 @dataclasses.dataclass
@@ -49,7 +47,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     for variant, cfg in variants(bench, config).items():
         for arm, s in bench.sample(f"{folder}/{variant}", jobs, arms, cfg_scale=cfg).items():
             sampled[variant, arm] = s
-    real = moments(bench.judges.features(render_scenes(scenes(config.split, config.num_images))))
+    real = moments(bench.real)
     base = next(iter(sampled.values()))
     return [
         {

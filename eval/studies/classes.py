@@ -10,8 +10,7 @@ from eval.studies.common import Bench, Sampled, StudyConfig, class_hits, precisi
 from guidance.arms import arm_name, guide_arms
 from guidance.guide_specs import MidBlockSpec
 from guidance.options import option
-from guidance.testbed.render import render_scenes
-from guidance.testbed.scenes import ATTRIBUTES, scenes
+from guidance.testbed.scenes import ATTRIBUTES
 
 
 @dataclasses.dataclass
@@ -33,7 +32,6 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         of them (Kynkaanniemi et al. 2019) beside as many rendered scenes.
     """
     rows = []
-    real = bench.judges.features(render_scenes(scenes(config.split, config.num_images)))
     for folder in config.heads:
         head = bench.head(folder)
         attribute = head.config.target
@@ -54,7 +52,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
                     "attribute": attribute,
                     "arm": name,
                     "judge agrees, % [95%]": share(np.concatenate(list(hits.values()))),
-                    "precision": f"{precision(real, features):.2f}",
+                    "precision": f"{precision(bench.real, features):.2f}",
                     "worst class": f"{worst} {100 * hits[worst].mean():.0f}",
                     "chance": f"{100 / len(hits):.1f}",
                     "time": f"{seconds / base:.2f}x",

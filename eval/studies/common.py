@@ -22,7 +22,8 @@ from guidance.prompts import Prompt, load_prompts
 from guidance.records import Record, RecordStore
 from guidance.run import list_jobs, sample_arms
 from guidance.testbed.judges import Judges, load_judges
-from guidance.testbed.scenes import ATTRIBUTES
+from guidance.testbed.render import render_scenes
+from guidance.testbed.scenes import ATTRIBUTES, scenes
 from guidance.testbed.truth import truth_score
 from guidance.units import Job
 
@@ -82,6 +83,11 @@ class Bench:
     def judges(self) -> Judges:
         """The networks that grade and guide nothing."""
         return load_judges()
+
+    @functools.cached_property
+    def real(self) -> Float[np.ndarray, "n d"]:
+        """Judge features of as many rendered scenes of the split as there are images."""
+        return self.judges.features(render_scenes(scenes(self.config.split, self.config.num_images)))
 
     def head(self, folder: str) -> Any:
         """Load a head."""

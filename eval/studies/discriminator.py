@@ -14,7 +14,6 @@ from guidance.guide_specs import MidBlockSpec
 from guidance.options import option
 from guidance.prompts import Prompt
 from guidance.run import list_jobs
-from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import scenes
 
 _APART = 100_000  # scenes whose captions are sampled lie this far from those of the reference, and blocks from blocks
@@ -37,7 +36,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         One row per CFG weight and scale: the Frechet distance on judge features of each block, and their mean.
     """
     split, n = config.split, config.num_images
-    real = bench.judges.features(render_scenes(scenes(split, n)))
+    real = bench.real
     half = len(real) // 2
     floor = frechet_distance(*moments(real[:half]), *moments(real[half:]))
     rows = []

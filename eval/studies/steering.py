@@ -26,8 +26,7 @@ from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
 from guidance.heads import Head
 from guidance.options import option
-from guidance.testbed.render import render_scenes
-from guidance.testbed.scenes import ATTRIBUTES, scenes
+from guidance.testbed.scenes import ATTRIBUTES
 
 
 @dataclasses.dataclass
@@ -91,7 +90,6 @@ def _towards_classes(bench: Bench, config: Config, folder: str) -> list[dict[str
             "another class_head."
         )
     sampled = _sample_classes(bench, config, folder, network)
-    real = bench.judges.features(render_scenes(scenes(config.split, config.num_images)))
     hits, seconds = {}, {}
     for name, parts in sampled.items():
         hits[name] = np.concatenate([class_hits(bench, attribute, k, s) for k, s in parts.items()])
@@ -106,7 +104,7 @@ def _towards_classes(bench: Bench, config: Config, folder: str) -> list[dict[str
                 "arm": name,
                 f"judge agrees on the {attribute}, % [95%]": share(hits[name]),
                 f"against {best}, points [95%]": _points(hits[best], hits[name], noises),
-                "precision": f"{precision(real, features):.2f}",
+                "precision": f"{precision(bench.real, features):.2f}",
                 "denoiser calls an image": f"{config.particles if selected else 1}x",
                 "time": f"{seconds[name] / seconds['unguided']:.2f}x",
             }
