@@ -141,5 +141,6 @@ def test_the_demo_from_head_to_table(tmp_path, monkeypatch, capsys) -> None:
 
 def test_the_demo_says_when_its_head_cannot_be_trained(tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("no folder")
-    refused(demo.main, [f"head={tmp_path}/file/head", f"output={tmp_path}/out"], "file", capsys)
+    words = [f"head={tmp_path}/file/head", f"output={tmp_path}/out"]
+    refused(demo.main, words, f"Expected a folder at '{tmp_path}/file', found a file", capsys)
     assert not (tmp_path / "out").exists()
