@@ -11,7 +11,8 @@ python -m eval.guides cfg_variants       # variants of classifier-free guidance 
 python -m eval.guides edits              # starting from an image (SDEdit) or a mask, on the testbed's edit pairs
 python -m eval.guides STUDY --help       # options of a study
 
-Settings are chosen with split=validation and reported with split=test.  A killed study goes on where it was.
+Settings are chosen with split=validation and reported with split=test.  A killed study goes on where it was.  Several
+processes share the sampling: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m eval.guides STUDY
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ STUDIES = (
 )
 
 
-def measure(study: str, config: Any) -> str:
+def measure(study: str, config: Any) -> str | None:
     """Run a study.
 
     Args:
@@ -47,7 +48,8 @@ def measure(study: str, config: Any) -> str:
         config: Its ``Config``.
 
     Returns:
-        The table, which is also written to ``output/SPLIT/STUDY.md`` with its rows in ``STUDY.json``.
+        The table, which is also written to ``output/SPLIT/STUDY.md`` with its rows in ``STUDY.json``; None in all but
+        the main one of several processes.
 
     Raises:
         UserError: If a head is missing or does not fit, or an option is out of range.
@@ -59,6 +61,8 @@ def measure(study: str, config: Any) -> str:
     bench = Bench(config)
     check_writable(bench.folder)
     rows = importlib.import_module(f"eval.studies.{study}").run(bench, config)
+    if not bench.state.is_main_process:
+        return None
     table = markdown(rows)
     write_json(bench.folder / f"{study}.json", {"config": dataclasses.asdict(config), "rows": rows})
     with atomic_path(bench.folder / f"{study}.md") as temporary:
@@ -79,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         module.Config, rest[:-1], prog=f"eval.guides {study}", description=module.__doc__ or ""
     )
-    print(f"\n{measure(study, config)}")
+    from guidance.processes import join_processes, leave_processes
+
+    table = measure(study, config)
+    if table is not None:
+        print(f"\n{table}")
+    leave_processes(join_processes())
     return 0
 
 

@@ -43,7 +43,14 @@ def leave_processes(state: PartialState) -> None:
         state.destroy_process_group()
 
 
-def load_on(state: PartialState, model: str, *, revision: str | None, device: str | None, dtype: str) -> Any:
+def load_on(
+    state: PartialState,
+    model: str,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> Any:
     """Load a pipeline on the device of this process.
 
     Args:

@@ -21,6 +21,7 @@ from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
 from guidance.heads import HeadConfig, build_head, load_head, save_head
 from guidance.pipelines import fingerprint
+from guidance.processes import run_script
 from guidance.prompts import Prompt
 from guidance.records import RecordStore
 from guidance.run import list_jobs, sample_arms
@@ -121,6 +122,28 @@ def test_a_study_runs_and_goes_on_where_it_was(study, parts, tiny_folder, tmp_pa
     assert [untimed(row) for row in remade["rows"]] == [untimed(row) for row in result["rows"]]
     again = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
     assert again.keys() == images.keys() and sum(again[p] != images[p] for p in images) == min(1, len(images))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_share_a_study(parts, tiny_folder, tmp_path: Path, capfd) -> None:
+    options = [f"model={tiny_folder}", "num_steps=2", "num_images=9", "batch_size=2", f"head={parts['real']}"]
+    command = ["discriminator", *options, "cfg_scales=[1]", "blocks=2"]
+    run_script("eval.guides", [*command, f"output={tmp_path}/two"], processes=2)
+    shared = (tmp_path / "two" / "test" / "discriminator.md").read_text()
+    assert capfd.readouterr().out.count(shared) == 1
+    records = RecordStore(tmp_path / "two" / "test" / "discriminator" / "cfg1").folder.glob("records*.jsonl")
+    lines = {path.name: len(path.read_text().splitlines()) for path in records}
+    assert lines.keys() == {"records.jsonl", "records-1.jsonl"} and sum(lines.values()) == 36
+    assert min(lines.values()) >= 12  # each did its part, nothing twice
+    assert main([*command, f"output={tmp_path}/one"]) == 0
+    alone, both = (
+        json.loads((tmp_path / name / "test" / "discriminator.json").read_text())["rows"]
+        for name in ("one", "two")
+    )
+    assert [untimed(row) for row in alone] == [untimed(row) for row in both]
+    with pytest.raises(UserError):
+        run_script("eval.guides", ["edits", *options[:-1], f"output={tmp_path}/two"], processes=2)
+    assert "Expected one process for edits, got 2" in capfd.readouterr().err
 
 
 def rows_of(study: str, tmp_path: Path, tiny_folder: Path, *options: str) -> list[dict[str, str]]:

@@ -18,6 +18,7 @@ from eval.tables import with_interval
 from guidance.arms import Arm, guide_arms
 from guidance.guide_specs import GuideSpec
 from guidance.options import option
+from guidance.processes import join_processes, load_on
 from guidance.prompts import Prompt, load_prompts
 from guidance.records import Record, RecordStore
 from guidance.run import list_jobs, sample_arms
@@ -64,6 +65,8 @@ class StudyConfig:
 class Bench:
     """A model, its judges and a folder: what every study samples with and judges by.
 
+    Processes of a launch share the sampling; then each judges all images, and the main one writes.
+
     Args:
         config: Options that all studies share.
     """
@@ -71,13 +74,12 @@ class Bench:
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
         self.folder = Path(config.output) / config.split
+        self.state = join_processes()
 
     @functools.cached_property
     def pipe(self) -> Any:
         """The pipeline."""
-        from guidance.pipelines import load_pipeline
-
-        return load_pipeline(self.config.model)
+        return load_on(self.state, self.config.model)
 
     @functools.cached_property
     def judges(self) -> Judges:
@@ -113,10 +115,14 @@ class Bench:
             folder: Below that of the study's split.
             jobs, arms, **options: See :func:`guidance.run.sample_arms`.
         """
-        store = RecordStore(self.folder / folder)
+        state = self.state
+        store = RecordStore(self.folder / folder, state.process_index)
         options = {"num_steps": self.config.num_steps} | options
         options |= {"model": self.config.model, "batch_size": self.config.batch_size}
-        sample_arms(self.pipe, jobs, arms, store, **options)
+        options |= {"process_index": state.process_index, "num_processes": state.num_processes}
+        sample_arms(self.pipe, jobs, arms, store, progress=state.is_main_process, **options)
+        state.wait_for_everyone()
+        store.refresh()
         found = {r.key: r for r in store.load()}
         sampled = {}
         for arm in arms:

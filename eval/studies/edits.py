@@ -13,6 +13,7 @@ from scipy.ndimage import maximum_filter
 from eval.paired import mean_interval
 from eval.studies.common import Bench, StudyConfig, pixel_rms, share
 from eval.tables import with_interval
+from guidance.errors import UserError
 from guidance.grid import labelled_grid
 from guidance.guide_specs import EmbeddingSpec, MidBlockSpec
 from guidance.io import atomic_path
@@ -47,7 +48,14 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     Returns:
         One row per start and arm: whether the judge classifier sees the new attribute and the old others, how far the
         pixels outside the edit moved, and the truth score.
+
+    Raises:
+        UserError: On several processes, which would all do the same.
     """
+    if bench.state.num_processes > 1:
+        raise UserError(
+            f"Expected one process for edits, got {bench.state.num_processes}; leave torchrun out."
+        )
     pairs = load_edit_pairs(config.split, config.num_images)
     source, target = (np.stack([np.asarray(image) for image in pairs[c]]) for c in ("image", "edited_image"))
     masks = [
