@@ -125,11 +125,11 @@ class Bench:
         return MidBlockGuide(self.head, 1.0, **({"start": 0.0, "stop": 1.0} | options))
 
     def amortised(self) -> Any:
-        """An adapter of the default size, random."""
+        """An adapter of the shape that train/amortise.py gives it, random."""
         from guidance.adapter import AdapterConfig, build_adapter
         from guidance.guides.amortised import AmortisedGuide
 
-        adapter = build_adapter(AdapterConfig(latent_channels(self.denoiser), **self._base))
+        adapter = build_adapter(AdapterConfig(latent_channels(self.denoiser), patch=2, **self._base))
         return AmortisedGuide(adapter.to(self.denoiser.device), 1.0)
 
     @functools.cached_property

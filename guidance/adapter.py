@@ -36,6 +36,7 @@ class AdapterConfig:
     Attributes:
         channels: Channels of the latents.
         width, depth: Channels and number of the residual blocks.
+        patch: The blocks run on squares of this side in pixels of the latents.
         base_model, base_fingerprint: The diffusion model: its name, and
             :func:`guidance.pipelines.fingerprint` of its weights.
         prediction_type, num_train_timesteps: Its parameterisation and number of timesteps.
@@ -48,7 +49,8 @@ class AdapterConfig:
 
     channels: int = 4
     width: int = 16
-    depth: int = 5
+    depth: int = 3
+    patch: int = 1  # of files that do not say
     base_model: str = ""
     base_fingerprint: str = ""
     prediction_type: str = "epsilon"
@@ -61,9 +63,9 @@ class AdapterConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        for name in ("channels", "width", "depth"):
+        for name in ("channels", "width", "depth", "patch"):
             if getattr(self, name) < 1:
-                raise UserError(f"Expected {name} of at least 1, got {getattr(self, name)}; 32 x 5 is usual.")
+                raise UserError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")
 
@@ -95,7 +97,7 @@ class Adapter(Published, nn.Module):
     to RMS 1 per sample.  Fully convolutional; computes in float32 whatever the dtype of its inputs.
 
     Args:
-        config: ``channels``, ``width`` and ``depth`` shape the network.
+        config: ``channels``, ``width``, ``depth`` and ``patch`` shape the network.
 
     Reference:
         Teacher: J. Whitaker, "Mid-U Guidance", 2023.  Folding guidance into a small trained part: Jensen and Sadat,
@@ -111,9 +113,9 @@ class Adapter(Published, nn.Module):
         width, inputs = config.width, 3 * config.channels
         self.register_buffer("input_mean", torch.zeros(inputs))
         self.register_buffer("input_std", torch.ones(inputs))
-        self.first = nn.Conv2d(inputs, width, 3, padding=1)
+        self.first = nn.Conv2d(inputs * config.patch**2, width, 3, padding=1)
         self.blocks = nn.ModuleList(AdapterBlock(width) for _ in range(config.depth))
-        self.last = nn.Conv2d(width, config.channels, 3, padding=1)
+        self.last = nn.Conv2d(width, config.channels * config.patch**2, 3, padding=1)
         self.film = TimeFilm([width] * config.depth, config.num_train_timesteps)
 
     def forward(
@@ -142,11 +144,23 @@ class Adapter(Published, nn.Module):
         mean, std = (rearrange(v, "c -> c 1 1") for v in (self.input_mean, self.input_std))
         with torch.autocast(x_t.device.type, enabled=False):
             inputs = torch.cat([x_t.float(), eps.float(), x0.float()], dim=1).contiguous()
-            h = self.first(((inputs - mean) / std).clamp(-_LIMIT, _LIMIT))
+            y, x = x_t.shape[2:]
+            inputs = ((inputs - mean) / std).clamp(-_LIMIT, _LIMIT)
+            h = self.first(self._patches(inputs))
             films = self.film(torch.as_tensor(t, device=h.device).float().expand(len(h)))
             for block, film in zip(self.blocks, films, strict=True):
                 h = block(h, film)
-            return self.last(F.silu(h))
+            out = self.last(F.silu(h))
+            return F.pixel_shuffle(out, self.config.patch)[:, :, :y, :x] if self.config.patch > 1 else out
+
+    def _patches(self, inputs: Float[Tensor, "b c y x"]) -> Float[Tensor, "b cpp yp xp"]:
+        """The latents' pixels by squares; sides that are no multiple of the patch are continued."""
+        patch, (y, x) = self.config.patch, inputs.shape[2:]
+        if patch == 1:
+            return inputs
+        if y % patch or x % patch:
+            inputs = F.pad(inputs, (0, -x % patch, 0, -y % patch), mode="replicate")
+        return F.pixel_unshuffle(inputs, patch)
 
     @property
     def kept_as(self) -> ModelFolder[Any]:

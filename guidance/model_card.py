@@ -58,7 +58,7 @@ def adapter_card(
     lines = [
         f"teacher: {' + '.join(terms) or 'not recorded'}; guides in the fractions {config.start} to {config.stop} of "
         "the steps",
-        f"{_parameters(adapter)} parameters, width {config.width}, depth {config.depth}",
+        f"{_parameters(adapter)} parameters, width {config.width}, depth {config.depth}, patch {config.patch}",
         *facts,
     ]
     what = f"An adapter that predicts the directions of mid-u guidance without a backward pass, for {_base(config)}."

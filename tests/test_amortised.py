@@ -45,6 +45,7 @@ from guidance.pipelines import fingerprint, freeze
 from guidance.sampling import sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
 from guidance.testbed.training import Stage
+from train.amortise import AmortiseConfig
 
 PROMPTS = {
     "train": ["a red balloon over the sea at dusk", "a white tower in the hills at noon"],
@@ -88,15 +89,35 @@ def states(size: tuple[int, int] = (8, 8), n: int = 2, dtype=torch.float32) -> t
 
 
 def test_size_and_precision() -> None:
-    assert 50_000 < sum(p.numel() for p in build_adapter(AdapterConfig()).parameters()) < 80_000
-    guide = AmortisedGuide(small())
-    for size, dtype in (((8, 8), torch.float32), ((5, 13), torch.float16), ((16, 4), torch.bfloat16)):
-        with torch.autocast("cpu", torch.bfloat16):
-            d = guide.direction(*states(size, dtype=dtype))
-        assert d.shape == (2, 4, *size) and d.dtype == torch.float32 and not d.requires_grad
-        torch.testing.assert_close(rms(d).flatten(), torch.ones(2))
+    usual = AmortiseConfig()
+    shape = AdapterConfig(width=usual.width, depth=usual.depth, patch=usual.patch)
+    assert 40_000 < sum(p.numel() for p in build_adapter(shape).parameters()) < 80_000
+    for patch in (1, 2, 3):
+        guide = AmortisedGuide(small(patch=patch))
+        for size, dtype in (((8, 8), torch.float32), ((5, 13), torch.float16), ((16, 4), torch.bfloat16)):
+            with torch.autocast("cpu", torch.bfloat16):
+                d = guide.direction(*states(size, dtype=dtype))
+            assert d.shape == (2, 4, *size) and d.dtype == torch.float32 and not d.requires_grad
+            torch.testing.assert_close(rms(d).flatten(), torch.ones(2))
     with pytest.raises(UserError, match=r"\(b, 4, y, x\), got \(2, 9, 8, 8\)"):
         guide.direction(torch.zeros(2, 9, 8, 8), *states()[1:])
+
+
+def test_patches_keep_their_place() -> None:
+    """Blocks on squares of pixels: a change moves the directions near it, its own square's most; sides are continued."""
+    (x_t, eps, x0, t), adapter = states((16, 16), n=1), small(patch=2)
+    torch.nn.init.zeros_(adapter.blocks[0].everywhere.weight)
+    changed = x_t.clone()
+    changed[..., 4:6, 10:12] += 3
+    moved = (adapter(changed, eps, x0, t) - adapter(x_t, eps, x0, t)).abs().sum(1)[0]
+    assert moved[4:6, 10:12].mean() > 2 * moved[moved > 0].mean()
+    reach = moved.nonzero()  # 3x3 convolutions: first, two of a block, last
+    assert reach.amin(0).tolist() == [0, 2] and reach.amax(0).tolist() == [13, 15]
+    whole, part = (adapter(*(v[..., :n, :] for v in (x_t, eps, x0)), t) for n in (16, 15))
+    torch.testing.assert_close(
+        part[..., :4, :], whole[..., :4, :]
+    )  # the continued row is too far to reach them
+    assert part.shape[2] == 15
 
 
 def test_every_place_sees_the_whole_picture_through_the_mean() -> None:

@@ -14,6 +14,7 @@ from eval.cost_methods import METHODS, NUM_STEPS, Bench, list_phases
 from guidance.apply import apply_guidance
 from guidance.guides.base import Strength
 from guidance.pipelines import load_pipeline
+from train.amortise import AmortiseConfig
 
 TINY = "random:sd-2.1-base-tiny"
 
@@ -21,6 +22,11 @@ TINY = "random:sd-2.1-base-tiny"
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     return Bench(load_pipeline(TINY, parts=("unet", "vae")), 2, 8, "testbed")
+
+
+def test_the_adapter_is_the_one_that_training_makes(bench) -> None:
+    made, usual = bench.amortised().adapter.config, AmortiseConfig()
+    assert (made.width, made.depth, made.patch) == (usual.width, usual.depth, usual.patch)
 
 
 # ---- meters -------------------------------------------------------------------------------------------------------

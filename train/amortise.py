@@ -80,7 +80,8 @@ class AmortiseConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
     device: str | None = option(None, "device of model and training; null picks CUDA, MPS or CPU")
     width: int = option(16, "channels of the adapter's blocks")
-    depth: int = option(5, "number of the adapter's blocks")
+    depth: int = option(3, "number of the adapter's blocks")
+    patch: int = option(2, "the blocks run on squares of this side in pixels of the latents")
     steps: int = option(1500, "optimiser steps")
     batch_size: int = option(128, "pairs per step")
     lr: float = option(2e-3, "peak learning rate of AdamW: linear warm-up, then cosine to 2%")
@@ -91,7 +92,7 @@ class AmortiseConfig:
     checkpoint_every: float = option(30.0, "seconds between checkpoints of the training")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "width", "depth"):
+        for name in ("steps", "batch_size", "lr", "width", "depth", "patch"):
             if not getattr(self, name) > 0:
                 raise UserError(f"Expected {name} above 0, got {getattr(self, name)}.")
         for name in ("warmup", "weight_decay", "mse_weight"):
@@ -151,7 +152,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
         state=state,
     )
     t = pairs.column("t")
-    shape = AdapterConfig(latent_channels(pipe.unet), config.width, config.depth, **model)
+    shape = AdapterConfig(latent_channels(pipe.unet), config.width, config.depth, config.patch, **model)
     shape.timesteps = [int(t.min()), int(t.max())]
     shape.start, shape.stop = (
         f(getattr(g.strength, n) for g in guides) for f, n in ((min, "start"), (max, "stop"))
