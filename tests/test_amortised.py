@@ -104,7 +104,7 @@ def test_size_and_precision() -> None:
 
 
 def test_patches_keep_their_place() -> None:
-    """Blocks on squares of pixels: a change moves the directions near it, its own square's most; sides are continued."""
+    """Blocks on squares of pixels: a change moves the directions near it, its own square most; sides are continued."""
     (x_t, eps, x0, t), adapter = states((16, 16), n=1), small(patch=2)
     torch.nn.init.zeros_(adapter.blocks[0].everywhere.weight)
     changed = x_t.clone()
@@ -514,7 +514,7 @@ def test_two_processes_record_the_bytes_of_one_and_train_its_weights(options, tm
     )
     assert contents(one / "pairs") == contents(two / "pairs")
     wanted, got = load_adapter(one / "a").state_dict(), load_adapter(two / "a").state_dict()
-    start = small(base_model="x").state_dict()
+    start = small(patch=2, base_model="x").state_dict()
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4)
     assert (wanted["first.weight"] - start["first.weight"]).abs().max() > 0.01
