@@ -6,15 +6,17 @@
     python -m eval.cost model=testbed batch_size=32 'guides=[aesthetic, "aesthetic:every=2"]' methods=[mid-u]
     python -m eval.cost device=cuda dtype=bfloat16 channels_last=true compile=true batch_size=4    # untested
 
-Runs alternate, so that a drifting machine hits all of them; seconds are CPU time of the process on a CPU and wall time
-on an accelerator.  The floor is counted: FLOPs of the guided step over those of the unguided one.  A guide with an
-interval or every=k is charged what its steps cost on average over a run of 25.
+Runs alternate, and each is compared with the mean of the unguided runs before and after it, so that a drifting machine
+hits all of them alike; seconds are CPU time of the process on a CPU and wall time on an accelerator.  The floor is
+counted: FLOPs of the guided step over those of the unguided one.  A guide with an interval or every=k is charged what
+its steps cost on average over a run of 25.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,9 +72,10 @@ class Cost:
         peak_gb: Most memory in use during a step, weights included; None where that cannot be told.
         saved_gb: Activations kept for a backward pass, over all of a step.
         against: The method it is compared with.
-        ratio, ratio_min, ratio_max: Seconds over those of the neighbouring run of that: median and range.
+        ratio, ratio_min, ratio_max: Seconds over the mean of that method's runs before and after: median and range.
         floor: FLOPs over its FLOPs.
         peak_ratio: Peak memory over its peak memory.
+        runs: Seconds of each run, in their order.
     """
 
     median: float
@@ -87,6 +90,7 @@ class Cost:
     ratio_max: float | None = None
     floor: float | None = None
     peak_ratio: float | None = None
+    runs: Sequence[float] = ()
 
 
 def measure_cost(config: CostConfig) -> dict[str, Any]:
@@ -162,9 +166,15 @@ def _measure(bench: Bench, built: Built, config: CostConfig) -> dict[str, Cost]:
             saved[name] = max(_each(method, lambda run: count_saved(run, list(bench.networks()))))
         peaks[name] = _each(method, lambda run: peak_memory(run, config.device))
     seconds: dict[str, list[float]] = {name: [] for name in methods}
+
+    def time(name: str) -> None:
+        seconds[name].append(_over(methods[name], lambda run: time_run(run, config.device)))
+
     for _ in tqdm(range(config.repeats), desc="repeat"):
-        for name, method in methods.items():
-            seconds[name].append(_over(method, lambda run: time_run(run, config.device)))
+        for name in methods:
+            time(name)
+    for name in {base for base, _ in built.values() if base is not None}:
+        time(name)  # the run after the last ones
     costs: dict[str, Cost] = {}
     for name in methods:
         known = [peak for peak in peaks[name] if peak is not None]
@@ -175,10 +185,14 @@ def _measure(bench: Bench, built: Built, config: CostConfig) -> dict[str, Cost]:
             counted[name] / 1e12,
             max(known) / 1e9 if known else None,
             saved[name] / 1e9,
+            runs=seconds[name],
         )
         base = built[name][0]
         if base is not None:
-            ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+            around = itertools.pairwise(seconds[base])
+            ratios = [
+                2 * run / (before + after) for run, (before, after) in zip(seconds[name], around, strict=True)
+            ]
             own = dataclasses.replace(
                 own,
                 against=base,

@@ -157,7 +157,13 @@ def test_the_script_writes_table_json_and_plot(tiny_folder, tmp_path, capsys) ->
     for name, row in rows.items():
         assert 0 < row["min"] <= row["median"] <= row["max"]
         assert row["against"] == METHODS[name][0] and (row["ratio"] is None) == (row["against"] is None)
-        assert row["ratio"] is None or row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        if row["against"]:  # each run against the mean of those before and after it
+            base, own = rows[row["against"]]["runs"], row["runs"]
+            assert len(own) == 2 and len(base) == 3
+            low, high = sorted(own[i] / (0.5 * base[i] + 0.5 * base[i + 1]) for i in range(2))
+            assert [row[k] for k in ("ratio_min", "ratio", "ratio_max")] == pytest.approx(
+                [low, (low + high) / 2, high]
+            )
     assert 1 < rows["mid-u, fast"]["floor"] < rows["mid-u, every 2"]["floor"] < rows["mid-u"]["floor"] < 1.6
     assert (
         rows["mid-u"]["floor"] < rows["mid-u, no CFG"]["floor"]
