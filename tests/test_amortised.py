@@ -170,6 +170,11 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(loaded(*states()), adapter(*states())) and not loaded(*states()).requires_grad
     guide = AmortisedGuide(loaded, 2.0)
     assert guide.name == "amortised:rating" and guide.strength.stop == 0.75 and guide.tap == "direct"
+    file = tmp_path / "a" / "config.json"  # adapters of before there were patches
+    config = json.loads(file.read_text())
+    assert config.pop("patch") == 1
+    file.write_text(json.dumps(config))
+    assert torch.equal(load_adapter(tmp_path / "a")(*states()), adapter(*states()))
     save_adapter(small(1), tmp_path / "a")  # an adapter may be replaced
     assert load_adapter(tmp_path / "a").config.width == 8
 
