@@ -65,7 +65,9 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name in ("channels", "width", "depth", "patch"):
             if getattr(self, name) < 1:
-                raise UserError(f"Expected {name} of at least 1, got {getattr(self, name)}.")
+                raise UserError(
+                    f"Expected {name} of at least 1, got {getattr(self, name)}; width 16, depth 3, patch 2 is usual."
+                )
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")
 
@@ -144,23 +146,15 @@ class Adapter(Published, nn.Module):
         mean, std = (rearrange(v, "c -> c 1 1") for v in (self.input_mean, self.input_std))
         with torch.autocast(x_t.device.type, enabled=False):
             inputs = torch.cat([x_t.float(), eps.float(), x0.float()], dim=1).contiguous()
-            y, x = x_t.shape[2:]
+            patch, (y, x) = self.config.patch, x_t.shape[2:]
             inputs = ((inputs - mean) / std).clamp(-_LIMIT, _LIMIT)
-            h = self.first(self._patches(inputs))
+            if y % patch or x % patch:  # sides that are no multiple of the patch are continued
+                inputs = F.pad(inputs, (0, -x % patch, 0, -y % patch), mode="replicate")
+            h = self.first(F.pixel_unshuffle(inputs, patch))
             films = self.film(torch.as_tensor(t, device=h.device).float().expand(len(h)))
             for block, film in zip(self.blocks, films, strict=True):
                 h = block(h, film)
-            out = self.last(F.silu(h))
-            return F.pixel_shuffle(out, self.config.patch)[:, :, :y, :x] if self.config.patch > 1 else out
-
-    def _patches(self, inputs: Float[Tensor, "b c y x"]) -> Float[Tensor, "b cpp yp xp"]:
-        """The latents' pixels by squares; sides that are no multiple of the patch are continued."""
-        patch, (y, x) = self.config.patch, inputs.shape[2:]
-        if patch == 1:
-            return inputs
-        if y % patch or x % patch:
-            inputs = F.pad(inputs, (0, -x % patch, 0, -y % patch), mode="replicate")
-        return F.pixel_unshuffle(inputs, patch)
+            return F.pixel_shuffle(self.last(F.silu(h)), patch)[:, :, :y, :x]
 
     @property
     def kept_as(self) -> ModelFolder[Any]:

@@ -76,7 +76,8 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
                     "object / colour / time agree": agreement(bench, sampled[arm.name]),
                 }
             )
-    _plot(bench.folder / "overoptimisation.png", curves)
+    if bench.state.is_main_process:
+        _plot(bench.folder / "overoptimisation.png", curves)
     return rows
 
 
