@@ -4,8 +4,8 @@
     python -m eval.heads runs/heads/testbed-aesthetic cache=runs/cache/testbed       # cached, as in training
     python -m eval.heads runs/heads/a runs/heads/b data.test=500 data.draws=4        # two in one table
     python -m eval.heads runs/heads/mine data.dataset=other.parquet data.image_column=file
-    python -m eval.heads runs/heads/testbed-discriminator cache=runs/cache/testbed \\
-        generated=runs/generated/testbed-cfg4
+    python -m eval.heads runs/heads/testbed-discriminator cache=runs/cache/testbed-up \\
+        generated=runs/generated/testbed-up
 
 Tap, noise, caption, model and timesteps are taken from each head; features that do not fit it are refused.
 A table by timestep goes to the terminal; metrics.json, metrics.png and, where a head has classes, reliability.png

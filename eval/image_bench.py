@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from eval.reference import Reference, fill_reference, load_reference
 from eval.results import Comparison, SetMetric, SetValue
 from guidance.edit_pairs import load_edit_pairs
 from guidance.errors import UserError
-from guidance.records import toolkit_version
+from guidance.records import Record, toolkit_version
 from guidance.testbed.judges import load_judges
 
 AUTO = "auto"
@@ -244,10 +244,12 @@ class ImageBench:
         }
 
 
-def _weights(guide: Mapping[str, Any]) -> list[Any]:
-    """Fingerprints of a guide's networks."""
-    single = [guide.get("clip_fingerprint"), guide.get("head_fingerprint")]
-    return single + list(guide.get("committee_fingerprints", ()))
+def _weights(record: Record) -> Iterator[Any]:
+    """Fingerprints of the networks that pushed, steered or modulated."""
+    for guide in (*record.guides, record.steering or {}, (record.cfg or {}).get("modulate") or {}):
+        yield from (guide.get("clip_fingerprint"), guide.get("head_fingerprint"))
+        for name in ("committee_fingerprints", "teacher_fingerprints", "networks"):
+            yield from guide.get(name, ())
 
 
 def _guided_by(arms: Arms, fingerprint: str) -> Sequence[str]:
@@ -255,10 +257,5 @@ def _guided_by(arms: Arms, fingerprint: str) -> Sequence[str]:
     return [
         name
         for name, images in arms.images.items()
-        if any(
-            fingerprint in _weights(guide)
-            for image in images
-            if image.record
-            for guide in image.record.guides
-        )
+        if any(fingerprint in _weights(image.record) for image in images if image.record)
     ]

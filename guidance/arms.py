@@ -10,6 +10,7 @@ from typing import Any
 from guidance.errors import UserError
 from guidance.guide_specs import GuideSpec, MidBlockSpec
 from guidance.guides import Guide
+from guidance.guides.base import describe_scorer
 from guidance.heads import Head
 from guidance.objectives import Target
 from guidance.records import UNGUIDED
@@ -37,7 +38,7 @@ class Steering:
 
     def describe(self) -> dict[str, Any]:
         """What a record says of it."""
-        return {"guide": self.guide.name, **self.options()}
+        return {**describe_scorer(self.guide), **self.options()}
 
 
 @dataclasses.dataclass(frozen=True)

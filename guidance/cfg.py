@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.errors import UserError
-from guidance.guides.base import Guide
+from guidance.guides.base import Guide, describe_scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,4 +110,4 @@ class ClassifierFree:
         if self == ClassifierFree(self.scale):
             return None
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "scale"}
-        return own | {"modulate": None if self.modulate is None else self.modulate.name}
+        return own | {"modulate": None if self.modulate is None else describe_scorer(self.modulate)}

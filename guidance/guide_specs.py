@@ -211,6 +211,14 @@ class AmortisedSpec(GuideSpec):
 
         return AmortisedGuide(self._adapter, scale, every=self.every, **self._interval())
 
+    def describe(self, guide: Any) -> dict[str, Any]:
+        """With the fingerprints of the adapter, and of its teachers, which must not grade either."""
+        from guidance.pipelines import fingerprint
+
+        taught = [part["fingerprint"] for part in self._adapter.config.teacher if "fingerprint" in part]
+        own = {"adapter_fingerprint": fingerprint(self._adapter), "teacher_fingerprints": taught}
+        return super().describe(guide) | own
+
 
 #: Guides by name.
 GUIDES: dict[str, type[GuideSpec]] = {

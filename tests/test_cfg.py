@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from guidance.apply import apply_guidance
 from guidance.cfg import ClassifierFree
 from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
+from guidance.pipelines import fingerprint
 from guidance.sampling import sample_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +46,18 @@ def guide(tiny_pipe) -> MidBlockGuide:
 def test_plain_guidance_is_the_same_bits(tiny_pipe) -> None:
     assert torch.equal(sample(tiny_pipe, ClassifierFree(4.0)), sample(tiny_pipe, 4.0))
     assert ClassifierFree(4.0).describe() is None
+
+
+def test_a_record_says_what_modulates(guide) -> None:
+    said = ClassifierFree(4.0, modulate=guide).describe()
+    assert said is not None and said["modulate"] == {
+        "guide": guide.name,
+        "networks": [fingerprint(guide.head)],
+        "objective": None,
+        "target": "b",
+        "pessimism": 0.0,
+    }
+    json.dumps(said)
 
 
 def test_rescale_gives_the_conditional_deviation_back() -> None:

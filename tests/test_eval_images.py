@@ -236,13 +236,26 @@ def test_a_heads_score_is_shown_and_circular_where_it_guided(
     head = make_head(tiny_pipe, base_model=str(tiny_folder), base_fingerprint=fingerprint(tiny_pipe.unet))
     save_head(head, tmp_path / "head")
     captions, hazy, clear = world
-    guide = {"method": "midblock", "guidance_scale": 1.0, "committee_fingerprints": [fingerprint(head)]}
-    arms = {"unguided": hazy, "scale=2": clear}
-    folder = write_run(tmp_path / "run", arms, captions, **{"scale=2": {"guides": [guide]}})
+    weights = fingerprint(head)
+    guide = {"method": "midblock", "guidance_scale": 1.0, "committee_fingerprints": [weights]}
+    adapter = {"method": "amortised", "guidance_scale": 1.0, "teacher_fingerprints": [weights]}
+    chosen = {"guide": "midblock:rating", "networks": [weights]}
+    used = {"scale=2": {"guides": [guide]}, "adapter": {"guides": [adapter]}}
+    used |= {
+        "steered": {"steering": {**chosen, "particles": 2, "lam": 1.0}},
+        "cfg": {"cfg": {"rescale": 0.0, "start": 0.0, "stop": 1.0, "modulate": chosen}},
+        "other": {"cfg": {"rescale": 0.7, "start": 0.0, "stop": 1.0, "modulate": None}},
+    }
+    folder = write_run(
+        tmp_path / "run",
+        {"unguided": hazy, "scale=2": clear} | dict.fromkeys(list(used)[1:], hazy),
+        captions,
+        **used,
+    )
     options = {"rating": str(tmp_path / "head"), "features": None, "clip": None}
     summary = evaluate([folder], tmp_path / "out", cache, **options)
     (metric,) = [m for m in summary["image_metrics"] if m["key"] == "rating"]
-    assert metric["circular"] == ["scale=2"]
+    assert set(metric["circular"]) == {"scale=2", "adapter", "steered", "cfg"}
     assert delta(summary, "rating")["paired"]["mean_a"] == pytest.approx(4, abs=4)  # an expected rating
     again = evaluate([folder], tmp_path / "again", tmp_path / "other cache", batch_size=5, **options)
     one, two = (delta(s, "rating")["paired"]["interval"] for s in (summary, again))

@@ -280,6 +280,25 @@ def test_a_steered_arm_is_the_steering_function(tiny_pipe, parts, tmp_path: Path
     )
 
 
+def test_images_steered_by_another_head_or_aim_are_refused(tiny_pipe, parts, tmp_path: Path) -> None:
+    jobs = list_jobs([Prompt("p", TEXTS[0])], 1, 0)
+    rating = load_head(parts["rating"])
+    other = load_head(parts["rating"])
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+
+    def run(guide: MidBlockGuide) -> int:
+        arm = Arm("best", steering=Steering(guide, particles=2, lam=0.0, threshold=0.0))
+        return sample_arms(
+            tiny_pipe, jobs, [arm], RecordStore(tmp_path), model="x", num_steps=2, progress=False
+        )
+
+    assert run(MidBlockGuide(rating)) == 1 and run(MidBlockGuide(rating)) == 0
+    for guide in (MidBlockGuide(other), MidBlockGuide(rating, objective="at_least", target=7)):
+        with pytest.raises(UserError, match="made with steering="):
+            run(guide)
+
+
 def read(store: RecordStore, record: Any) -> np.ndarray:
     from PIL import Image
 

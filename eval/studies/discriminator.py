@@ -25,6 +25,8 @@ class Config(StudyConfig):
 
     head: str = option("runs/heads/testbed-discriminator", "discriminator head")
     scales: list[float] = option([1.0], "weights of its log-odds' gradient (Kim et al. 2023: 1 to 2)")
+    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's own")
+    stop: float | None = option(None, "fraction of the steps where guidance ends; null: the head's own")
     cfg_scales: list[float] = option([1.0, 2.0], "weights of classifier-free guidance")
     blocks: int = option(3, "disjoint blocks of captions and noises")
 
@@ -41,7 +43,9 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     floor = frechet_distance(*moments(real[:half]), *moments(real[half:]))
     rows = []
     for cfg in config.cfg_scales:
-        spec = MidBlockSpec(head=config.head, objective="binary", normalize=None)
+        spec = MidBlockSpec(
+            start=config.start, stop=config.stop, head=config.head, objective="binary", normalize=None
+        )
         found: dict[str, list[tuple[float, float, float, str, float]]] = {}
         for block in range(config.blocks):
             captions = [s.caption for s in scenes(split, n, start=_APART * (block + 1))]

@@ -115,6 +115,15 @@ def is_direct(guide: Guide) -> bool:
     return hasattr(guide, "direction")
 
 
+def describe_scorer(guide: Guide) -> dict[str, Any]:
+    """What a record says of a guide that scores and does not push: its name, its networks, what it asks of them.
+
+    A guide says the last two by a method ``describe``: "networks" are fingerprints of weights, which must not grade
+    what they have chosen.
+    """
+    return {"guide": guide.name, **(guide.describe() if hasattr(guide, "describe") else {})}
+
+
 def scale_for(guide: Guide, like: Tensor) -> float | Tensor:
     """A guide's scale: a number, or with ``run_factors`` one for each sample, (b, 1, ...) as ``like`` has axes."""
     factors, scale = run_factors.get(), guide.strength.guidance_scale

@@ -186,6 +186,10 @@ class ClipGuide:
         return self._embed_texts(prompts)[:, None]
 
     # ---- the protocol -----------------------------------------------------------------------------------------
+    def describe(self) -> dict[str, Any]:
+        """See :func:`~guidance.guides.base.describe_scorer`."""
+        return {"networks": [self.clip.fingerprint]}
+
     def prepare(self, pipe: Any) -> None:
         """Check that the pipeline's latents can be decoded; freeze the decoder, and move it and CLIP to the device.
 

@@ -76,6 +76,10 @@ class EmbeddingGuide(HeadGuide):
             space=space,
         )
 
+    def describe(self) -> dict[str, Any]:
+        """With the CLIP; see :func:`~guidance.guides.base.describe_scorer`."""
+        return {"networks": [*super().describe()["networks"], self.clip.fingerprint]}
+
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """``logit_scale * cos``, in about -100..100."""
         predicted = F.normalize(self.head(h, t), dim=1)

@@ -8,6 +8,7 @@ from typing import Any
 from guidance.denoiser import denoiser_of, device_of, fingerprint_of
 from guidance.guides.base import Strength
 from guidance.heads import Head, check_fits
+from guidance.pipelines import fingerprint
 from guidance.schedule import NoiseSchedule
 
 
@@ -36,6 +37,10 @@ class HeadGuide:
     def head(self) -> Head:
         """The first head."""
         return self.heads[0]
+
+    def describe(self) -> dict[str, Any]:
+        """See :func:`~guidance.guides.base.describe_scorer`."""
+        return {"networks": [fingerprint(head) for head in self.heads]}
 
     def prepare(self, pipe: Any) -> None:
         """Refuse a pipeline that a head does not fit; move the heads to the pipeline's device."""

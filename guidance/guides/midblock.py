@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,6 +58,7 @@ class MidBlockGuide(HeadGuide):
         heads = [head] if isinstance(head, Head) else list(head)
         _check_committee(heads, pessimism)
         self.objective = build_objective(heads[0].config, objective, target)
+        self.asked = {"objective": objective, "target": target, "pessimism": pessimism}
         self.pessimism = pessimism
         super().__init__(
             heads,
@@ -68,6 +70,10 @@ class MidBlockGuide(HeadGuide):
             every=every,
             space=space,
         )
+
+    def describe(self) -> dict[str, Any]:
+        """See :func:`~guidance.guides.base.describe_scorer`."""
+        return super().describe() | self.asked
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The objective of the head's output, for example the expected rating in 1..10."""
