@@ -49,7 +49,7 @@ class AdapterConfig:
 
     channels: int = 4
     width: int = 16
-    depth: int = 3
+    depth: int = 2
     patch: int = 1  # of files that do not say
     base_model: str = ""
     base_fingerprint: str = ""
@@ -66,7 +66,7 @@ class AdapterConfig:
         for name in ("channels", "width", "depth", "patch"):
             if getattr(self, name) < 1:
                 raise UserError(
-                    f"Expected {name} of at least 1, got {getattr(self, name)}; width 16, depth 3, patch 2 is usual."
+                    f"Expected {name} of at least 1, got {getattr(self, name)}; width 16, depth 2, patch 2 is usual."
                 )
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")

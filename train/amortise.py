@@ -80,7 +80,7 @@ class AmortiseConfig:
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
     device: str | None = option(None, "device of model and training; null picks CUDA, MPS or CPU")
     width: int = option(16, "channels of the adapter's blocks")
-    depth: int = option(3, "number of the adapter's blocks")
+    depth: int = option(2, "number of the adapter's blocks")
     patch: int = option(2, "the blocks run on squares of this side in pixels of the latents")
     steps: int = option(1500, "optimiser steps")
     batch_size: int = option(128, "pairs per step")
