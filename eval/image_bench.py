@@ -246,7 +246,8 @@ class ImageBench:
 
 def _weights(record: Record) -> Iterator[Any]:
     """Fingerprints of the networks that pushed, steered or modulated."""
-    for guide in (*record.guides, record.steering or {}, (record.cfg or {}).get("modulate") or {}):
+    modulate = (record.cfg or {}).get("modulate")  # earlier records have its name alone
+    for guide in (*record.guides, record.steering or {}, modulate if isinstance(modulate, Mapping) else {}):
         yield from (guide.get("clip_fingerprint"), guide.get("head_fingerprint"))
         for name in ("committee_fingerprints", "teacher_fingerprints", "networks"):
             yield from guide.get(name, ())

@@ -244,7 +244,7 @@ def test_a_heads_score_is_shown_and_circular_where_it_guided(
     used |= {
         "steered": {"steering": {**chosen, "particles": 2, "lam": 1.0}},
         "cfg": {"cfg": {"rescale": 0.0, "start": 0.0, "stop": 1.0, "modulate": chosen}},
-        "other": {"cfg": {"rescale": 0.7, "start": 0.0, "stop": 1.0, "modulate": None}},
+        "other": {"cfg": {"rescale": 0.7, "start": 0.0, "stop": 1.0, "modulate": "midblock:rating"}},
     }
     folder = write_run(
         tmp_path / "run",
