@@ -65,8 +65,8 @@ class Record:
         head: Path of the head; "" without one.
         version: Of this toolkit.
         conditioning: What the denoiser was told instead of the prompt; None: the prompt.
-        steering: Particles and their potential; None: one sample an image.
-        cfg: What :class:`guidance.cfg.ClassifierFree` does beside its weight; None: nothing.
+        steering: Particles, their potential, and what scores them; None: one sample an image.
+        cfg: What :class:`guidance.cfg.ClassifierFree` does beside its weight, and what modulates it; None: nothing.
         start: Image that sampling began with (its digest) and the strength; None: noise.
     """
 
