@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +39,13 @@ class HeadGuide:
         """The first head."""
         return self.heads[0]
 
+    @functools.cached_property
+    def _fingerprints(self) -> list[str]:
+        return [fingerprint(head) for head in self.heads]  # once, not for each image's record
+
     def describe(self) -> dict[str, Any]:
         """See :func:`~guidance.guides.base.describe_scorer`."""
-        return {"networks": [fingerprint(head) for head in self.heads]}
+        return {"networks": self._fingerprints}
 
     def prepare(self, pipe: Any) -> None:
         """Refuse a pipeline that a head does not fit; move the heads to the pipeline's device."""

@@ -58,7 +58,7 @@ class MidBlockGuide(HeadGuide):
         heads = [head] if isinstance(head, Head) else list(head)
         _check_committee(heads, pessimism)
         self.objective = build_objective(heads[0].config, objective, target)
-        self.asked = {"objective": objective, "target": target, "pessimism": pessimism}
+        self.asked = {"objective": objective, "target": target}
         self.pessimism = pessimism
         super().__init__(
             heads,
@@ -73,7 +73,7 @@ class MidBlockGuide(HeadGuide):
 
     def describe(self) -> dict[str, Any]:
         """See :func:`~guidance.guides.base.describe_scorer`."""
-        return super().describe() | self.asked
+        return super().describe() | self.asked | {"pessimism": self.pessimism}
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The objective of the head's output, for example the expected rating in 1..10."""
