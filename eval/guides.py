@@ -48,8 +48,8 @@ def measure(study: str, config: Any) -> str | None:
         config: Its ``Config``.
 
     Returns:
-        The table, which is also written to ``output/SPLIT/STUDY.md`` with its rows in ``STUDY.json``; None in all but
-        the main one of several processes.
+        The table, which is also written to ``output/SPLIT/STUDY.md`` with its rows in ``STUDY.json`` (steering towards
+        classes adds the head's name); None in all but the main one of several processes.
 
     Raises:
         UserError: If a head is missing or does not fit, or an option is out of range.
@@ -63,9 +63,9 @@ def measure(study: str, config: Any) -> str | None:
     rows = importlib.import_module(f"eval.studies.{study}").run(bench, config)
     if not bench.state.is_main_process:
         return None
-    table = markdown(rows)
-    write_json(bench.folder / f"{study}.json", {"config": dataclasses.asdict(config), "rows": rows})
-    with atomic_path(bench.folder / f"{study}.md") as temporary:
+    table, name = markdown(rows), config.table_name(study)
+    write_json(bench.folder / f"{name}.json", {"config": dataclasses.asdict(config), "rows": rows})
+    with atomic_path(bench.folder / f"{name}.md") as temporary:
         temporary.write_text(table + "\n", encoding="utf-8")
     return table
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.frechet import frechet_distance, moments
 from eval.guides import STUDIES, main
 from eval.precision_recall import precision_recall
 from guidance.adapter import AdapterConfig, build_adapter, save_adapter
@@ -26,8 +27,11 @@ from guidance.prompts import Prompt
 from guidance.records import RecordStore
 from guidance.run import list_jobs, sample_arms
 from guidance.sampling import decode_latents, sample_images
+from guidance.start import encode_images
 from guidance.steering import best_of_n
-from guidance.testbed.scenes import TIMES
+from guidance.testbed.judges import load_judges
+from guidance.testbed.render import render_scenes
+from guidance.testbed.scenes import TIMES, scenes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a red balloon over the sea at dusk", "a blue tree in the snow at night"]
@@ -87,8 +91,8 @@ def untimed(row: dict[str, str]) -> dict[str, str]:
 
 ROWS = {
     "classes": 2,
-    "clip": 6,
-    "discriminator": 3,
+    "clip": 7,
+    "discriminator": 4,
     "steering": 7,
     "amortised": 10,
     "overoptimisation": 6,
@@ -124,6 +128,29 @@ def test_a_study_runs_and_goes_on_where_it_was(study, parts, tiny_folder, tmp_pa
     assert again.keys() == images.keys() and sum(again[p] != images[p] for p in images) == min(1, len(images))
 
 
+@pytest.mark.filterwarnings("ignore")  # few images, few features
+def test_the_vae_bounds_what_a_discriminator_can_reach(tiny_pipe, tiny_folder, parts, tmp_path: Path) -> None:
+    rows = rows_of("discriminator", tmp_path, tiny_folder, *words("discriminator", parts))
+    assert [row["arm"] for row in rows[2:]] == ["other scenes", "other scenes through the VAE"]
+    judges, pictures = load_judges(), [render_scenes(scenes("test", 12, start=s)) for s in (0, 100_000)]
+    rebuilt = [decode_latents(tiny_pipe, encode_images(tiny_pipe, p)) for p in pictures]
+    real, other, real_rebuilt, other_rebuilt = (
+        moments(judges.features(images)) for images in (*pictures, *rebuilt)
+    )
+    for row, found in zip(rows[2:], (other, other_rebuilt), strict=True):
+        expected = [frechet_distance(*base, *found) for base in (real, real_rebuilt)]
+        values = [float(row[name]) for name in ("FD-judge", "to scenes through the VAE")]
+        assert values == pytest.approx(expected, rel=0.02, abs=0.06)
+
+
+@pytest.mark.filterwarnings("ignore")  # few images, few features
+def test_the_clip_head_may_rest_between_gradients(parts, tiny_folder, tmp_path: Path) -> None:
+    rows_of("clip", tmp_path, tiny_folder, *words("clip", parts), "num_images=2", "every=[1, 3]")
+    records = RecordStore(tmp_path / "test" / "clip").load()
+    every = {r.arm: r.guides[0]["every"] for r in records if r.arm.startswith("CLIP head")}
+    assert every == {"CLIP head, scale=1": 1, "CLIP head, every 3, scale=1": 3}
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_share_a_study(parts, tiny_folder, tmp_path: Path, capfd) -> None:
     options = [f"model={tiny_folder}", "num_steps=2", "num_images=9", "batch_size=2", f"head={parts['real']}"]
@@ -149,7 +176,8 @@ def test_two_processes_share_a_study(parts, tiny_folder, tmp_path: Path, capfd) 
 def rows_of(study: str, tmp_path: Path, tiny_folder: Path, *options: str) -> list[dict[str, str]]:
     """Rows of a tiny run, whose images lie in ``tmp_path/test``."""
     assert main([study, f"model={tiny_folder}", f"output={tmp_path}", "num_steps=2", *options]) == 0
-    return json.loads((tmp_path / "test" / f"{study}.json").read_text())["rows"]
+    name = next((f"-{Path(o.split('=')[1]).name}" for o in options if o.startswith("class_head=")), "")
+    return json.loads((tmp_path / "test" / f"{study}{name}.json").read_text())["rows"]
 
 
 @pytest.mark.filterwarnings("ignore")  # few images, few features

@@ -22,6 +22,7 @@ class Config(StudyConfig):
 
     head: str = option("runs/heads/testbed-clip", "CLIP-embedding head")
     scales: list[float] = option([0.5], "scales of the head")
+    every: list[int] = option([1, 2], "steps from one gradient of the head to the next")
     image_scales: list[float] = option([0.5], "scales of CLIP on decoded images; [] leaves it out")
 
 
@@ -32,7 +33,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         One row per method: judge CLIP score, and the share of the gain that conditioning (CFG 1 and 4) gives.
     """
     specs: list[tuple[str, GuideSpec, Sequence[float]]] = [
-        ("CLIP head", EmbeddingSpec(head=config.head), config.scales),
+        *((_head_name(k), EmbeddingSpec(head=config.head, every=k), config.scales) for k in config.every),
         ("CLIP on images, x0", ClipSpec(through="x0"), config.image_scales),
         ("CLIP on images, UNet", ClipSpec(through="unet"), config.image_scales),
     ]
@@ -61,6 +62,10 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _head_name(every: int) -> str:
+    return "CLIP head" if every == 1 else f"CLIP head, every {every}"
 
 
 def _scores(bench: Bench, sampled: Sampled, texts: np.ndarray) -> np.ndarray:

@@ -61,6 +61,10 @@ class StudyConfig:
     batch_size: int = option(32, "images per batch")
     seed: int = option(0, "first seed")
 
+    def table_name(self, study: str) -> str:
+        """What the study's table is called in the folder of its split."""
+        return study
+
 
 class Bench:
     """A model, its judges and a folder: what every study samples with and judges by.

@@ -44,6 +44,10 @@ class Config(StudyConfig):
     scale: float = option(2.4, "guidance scale of the arms with gradients")
     cfg_scale: float = option(4.0, "weight of classifier-free guidance; off with class_head")
 
+    def table_name(self, study: str) -> str:
+        """The table towards a head's classes is another one."""
+        return study if self.class_head is None else f"{study}-{Path(self.class_head).name}"
+
 
 def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     """Select among particles by a rating head, by gradients, and by both.
