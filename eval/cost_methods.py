@@ -18,7 +18,7 @@ from guidance.apply import apply_guidance, cfg_parts
 from guidance.denoiser import denoiser_of
 from guidance.denoiser_inputs import build_inputs
 from guidance.errors import UserError
-from guidance.guide_specs import read_guide
+from guidance.guide_words import read_guide
 from guidance.guides import MidBlockGuide
 from guidance.guides.base import Guide, is_direct
 from guidance.pipelines import latent_channels
@@ -246,17 +246,9 @@ def list_phases(guides: Sequence[Guide], num_steps: int = NUM_STEPS) -> list[tup
     >>> list_phases([guide], 8)
     [(0, 0.5), (4, 0.25), (5, 0.25)]
     """
-    kinds, begun = [], [False] * len(guides)
-    first: dict[tuple[str, ...], int] = {}
-    for i in range(num_steps):
-        kind = []
-        for k, s in enumerate(guide.strength for guide in guides):
-            on = s.active(i / num_steps)
-            kind.append("off" if not on else "fresh" if i % s.every == 0 or not begun[k] else "kept")
-            begun[k] |= on
-        kinds.append(tuple(kind))
-        first.setdefault(tuple(kind), i)
-    return [(first[kind], n / num_steps) for kind, n in Counter(kinds).items()]
+    phases = [guide.strength.phases(num_steps) for guide in guides]
+    kinds = [tuple(p[i] for p in phases) for i in range(num_steps)]
+    return [(kinds.index(kind), n / num_steps) for kind, n in Counter(kinds).items()]
 
 
 def _filled(value: Any, generator: torch.Generator) -> Any:

@@ -1,7 +1,7 @@
 """Guides by name and options: what a command line, a YAML file and a record say of a guide.
 
-``midblock:head=runs/heads/colour,target=red`` or a file of ``configs/guides/`` is read by :func:`read_guide`; each kind
-of guide is one dataclass below.  Plain data with help texts: nothing heavy is imported before :meth:`GuideSpec.build`.
+Each kind of guide is one dataclass; :func:`guidance.guide_words.read_guide` reads them.  Plain data with help texts:
+nothing heavy is imported before :meth:`GuideSpec.build`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
-from guidance.config import load_config
-from guidance.errors import UserError, nearest
+from guidance.errors import UserError
 from guidance.options import option
-
-CONFIGS = Path("configs/guides")
+from guidance.step_phases import FRESH, KEPT, OFF, step_phases
 
 
 @dataclasses.dataclass
@@ -27,7 +24,9 @@ class GuideSpec:
     """Options that all guides share; the scale multiplies the scale of the arm."""
 
     method: ClassVar[str]
-    floor: ClassVar[str]  # what a guided step costs where it is active
+    step_cost: ClassVar[float] = (
+        math.nan
+    )  # a step with a gradient from the mid-block, counted in unguided ones
 
     guidance_scale: float = option(1.0, "factor of the arm's scale; negative pushes away")
     start: float | None = option(None, "fraction of the steps where guidance begins; null: the guide's own")
@@ -45,15 +44,53 @@ class GuideSpec:
         }
         return {"method": self.method, "name": guide.name, **dataclasses.asdict(guide.strength), **own}
 
-    def explain(self) -> str:
-        """One line for ``--explain``, before anything is loaded."""
+    def explain(self, num_steps: int) -> str:
+        """A line for ``--explain``, before any model is loaded: what is read, when, at what cost, all options."""
+        start, stop = (
+            self.trained.get(name, default) if getattr(self, name) is None else getattr(self, name)
+            for name, default in (("start", 0.0), ("stop", 1.0))
+        )
+        phases = step_phases(start, stop, self.every, num_steps)
         chosen = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
-        return f"{self.method}: tap {self.where}; a guided step costs {self.floor}; {', '.join(chosen)}"
+        when = f"pushes in {num_steps - phases.count(OFF)} of {num_steps} steps"
+        if KEPT in phases:
+            when += f", with a new direction in {phases.count(FRESH)}"
+        average = 1 + (self.step_cost - 1) * phases.count(FRESH) / num_steps
+        cost = f"a guided step costs {self.price}"
+        cost += "" if math.isnan(average) or self._behind_mid_block else f", steps on average {average:.2f}"
+        return f"{self.method}: tap {self.where}; {when}; {cost}; {', '.join(chosen)}"
+
+    @property
+    def price(self) -> str:
+        """What a step with a gradient costs, in words."""
+        if self._behind_mid_block:
+            return f"more than the {self.step_cost:.2f} unguided ones of a guide on the mid-block"
+        return f"about {self.step_cost:.2f} unguided ones (counted, Stable Diffusion at 512 px with CFG)"
+
+    @property
+    def _behind_mid_block(self) -> bool:
+        return "up_blocks" in self.trained.get("tap", "")
+
+    @property
+    def folder(self) -> str:
+        """Where the guide's trained part lies; "" without one."""
+        return getattr(self, "head", "")
+
+    @functools.cached_property
+    def trained(self) -> dict[str, Any]:
+        """The description beside the trained part's weights; empty where there is none on this disk."""
+        file = Path(self.folder) / "config.json"
+        return json.loads(file.read_text(encoding="utf-8")) if self.folder and file.is_file() else {}
 
     @property
     def where(self) -> str:
-        """Where the guide reads the denoiser."""
-        return "as its head says"
+        """Where the guide reads the denoiser, and what for."""
+        if not self.trained:
+            return f"as its head says ('{self.folder}' is not on this disk)"
+        known = self.trained
+        return (
+            f"{known['tap']} of {known['base_model'] or 'its model'}, for {known['target']} ({known['task']})"
+        )
 
     def _interval(self) -> dict[str, Any]:
         return {k: v for k in ("start", "stop") if (v := getattr(self, k)) is not None}
@@ -64,7 +101,7 @@ class MidBlockSpec(GuideSpec):
     """A head on mid-block features: rating, class, number, or real against generated."""
 
     method: ClassVar[str] = "midblock"
-    floor: ClassVar[str] = "about 1.19 unguided ones (counted, Stable Diffusion at 512 px with CFG)"
+    step_cost: ClassVar[float] = 1.19
 
     head: str = option("runs/heads/testbed-aesthetic", "folder of the head")
     objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
@@ -73,6 +110,15 @@ class MidBlockSpec(GuideSpec):
     space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
     committee: list[str] = option([], "folders of further heads of the same target, of other seeds")
     pessimism: float = option(0.0, "standard deviations of the committee to subtract from its mean")
+
+    @property
+    def where(self) -> str:
+        """With the objective, where that is the head's own."""
+        if self.objective is not None or not self.trained:
+            return super().where
+        from guidance.objectives import DEFAULTS
+
+        return f"{super().where}, objective {DEFAULTS.get(self.trained['task'], 'none')}"
 
     @functools.cached_property
     def loaded(self) -> Any:
@@ -102,10 +148,6 @@ class ClipSpec(GuideSpec):
     """CLIP on the decoded prediction of x0."""
 
     method: ClassVar[str] = "clip"
-    floor: ClassVar[str] = (
-        "one backward through CLIP and the decoder, and with through=unet through the UNet, more"
-    )
-
     clip: str = option("testbed", "CLIP or SigLIP: testbed, a folder or a hub id; not the one that judges")
     texts: list[str] = option([], "texts to approach; empty: each image's own prompt")
     images: list[str] = option([], "image files to approach")
@@ -116,6 +158,12 @@ class ClipSpec(GuideSpec):
     decoder: str | None = option(None, "folder or hub id of an AutoencoderTiny; null: the model's VAE")
     normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
     seed: int = option(0, "seed of the cutouts")
+
+    @property
+    def price(self) -> str:
+        """Not counted: it depends on CLIP and the decoder."""
+        unet = " and the UNet" if self.through == "unet" else ""
+        return f"an unguided one, the decoder and CLIP, and backward through them{unet}"
 
     @property
     def where(self) -> str:
@@ -155,7 +203,7 @@ class EmbeddingSpec(GuideSpec):
     """A head that predicts the CLIP image embedding: CLIP guidance without decoding."""
 
     method: ClassVar[str] = "embedding"
-    floor: ClassVar[str] = MidBlockSpec.floor
+    step_cost: ClassVar[float] = MidBlockSpec.step_cost
 
     head: str = option("runs/heads/testbed-clip", "folder of the head")
     clip: str = option("testbed", "the CLIP that the head was trained on: testbed, a folder or a hub id")
@@ -190,9 +238,17 @@ class AmortisedSpec(GuideSpec):
     """An adapter that predicts the shift of a head, or of several, without a gradient."""
 
     method: ClassVar[str] = "amortised"
-    floor: ClassVar[str] = "about 1.00 unguided ones (no backward pass)"
-
     adapter: str = option("runs/adapters/testbed-aesthetic", "folder of the adapter")
+
+    @property
+    def folder(self) -> str:
+        """Where the adapter lies."""
+        return self.adapter
+
+    @property
+    def price(self) -> str:
+        """No more than the forward pass."""
+        return "about 1.00 unguided ones (it is predicted: no backward pass)"
 
     @property
     def where(self) -> str:
@@ -235,52 +291,3 @@ def _open(files: Sequence[str]) -> list[Any]:
     if missing:
         raise UserError(f"Expected an image file at '{missing[0]}', found none; check the path.")
     return [to_rgb(Image.open(file)) for file in files]
-
-
-def read_guide(text: str) -> GuideSpec:
-    """Read a guide from ``NAME``, ``NAME:key=value,key=value`` or a YAML file with the line ``guide: NAME``.
-
-    A name that is no method is looked up as ``configs/guides/NAME.yaml``; options after the colon override it.
-
-    Raises:
-        UserError: If there is no such guide or option; the message names what there is and the nearest.
-
-    >>> read_guide("midblock:head=my/head,target=7").target
-    '7'
-    """
-    name, _, options = text.partition(":")
-    words, file = split_options(options), Path(name)
-    if name not in GUIDES and not name.endswith((".yaml", ".yml")):
-        file = CONFIGS / f"{name}.yaml"
-    if name not in GUIDES:
-        if not file.is_file():
-            known = [*GUIDES, *sorted(f.stem for f in CONFIGS.glob("*.yaml"))]
-            raise UserError(f"Expected the name of a guide or a file, got '{name}'.{nearest(name, known)}")
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        name = given.pop("guide", "") if isinstance(given, dict) else ""
-        if name not in GUIDES:
-            hint = nearest(str(name), GUIDES)
-            raise UserError(f"Expected a line 'guide: NAME' in '{file}', got '{name}'.{hint}")
-        words = [*(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()), *words]
-    return load_config(GUIDES[name], None, words)
-
-
-def split_options(text: str) -> list[str]:
-    """Split ``key=value,key=[a,b]`` at the commas that begin a new key.
-
-    >>> split_options("texts=[a boat, the sea],weights=[1,-0.5]")
-    ['texts=[a boat, the sea]', 'weights=[1,-0.5]']
-    """
-    words: list[str] = []
-    for piece in filter(None, text.split(",")):
-        open_list = words and words[-1].count("[") > words[-1].count("]")
-        if open_list:
-            words[-1] += f",{piece}"
-        else:
-            words.append(piece)
-    return words
-
-
-def explain(specs: Sequence[GuideSpec]) -> str:
-    """What will run, a line a guide."""
-    return "\n".join(spec.explain() for spec in specs) or "no guide: unguided sampling"

@@ -93,7 +93,8 @@ OBJECTIVES: dict[str, Callable[[HeadConfig, Target], Objective]] = {
     "binary": binary,
 }
 
-_DEFAULTS = {"rating": "expected", "class": "class", "regression": "regression", "binary": "binary"}
+#: What a guide climbs by default, by the task of its head.
+DEFAULTS = {"rating": "expected", "class": "class", "regression": "regression", "binary": "binary"}
 
 
 def build_objective(config: HeadConfig, name: str | None = None, target: Target = None) -> Objective:
@@ -116,12 +117,12 @@ def build_objective(config: HeadConfig, name: str | None = None, target: Target 
     tensor([5.5000])
     """
     if name is None:
-        if config.task not in _DEFAULTS:
+        if config.task not in DEFAULTS:
             raise UserError(
                 f"Expected an objective for a head of task '{config.task}', got none; an embedding has a score "
                 "only beside a target: use guidance.guides.embedding.EmbeddingGuide."
             )
-        name = _DEFAULTS[config.task]
+        name = DEFAULTS[config.task]
     if name not in OBJECTIVES:
         raise UserError(f"Expected a known objective, got '{name}'.{nearest(name, OBJECTIVES)}")
     return OBJECTIVES[name](config, target)

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from guidance.arms import Arm, arm_name, guide_arms
 from guidance.errors import UserError
-from guidance.guide_specs import GuideSpec, MidBlockSpec, read_guide
+from guidance.guide_specs import GuideSpec, MidBlockSpec
+from guidance.guide_words import read_guide
 from guidance.records import UNGUIDED
 from guidance.units import Sampling
 
@@ -32,7 +33,7 @@ class Cell:
     Attributes:
         name: Says what varies; the arm's name.
         scale: Guidance scale; 0 samples without guidance, and then there is no guide, head, start and stop.
-        guide: Guides that push together, see :func:`guidance.guide_specs.read_guide`; empty: the head.
+        guide: Guides that push together, see :func:`guidance.guide_words.read_guide`; empty: the head.
         head: Folder of the head; None where there are guides.
         start, stop: Fractions of the steps; None takes the guide's own.
         cfg_scale, num_steps, scheduler: See :func:`guidance.sampling.sample_latents`.

@@ -15,6 +15,7 @@ from guidance.cfg import ClassifierFree
 from guidance.records import Record, RecordStore, encode_png
 from guidance.sampling import decode_latents, sample_latents
 from guidance.start import steps_taken
+from guidance.step_phases import FRESH
 from guidance.sweep import ArmBuilder, Cell
 from guidance.units import Job
 
@@ -66,12 +67,9 @@ def count_costs(
         done = sum(store is not None and store.has(cell.name, job.prompt.id, job.seed) for job in jobs)
         per_step = 1 if cell.cfg_scale == 1 else 2
         taken = steps_taken(cell.strength, cell.num_steps) if jobs[0].start else cell.num_steps
-        guided = sum(
-            any(g.strength.active(i / cell.num_steps) for g in arms[cell.name].guides)
-            for i in range(cell.num_steps - taken, cell.num_steps)
-        )
-        every = min((g.strength.every for g in arms[cell.name].guides), default=1)
-        costs.append(CellCost(cell, len(jobs), done, taken, per_step * taken, -(-guided // every)))
+        phases = [g.strength.phases(cell.num_steps, cell.num_steps - taken) for g in arms[cell.name].guides]
+        gradients = sum(FRESH in kinds for kinds in zip(*phases, strict=True))
+        costs.append(CellCost(cell, len(jobs), done, taken, per_step * taken, gradients))
     return costs
 
 

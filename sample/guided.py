@@ -100,7 +100,7 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
         UserError: If something in the config cannot be used, or the folder belongs to another config.
     """
     from guidance.arms import guide_arms, list_scales, midblock_arms
-    from guidance.guide_specs import read_guide
+    from guidance.guide_words import read_guide
     from guidance.heads import load_head
     from guidance.jobs import read_jobs
     from guidance.processes import join_processes, load_on
@@ -172,7 +172,7 @@ def _steered(config: GuidedConfig, arms: list[Arm]) -> list[Arm]:
 
 def _classifier_free(config: GuidedConfig) -> ClassifierFree:
     from guidance.cfg import ClassifierFree
-    from guidance.guide_specs import read_guide
+    from guidance.guide_words import read_guide
 
     modulate = None if config.cfg_modulate is None else read_guide(config.cfg_modulate).build(1.0)
     return ClassifierFree(config.cfg_scale, config.cfg_rescale, config.cfg_start, config.cfg_stop, modulate)
@@ -235,7 +235,8 @@ def read_words(argv: Sequence[str]) -> list[str]:
 
 
 def _explain(config: GuidedConfig) -> str:
-    from guidance.guide_specs import MidBlockSpec, explain, read_guide
+    from guidance.guide_specs import MidBlockSpec
+    from guidance.guide_words import explain, read_guide
 
     names = ("head", "objective", "target", "normalize", "start", "stop", "every", "space")
     specs = [read_guide(text) for text in config.guides] or [
@@ -245,7 +246,7 @@ def _explain(config: GuidedConfig) -> str:
     scheduler = config.scheduler or "the model's scheduler"
     return (
         f"{config.num_steps} steps of {scheduler}, CFG {config.cfg_scale:g}, "
-        f"unguided and at scales {scales}, each times the guides' own:\n{explain(specs)}"
+        f"unguided and at scales {scales}, each times the guides' own:\n{explain(specs, config.num_steps)}"
     )
 
 

@@ -165,7 +165,7 @@ def describe_sweep(config: SweepConfig) -> str:
         size = config.batch_size if config.batch_size != "auto" else 16
         speed, where = speed_from_batch(pipe, costs, builder, jobs, size), str(pipe.unet.device)
     specs = {spec.method: spec for cell in plan.cells for spec in builder.specs(cell)}
-    floors = [f"one of {name} costs {spec.floor}" for name, spec in specs.items()]
+    floors = [f"one of {name} costs {spec.price}" for name, spec in specs.items()]
     return describe_plan(costs, speed, floors, where=where, folder=plan.folder, noises=len(jobs))
 
 

@@ -248,7 +248,8 @@ def test_guidance_twice_is_refused(tiny_pipe, head):
             pass
 
 
-def test_interval_and_every(tiny_pipe):
+@pytest.mark.parametrize(("options", "fresh"), [((0.2, 0.8, 2), [2, 4, 6]), ((0.25, 1.0, 4), [3, 4, 8])])
+def test_interval_and_every(tiny_pipe, options, fresh):
     steps = []
 
     class Counting(MeanGuide):
@@ -256,9 +257,13 @@ def test_interval_and_every(tiny_pipe):
             steps.append(float(t[0]))
             return super().score(h, t)
 
-    sample_latents(tiny_pipe, PROMPTS[:1], [0], num_steps=10, guides=[Counting(start=0.2, stop=0.8, every=2)])
+    guide = Counting(**dict(zip(("start", "stop", "every"), options, strict=True)))
+    sample_latents(tiny_pipe, PROMPTS[:1], [0], num_steps=10, guides=[guide])
     tiny_pipe.scheduler.set_timesteps(10)
-    assert steps == tiny_pipe.scheduler.timesteps[2:8:2].tolist()
+    assert steps == [tiny_pipe.scheduler.timesteps[i].item() for i in fresh]
+    phases = guide.strength.phases(10)
+    assert [i for i, phase in enumerate(phases) if phase == "fresh"] == fresh
+    assert phases[: fresh[0]].count("off") == fresh[0] and "off" not in phases[fresh[0] : fresh[-1]]
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler"])

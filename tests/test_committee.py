@@ -9,7 +9,7 @@ import torch
 from conftest import make_head
 
 from guidance.errors import UserError
-from guidance.guide_specs import read_guide
+from guidance.guide_words import read_guide
 from guidance.guides import MidBlockGuide
 from guidance.heads import HeadConfig, build_head, save_head
 

@@ -15,7 +15,8 @@ from commands import ROOT, commands_of_config, exit_code, split_command
 from PIL import Image
 
 from guidance.config import load_config
-from guidance.guide_specs import GUIDES, read_guide
+from guidance.guide_specs import GUIDES
+from guidance.guide_words import read_guide
 from guidance.heads import load_head
 from train.cache_features import CacheConfig
 from train.head import HeadTrainConfig

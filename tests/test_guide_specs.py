@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from guidance.arms import guide_arms, midblock_arms
 from guidance.errors import UserError
-from guidance.guide_specs import GUIDES, ClipSpec, MidBlockSpec, explain, read_guide
+from guidance.guide_specs import GUIDES, ClipSpec, MidBlockSpec
+from guidance.guide_words import explain, read_guide
 from guidance.heads import HeadConfig, build_head, save_head
 from sample.guided import main, read_words
 
@@ -40,7 +42,7 @@ def test_a_guide_is_read_from_a_file_and_words_override_it(tmp_path, monkeypatch
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "guides").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_shipped_guide_is_read_and_explained(file: Path) -> None:
     spec = read_guide(str(file))
-    assert spec.method in GUIDES and spec.method in explain([spec])
+    assert spec.method in GUIDES and spec.method in explain([spec], 25)
     assert f"--guide {file.stem}" in file.read_text()
 
 
@@ -95,3 +97,27 @@ def test_explain_loads_nothing(capsys) -> None:
     main(["--explain", "--guide", "midblock:head=no/such/head", "--guide", "clip"])
     out = capsys.readouterr().out
     assert "midblock: tap" in out and "clip: tap the prediction of x0" in out and "CFG 4" in out
+
+
+def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path: Path) -> None:
+    config = json.loads((head / "config.json").read_text()) | {
+        "base_model": "sd",
+        "start": 0.25,
+        "stop": 0.75,
+    }
+    (head / "config.json").write_text(json.dumps(config))
+    (head / "head.safetensors").unlink()
+    said = explain([read_guide(f"midblock:head={head},every=2")], 16)
+    assert "tap mid_block of sd, for rating (rating), objective expected;" in said
+    assert "pushes in 8 of 16 steps, with a new direction in 4;" in said
+    assert "costs about 1.19 unguided ones" in said and f"steps on average {1 + 0.19 / 4:.2f};" in said
+    said = explain([read_guide(f"midblock:head={head},start=0,stop=1,objective=at_least,target=7")], 16)
+    assert "for rating (rating); pushes in 16 of 16 steps;" in said and "on average 1.19;" in said
+    (head / "config.json").write_text(json.dumps(config | {"tap": "mid_block+up_blocks.1"}))
+    said = explain([read_guide(f"midblock:head={head}")], 16)
+    assert "costs more than the 1.19 unguided ones" in said and "average" not in said
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "config.json").write_text('{"start": 0.5, "stop": 1.0}')
+    assert "pushes in 8 of 16 steps;" in explain(
+        [read_guide(f"amortised:adapter={tmp_path / 'adapter'}")], 16
+    )

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.errors import UserError
+from guidance.step_phases import step_phases
 
 #: Prompts of the conditional part of the batch, set by our own loop; None inside other pipelines.
 run_prompts: ContextVar[tuple[str, ...] | None] = ContextVar("run_prompts", default=None)
@@ -86,6 +87,11 @@ class Strength:
     def active(self, fraction: float) -> bool:
         """Tell whether the guide pushes at this fraction of the steps (0 first, below 1 last)."""
         return self.guidance_scale != 0 and self.start <= fraction < self.stop
+
+    def phases(self, num_steps: int, first: int = 0) -> list[str]:
+        """What the guide does in each step of a run, see :func:`guidance.step_phases.step_phases`."""
+        start, stop = (self.start, self.stop) if self.guidance_scale != 0 else (1.0, 1.0)
+        return step_phases(start, stop, self.every, num_steps, first)
 
 
 @runtime_checkable
