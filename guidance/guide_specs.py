@@ -63,6 +63,8 @@ class GuideSpec:
     @property
     def price(self) -> str:
         """What a step with a gradient costs, in words."""
+        if math.isnan(self.step_cost):
+            return "what its gradient takes (not counted)"
         if self._behind_mid_block:
             return f"more than the {self.step_cost:.2f} unguided ones of a guide on the mid-block"
         return f"about {self.step_cost:.2f} unguided ones (counted, Stable Diffusion at 512 px with CFG)"
@@ -86,7 +88,9 @@ class GuideSpec:
     def where(self) -> str:
         """Where the guide reads the denoiser, and what for."""
         if not self.trained:
-            return f"as its head says ('{self.folder}' is not on this disk)"
+            return (
+                f"as its head says (no '{self.folder}' on this disk)" if self.folder else "as the guide says"
+            )
         known = self.trained
         return (
             f"{known['tap']} of {known['base_model'] or 'its model'}, for {known['target']} ({known['task']})"

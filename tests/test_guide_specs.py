@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from guidance.arms import guide_arms, midblock_arms
 from guidance.errors import UserError
-from guidance.guide_specs import GUIDES, ClipSpec, MidBlockSpec
+from guidance.guide_specs import GUIDES, ClipSpec, GuideSpec, MidBlockSpec
 from guidance.guide_words import explain, read_guide
 from guidance.heads import HeadConfig, build_head, save_head
 from sample.guided import main, read_words
@@ -113,6 +114,10 @@ def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path
     assert "costs about 1.19 unguided ones" in said and f"steps on average {1 + 0.19 / 4:.2f};" in said
     said = explain([read_guide(f"midblock:head={head},start=0,stop=1,objective=at_least,target=7")], 16)
     assert "for rating (rating); pushes in 16 of 16 steps;" in said and "on average 1.19;" in said
+    said = explain(
+        [dataclasses.make_dataclass("Own", [], bases=(GuideSpec,), namespace={"method": "own"})()], 16
+    )
+    assert said.startswith("own: tap as the guide says; pushes in 16 of 16 steps;") and "nan" not in said
     (head / "config.json").write_text(json.dumps(config | {"tap": "mid_block+up_blocks.1"}))
     said = explain([read_guide(f"midblock:head={head}")], 16)
     assert "costs more than the 1.19 unguided ones" in said and "average" not in said
