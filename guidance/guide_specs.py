@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from guidance.errors import UserError
+from guidance.io import read_json
 from guidance.options import option
+from guidance.recipes import DEFAULT_OBJECTIVES
 from guidance.step_phases import FRESH, KEPT, OFF, step_phases
+
+_MID_BLOCK_COST = 1.19  # of a step with a gradient from the mid-block, in unguided ones
 
 
 @dataclasses.dataclass
@@ -24,9 +26,6 @@ class GuideSpec:
     """Options that all guides share; the scale multiplies the scale of the arm."""
 
     method: ClassVar[str]
-    step_cost: ClassVar[float] = (
-        math.nan
-    )  # a step with a gradient from the mid-block, counted in unguided ones
 
     guidance_scale: float = option(1.0, "factor of the arm's scale; negative pushes away")
     start: float | None = option(None, "fraction of the steps where guidance begins; null: the guide's own")
@@ -46,66 +45,86 @@ class GuideSpec:
 
     def explain(self, num_steps: int) -> str:
         """A line for ``--explain``, before any model is loaded: what is read, when, at what cost, all options."""
-        start, stop = (
-            self.trained.get(name, default) if getattr(self, name) is None else getattr(self, name)
-            for name, default in (("start", 0.0), ("stop", 1.0))
-        )
-        phases = step_phases(start, stop, self.every, num_steps)
+        interval = {"start": 0.0, "stop": 1.0} | self.trained | self._interval()
+        phases = step_phases(interval["start"], interval["stop"], self.every, num_steps)
         chosen = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
         when = f"pushes in {num_steps - phases.count(OFF)} of {num_steps} steps"
         if KEPT in phases:
             when += f", with a new direction in {phases.count(FRESH)}"
-        average = 1 + (self.step_cost - 1) * phases.count(FRESH) / num_steps
         cost = f"a guided step costs {self.price}"
-        cost += "" if math.isnan(average) or self._behind_mid_block else f", steps on average {average:.2f}"
+        if self.step_cost is not None:
+            average = 1 + (self.step_cost - 1) * phases.count(FRESH) / num_steps
+            cost += f", steps on average {average:.2f}"
         return f"{self.method}: tap {self.where}; {when}; {cost}; {', '.join(chosen)}"
 
     @property
     def price(self) -> str:
         """What a step with a gradient costs, in words."""
-        if math.isnan(self.step_cost):
-            return "what its gradient takes (not counted)"
-        if self._behind_mid_block:
-            return f"more than the {self.step_cost:.2f} unguided ones of a guide on the mid-block"
-        return f"about {self.step_cost:.2f} unguided ones (counted, Stable Diffusion at 512 px with CFG)"
+        return "what its gradient takes (not counted)"
 
     @property
-    def _behind_mid_block(self) -> bool:
-        return "up_blocks" in self.trained.get("tap", "")
+    def step_cost(self) -> float | None:
+        """The same in unguided steps; None where that is not counted."""
+        return None
 
     @property
     def folder(self) -> str:
         """Where the guide's trained part lies; "" without one."""
-        return getattr(self, "head", "")
+        return ""
 
     @functools.cached_property
     def trained(self) -> dict[str, Any]:
         """The description beside the trained part's weights; empty where there is none on this disk."""
         file = Path(self.folder) / "config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if self.folder and file.is_file() else {}
+        return read_json(file) if self.folder and file.is_file() else {}
 
     @property
     def where(self) -> str:
         """Where the guide reads the denoiser, and what for."""
-        if not self.trained:
-            return (
-                f"as its head says (no '{self.folder}' on this disk)" if self.folder else "as the guide says"
-            )
-        known = self.trained
-        return (
-            f"{known['tap']} of {known['base_model'] or 'its model'}, for {known['target']} ({known['task']})"
-        )
+        return "as the guide says"
 
     def _interval(self) -> dict[str, Any]:
         return {k: v for k in ("start", "stop") if (v := getattr(self, k)) is not None}
 
 
+class HeadSpec(GuideSpec):
+    """What guides by a head have in common; each has its folder as the option ``head``."""
+
+    head: str
+
+    @property
+    def folder(self) -> str:
+        """Where the head lies."""
+        return self.head
+
+    @property
+    def where(self) -> str:
+        """As the head's config says."""
+        if not self.trained:
+            return f"as its head says (no '{self.folder}' on this disk)"
+        known = self.trained
+        return (
+            f"{known['tap']} of {known['base_model'] or 'its model'}, for {known['target']} ({known['task']})"
+        )
+
+    @property
+    def step_cost(self) -> float | None:
+        """Counted for taps up to the mid-block."""
+        return None if "up_blocks" in self.trained.get("tap", "") else _MID_BLOCK_COST
+
+    @property
+    def price(self) -> str:
+        """Behind the mid-block it is only known to be more."""
+        if self.step_cost is None:
+            return f"more than the {_MID_BLOCK_COST:.2f} unguided ones of a guide on the mid-block"
+        return f"about {self.step_cost:.2f} unguided ones (counted, Stable Diffusion at 512 px with CFG)"
+
+
 @dataclasses.dataclass
-class MidBlockSpec(GuideSpec):
+class MidBlockSpec(HeadSpec):
     """A head on mid-block features: rating, class, number, or real against generated."""
 
     method: ClassVar[str] = "midblock"
-    step_cost: ClassVar[float] = 1.19
 
     head: str = option("runs/heads/testbed-aesthetic", "folder of the head")
     objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
@@ -120,9 +139,7 @@ class MidBlockSpec(GuideSpec):
         """With the objective, where that is the head's own."""
         if self.objective is not None or not self.trained:
             return super().where
-        from guidance.objectives import DEFAULTS
-
-        return f"{super().where}, objective {DEFAULTS.get(self.trained['task'], 'none')}"
+        return f"{super().where}, objective {DEFAULT_OBJECTIVES.get(self.trained['task'], 'none')}"
 
     @functools.cached_property
     def loaded(self) -> Any:
@@ -152,6 +169,7 @@ class ClipSpec(GuideSpec):
     """CLIP on the decoded prediction of x0."""
 
     method: ClassVar[str] = "clip"
+
     clip: str = option("testbed", "CLIP or SigLIP: testbed, a folder or a hub id; not the one that judges")
     texts: list[str] = option([], "texts to approach; empty: each image's own prompt")
     images: list[str] = option([], "image files to approach")
@@ -203,11 +221,10 @@ class ClipSpec(GuideSpec):
 
 
 @dataclasses.dataclass
-class EmbeddingSpec(GuideSpec):
+class EmbeddingSpec(HeadSpec):
     """A head that predicts the CLIP image embedding: CLIP guidance without decoding."""
 
     method: ClassVar[str] = "embedding"
-    step_cost: ClassVar[float] = MidBlockSpec.step_cost
 
     head: str = option("runs/heads/testbed-clip", "folder of the head")
     clip: str = option("testbed", "the CLIP that the head was trained on: testbed, a folder or a hub id")
@@ -242,6 +259,7 @@ class AmortisedSpec(GuideSpec):
     """An adapter that predicts the shift of a head, or of several, without a gradient."""
 
     method: ClassVar[str] = "amortised"
+
     adapter: str = option("runs/adapters/testbed-aesthetic", "folder of the adapter")
 
     @property

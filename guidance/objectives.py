@@ -14,6 +14,7 @@ from torch import Tensor
 
 from guidance.errors import UserError, nearest
 from guidance.head_config import HeadConfig
+from guidance.recipes import DEFAULT_OBJECTIVES
 
 Target = str | int | float | None
 Objective = Callable[[Float[Tensor, "b outputs"]], Float[Tensor, " b"]]
@@ -93,9 +94,6 @@ OBJECTIVES: dict[str, Callable[[HeadConfig, Target], Objective]] = {
     "binary": binary,
 }
 
-#: What a guide climbs by default, by the task of its head.
-DEFAULTS = {"rating": "expected", "class": "class", "regression": "regression", "binary": "binary"}
-
 
 def build_objective(config: HeadConfig, name: str | None = None, target: Target = None) -> Objective:
     """Build the objective of a head.
@@ -117,12 +115,12 @@ def build_objective(config: HeadConfig, name: str | None = None, target: Target 
     tensor([5.5000])
     """
     if name is None:
-        if config.task not in DEFAULTS:
+        if config.task not in DEFAULT_OBJECTIVES:
             raise UserError(
                 f"Expected an objective for a head of task '{config.task}', got none; an embedding has a score "
                 "only beside a target: use guidance.guides.embedding.EmbeddingGuide."
             )
-        name = DEFAULTS[config.task]
+        name = DEFAULT_OBJECTIVES[config.task]
     if name not in OBJECTIVES:
         raise UserError(f"Expected a known objective, got '{name}'.{nearest(name, OBJECTIVES)}")
     return OBJECTIVES[name](config, target)

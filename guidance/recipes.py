@@ -11,6 +11,9 @@ from typing import Literal
 from guidance.errors import UserError
 from guidance.options import option
 
+#: What a guide climbs by default, by the task of its head: a key of :data:`guidance.objectives.OBJECTIVES`.
+DEFAULT_OBJECTIVES = {"rating": "expected", "class": "class", "regression": "regression", "binary": "binary"}
+
 
 @dataclasses.dataclass
 class FeatureRecipe:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,16 @@ def test_explain_loads_nothing(capsys) -> None:
     main(["--explain", "--guide", "midblock:head=no/such/head", "--guide", "clip"])
     out = capsys.readouterr().out
     assert "midblock: tap" in out and "clip: tap the prediction of x0" in out and "CFG 4" in out
+
+
+def test_explain_is_instant(head: Path) -> None:
+    """Reading a head's description imports nothing heavy."""
+    code = (
+        "import sys; from guidance.guide_words import explain, read_guide; "
+        f"print(explain([read_guide('midblock:head={head}')], 4), 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "objective expected;" in ran.stdout and ran.stdout.endswith("False\n")
 
 
 def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path: Path) -> None:

@@ -170,8 +170,9 @@ def test_two_processes_share_a_study(tiny_pipe, parts, tiny_folder, tmp_path: Pa
         for name in ("one", "two")
     )
     assert [untimed(row) for row in alone] == [untimed(row) for row in both]
-    assert [row["arm"] for row in alone[2:]] == list(vae_floors(tiny_pipe, 9))
-    for row, expected in zip(alone[2:], vae_floors(tiny_pipe, 9).values(), strict=True):
+    floors = vae_floors(tiny_pipe, 9)
+    assert [row["arm"] for row in alone[2:]] == list(floors)
+    for row, expected in zip(alone[2:], floors.values(), strict=True):
         found = [float(row[name]) for name in ("FD-judge", "to scenes through the VAE")]
         assert found == pytest.approx(expected, rel=0.02, abs=0.06)
     with pytest.raises(UserError):

@@ -91,9 +91,14 @@ class Bench:
         return load_judges()
 
     @functools.cached_property
+    def pictures(self) -> UInt8[np.ndarray, "n h w 3"]:
+        """As many rendered scenes of the split as there are images."""
+        return render_scenes(scenes(self.config.split, self.config.num_images))
+
+    @functools.cached_property
     def real(self) -> Float[np.ndarray, "n d"]:
-        """Judge features of as many rendered scenes of the split as there are images."""
-        return self.judges.features(render_scenes(scenes(self.config.split, self.config.num_images)))
+        """Judge features of :attr:`pictures`."""
+        return self.judges.features(self.pictures)
 
     def head(self, folder: str) -> Any:
         """Load a head."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -45,8 +46,8 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         the scenes of the first block's captions measure themselves.
     """
     split, n = config.split, config.num_images
-    pictures = render_scenes(scenes(split, n))
-    real, rebuilt = bench.judges.features(pictures), bench.judges.features(_through_vae(bench, pictures))
+    rebuilt = bench.judges.features(_through_vae(bench, bench.pictures))
+    references = moments(bench.real), moments(rebuilt)
     rows = []
     for cfg in config.cfg_scales:
         spec = MidBlockSpec(
@@ -60,8 +61,8 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
             arms = guide_arms([spec], config.scales)
             for name, s in bench.sample(f"discriminator/cfg{cfg:g}", jobs, arms, cfg_scale=cfg).items():
                 features = bench.judges.features(s.images)
-                pr = precision_recall(real, features)
-                fds = _distances(features, real, rebuilt)
+                pr = precision_recall(bench.real, features)
+                fds = _distances(features, references)
                 found.setdefault(name, []).append(
                     (fds[0], fds[1], pr.precision, pr.recall, agreement(bench, s), s.seconds)
                 )
@@ -85,14 +86,17 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     others = render_scenes(scenes(split, n, start=_APART))
     floors = {"other scenes": others, "other scenes through the VAE": _through_vae(bench, others)}
     for name, images in floors.items():
-        fds = _distances(bench.judges.features(images), real, rebuilt)
-        found_here = {"arm": name, "FD-judge": f"{fds[0]:.1f}", _REBUILT: f"{fds[1]:.1f}"}
-        rows.append(dict.fromkeys(rows[0], "") | found_here)
+        fds = _distances(bench.judges.features(images), references)
+        row = {"arm": name, "FD-judge": f"{fds[0]:.1f}", _REBUILT: f"{fds[1]:.1f}"}
+        rows.append(dict.fromkeys(rows[0], "") | row)
     return rows
 
 
-def _distances(features: Float[np.ndarray, "n d"], *references: Float[np.ndarray, "m d"]) -> list[float]:
-    return [frechet_distance(*moments(r), *moments(features)) for r in references]
+def _distances(
+    features: Float[np.ndarray, "n d"], references: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> list[float]:
+    own = moments(features)
+    return [frechet_distance(*reference, *own) for reference in references]
 
 
 def _through_vae(bench: Bench, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
