@@ -23,8 +23,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from guidance.config import friendly_errors, parse_config
-from guidance.errors import UserError, nearest
+from guidance.utils.config import parse_config
+from guidance.utils.errors import UserError, friendly_errors, nearest
 
 #: Modules of :mod:`eval.studies`, each with a ``Config`` and ``run(bench, config) -> rows``.
 STUDIES = (
@@ -54,9 +54,9 @@ def measure(study: str, config: Any) -> str | None:
     Raises:
         UserError: If a head is missing or does not fit, or an option is out of range.
     """
+    from eval.stats.tables import markdown
     from eval.studies.common import Bench
-    from eval.tables import markdown
-    from guidance.io import atomic_path, check_writable, write_json
+    from guidance.utils.io import atomic_path, check_writable, write_json
 
     bench = Bench(config)
     check_writable(bench.folder)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(
         module.Config, rest[:-1], prog=f"eval.guides {study}", description=module.__doc__ or ""
     )
-    from guidance.processes import join_processes, leave_processes
+    from guidance.utils.processes import join_processes, leave_processes
 
     table = measure(study, config)
     if table is not None:

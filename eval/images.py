@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guidance.config import friendly_errors, list_words, option, parse_config
-from guidance.errors import UserError
-from guidance.processes import join_processes, launched, leave_processes
+from guidance.utils.config import list_words, option, parse_config
+from guidance.utils.errors import UserError, friendly_errors
+from guidance.utils.processes import join_processes, launched, leave_processes
 
 if TYPE_CHECKING:
-    from eval.arm_images import Arms
+    from eval.comparison.arms import Arms
 
 SUMMARY, REPORT = "summary.json", "report.html"
 OUTPUTS = (SUMMARY, REPORT, "rows.csv", "rows.parquet")
@@ -80,8 +80,8 @@ def evaluate_images(
     Raises:
         UserError: If arms are not paired, or something in the config cannot be used.
     """
-    from eval.arm_images import load_arms
-    from guidance.io import check_writable
+    from eval.comparison.arms import load_arms
+    from guidance.utils.io import check_writable
 
     output = Path(config.output or default_output(config.folders))
     check_writable(output / SUMMARY)
@@ -90,8 +90,8 @@ def evaluate_images(
     key = _key(config, arms)
     if (made := _made(output, key)) is not None:
         return made
-    from eval.comparison_files import log_to_wandb, write_comparison
-    from eval.image_bench import ImageBench
+    from eval.comparison.bench import ImageBench
+    from eval.comparison.files import log_to_wandb, write_comparison
 
     state = join_processes()
     options = {name: getattr(config, name) for name in ("clip", "features", "reference", "reference_size")}
@@ -112,7 +112,7 @@ def evaluate_images(
 
 def _key(config: EvalImagesConfig, arms: Arms) -> str:
     """Identify what the results depend on: images, prompts, options, and the files that options name."""
-    from guidance.records import toolkit_version
+    from guidance.runs.records import toolkit_version
 
     images = {name: [(*i.pair, i.prompt, i.digest) for i in rows] for name, rows in arms.images.items()}
     ignored = ("folders", "output", "cache", "batch_size", "wandb")
@@ -130,7 +130,7 @@ def _key(config: EvalImagesConfig, arms: Arms) -> str:
 
 def _made(output: Path, key: str) -> dict[str, Any] | None:
     """The summary of an output that is complete and of this key; None if there is none."""
-    from guidance.io import read_json
+    from guidance.utils.io import read_json
 
     if not all((output / name).is_file() for name in OUTPUTS):
         return None

@@ -23,14 +23,14 @@ import numpy as np
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from eval.feature_sets import unit_rows
-from eval.frechet import frechet_distance, moments
-from eval.kernels import cubic_kernel, rbf_kernel
-from eval.paired import PairedDifference, holm, paired_difference
-from eval.permutation import PermutationResult, mmd_permutation_test, permutation_test
-from eval.tables import markdown
-from guidance.config import friendly_errors, option, parse_config
-from guidance.errors import UserError, nearest
+from eval.metrics.feature_sets import unit_rows
+from eval.metrics.frechet import frechet_distance, moments
+from eval.metrics.kernels import cubic_kernel, rbf_kernel
+from eval.stats.paired import PairedDifference, holm, paired_difference
+from eval.stats.permutation import PermutationResult, mmd_permutation_test, permutation_test
+from eval.stats.tables import markdown
+from guidance.utils.config import option, parse_config
+from guidance.utils.errors import UserError, friendly_errors, nearest
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class NullConfig:
     seeds: int = option(4, "images a prompt")
     unit: str = option("prompt", "prompt: seeds belong together; image: each by itself, which is wrong")
     effect: float = option(0.2, "planted mean effect; prompts are 1 apart, agreement is a share")
-    method: Literal["t", "bca"] = option("t", "interval of a paired difference, as in eval.paired")
+    method: Literal["t", "bca"] = option("t", "interval of a paired difference, as in eval.stats.paired")
     resamples: int = option(9999, "of method=bca")
     statistics: list[str] = option(["kid", "kid_to_real", "cmmd"], "permutation: also fd, fd_to_real")
     sets: int = option(40, "permutation: prompts of a comparison")

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.paired import paired_difference
-from guidance.config import friendly_errors, option, parse_config
-from guidance.errors import UserError, nearest
-from guidance.io import read_json
+from eval.stats.paired import paired_difference
+from guidance.utils.config import option, parse_config
+from guidance.utils.errors import UserError, friendly_errors, nearest
+from guidance.utils.io import read_json
 
 PREFERRED = ("truth", "clip_score")
 PLAIN_CFG = "plain CFG"

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.config import friendly_errors, option, parse_config
-from guidance.errors import UserError
+from guidance.utils.config import option, parse_config
+from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
-    from guidance.prompts import Prompt
+    from guidance.data.prompts import Prompt
 
 
 @dataclasses.dataclass
@@ -50,13 +50,13 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
     Returns:
         Rows (one per CFG weight) and the Frechet distance between two halves of the test scenes.
     """
-    from eval.frechet import frechet_distance, moments
-    from guidance.io import write_json
-    from guidance.pipelines import load_pipeline
+    from eval.metrics.frechet import frechet_distance, moments
+    from guidance.models.pipelines import load_pipeline
     from guidance.sampling import sample_images
     from guidance.testbed.judges import load_judges
     from guidance.testbed.render import render_scenes
     from guidance.testbed.scenes import scenes
+    from guidance.utils.io import write_json
 
     pipe, judges = load_pipeline(config.model), load_judges()
     truth_scenes = list(scenes("test", config.reference))
@@ -122,13 +122,13 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> str:
         Markdown: one table per (scheduler, steps).
     """
     from eval.images import EvalImagesConfig, evaluate_images
-    from eval.tables import arm_table
-    from guidance.arms import Arm, midblock_arms
+    from eval.stats.tables import arm_table
     from guidance.heads import load_head
-    from guidance.io import atomic_path, write_json
-    from guidance.pipelines import load_pipeline
-    from guidance.records import RecordStore
-    from guidance.run import list_jobs, sample_arms
+    from guidance.models.pipelines import load_pipeline
+    from guidance.runs.arms import Arm, midblock_arms
+    from guidance.runs.records import RecordStore
+    from guidance.runs.run import list_jobs, sample_arms
+    from guidance.utils.io import atomic_path, write_json
 
     pipe, head = load_pipeline(config.model), load_head(config.head)
     jobs = list_jobs(_fresh_prompts(config.num_prompts, config.seed), 1, 1_000_000 * config.seed)
@@ -159,7 +159,7 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> str:
 
 def _fresh_prompts(n: int, seed: int) -> list[Prompt]:
     """Test prompts of a seed without those that any seed before it had: what was tuned on them is tested on others."""
-    from guidance.prompts import load_prompts
+    from guidance.data.prompts import load_prompts
 
     known = {p.text for s in range(seed) for p in load_prompts("testbed", n, s)}
     return [p for p in load_prompts("testbed", 8 * n if known else n, seed) if p.text not in known][:n]
@@ -167,9 +167,9 @@ def _fresh_prompts(n: int, seed: int) -> list[Prompt]:
 
 def write_card(config: MeasureConfig) -> Path:
     """Put the measured quality into the model card of the weights."""
-    from guidance.io import atomic_path, read_json
-    from guidance.pipelines import TESTBED_FOLDER
-    from guidance.testbed.export import render_card
+    from guidance.models.pipelines import TESTBED_FOLDER
+    from guidance.training.export import render_card
+    from guidance.utils.io import atomic_path, read_json
 
     folder = TESTBED_FOLDER if config.model == "testbed" else Path(config.model)
     quality = Path(config.output) / "quality.json"

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.errors import UserError, nearest
+from guidance.utils.errors import UserError, nearest
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from guidance.config import friendly_errors, option, parse_config
+from guidance.utils.config import option, parse_config
+from guidance.utils.errors import friendly_errors
 
 
 @dataclasses.dataclass
@@ -61,8 +62,8 @@ def run_demo(config: DemoConfig) -> Path:
 
 def _train(head: str) -> None:
     """Run ``train/cache_features.py`` and ``train/head.py`` as a user would."""
-    from guidance.io import check_writable
-    from guidance.processes import run_script
+    from guidance.utils.io import check_writable
+    from guidance.utils.processes import run_script
 
     if not (Path(head) / "config.json").is_file():
         check_writable(head)  # before the minutes of caching
@@ -72,7 +73,7 @@ def _train(head: str) -> None:
 
 def _sample(config: DemoConfig) -> Path:
     """Run ``sample/sweep.py`` as a user would."""
-    from guidance.processes import run_script
+    from guidance.utils.processes import run_script
 
     words = [f"scale={json.dumps(config.scales)}", f"cfg_matched={config.cfg_matched > 0}".lower()]
     words += [f"cfg_scales_matched=[{config.cfg_matched:g}]"] if config.cfg_matched > 0 else []
@@ -91,8 +92,8 @@ def _processes() -> int:
 
 def _compare(config: DemoConfig, folder: Path) -> str:
     from eval.images import EvalImagesConfig, evaluate_images
-    from eval.tables import arm_table
-    from guidance.io import atomic_path
+    from eval.stats.tables import arm_table
+    from guidance.utils.io import atomic_path
 
     judged = EvalImagesConfig(
         [str(folder)], reference_size=config.reference, permutations=99, title="make demo"

@@ -23,12 +23,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.config import friendly_errors, option, parse_config_and_args
-from guidance.errors import UserError
+from guidance.utils.config import option, parse_config_and_args
+from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
-    from guidance.arms import Arm
-    from guidance.cfg import ClassifierFree
+    from guidance.runs.arms import Arm
+    from guidance.sampling.cfg import ClassifierFree
 
 #: Options that may change when a folder is continued: no image depends on them; new scales are added.
 FREE = ("scales", "batch_size", "grid_rows")
@@ -99,15 +99,14 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     Raises:
         UserError: If something in the config cannot be used, or the folder belongs to another config.
     """
-    from guidance.arms import guide_arms, list_scales, midblock_arms
-    from guidance.guide_words import read_guide
     from guidance.heads import load_head
-    from guidance.jobs import read_jobs
-    from guidance.processes import join_processes, load_on
-    from guidance.records import RecordStore
-    from guidance.run import check_sampling, sample_arms
-    from guidance.run_folder import move_aside, read_settings, write_grid, write_settings
-    from guidance.units import Sampling
+    from guidance.models.pipelines import load_on
+    from guidance.runs.arms import guide_arms, list_scales, midblock_arms
+    from guidance.runs.folder import move_aside, read_settings, write_grid, write_settings
+    from guidance.runs.records import RecordStore
+    from guidance.runs.run import Sampling, check_sampling, read_jobs, sample_arms
+    from guidance.runs.specs import read_guide
+    from guidance.utils.processes import join_processes
 
     state = join_processes()
     progress = progress and state.is_main_process
@@ -154,7 +153,7 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
 
 def _steered(config: GuidedConfig, arms: list[Arm]) -> list[Arm]:
     """Add steering by the first guide's score, if there are particles."""
-    from guidance.arms import Steering, steered_arms
+    from guidance.runs.arms import Steering, steered_arms
 
     if config.particles < 1:
         raise UserError(f"Expected particles of at least 1, got {config.particles}; 1 does not steer.")
@@ -171,8 +170,8 @@ def _steered(config: GuidedConfig, arms: list[Arm]) -> list[Arm]:
 
 
 def _classifier_free(config: GuidedConfig) -> ClassifierFree:
-    from guidance.cfg import ClassifierFree
-    from guidance.guide_words import read_guide
+    from guidance.runs.specs import read_guide
+    from guidance.sampling.cfg import ClassifierFree
 
     modulate = None if config.cfg_modulate is None else read_guide(config.cfg_modulate).build(1.0)
     return ClassifierFree(config.cfg_scale, config.cfg_rescale, config.cfg_start, config.cfg_stop, modulate)
@@ -235,8 +234,7 @@ def read_words(argv: Sequence[str]) -> list[str]:
 
 
 def _explain(config: GuidedConfig) -> str:
-    from guidance.guide_specs import MidBlockSpec
-    from guidance.guide_words import explain, read_guide
+    from guidance.runs.specs import MidBlockSpec, explain, read_guide
 
     names = ("head", "objective", "target", "normalize", "start", "stop", "every", "space")
     specs = [read_guide(text) for text in config.guides] or [
@@ -268,9 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_explain(config))
         return
     folder = sample_guided(config)
-    from guidance.processes import join_processes, leave_processes
-    from guidance.records import RecordStore
-    from guidance.run_folder import GRID_FILE, summarise
+    from guidance.runs.folder import GRID_FILE, summarise
+    from guidance.runs.records import RecordStore
+    from guidance.utils.processes import join_processes, leave_processes
 
     state = join_processes()
     if state.is_main_process:

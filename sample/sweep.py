@@ -28,14 +28,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.config import friendly_errors, option, parse_config_and_args
-from guidance.errors import UserError
+from guidance.utils.config import option, parse_config_and_args
+from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
-    from guidance.arms import Arm
-    from guidance.sweep import ArmBuilder
-    from guidance.sweep_folder import SweepPlan
-    from guidance.units import Job
+    from guidance.runs.arms import Arm
+    from guidance.runs.run import Job
+    from guidance.runs.sweep import ArmBuilder
+    from guidance.runs.sweep_folder import SweepPlan
 
 #: Options that decide which cells there are, or how they are made: no image depends on them.
 INCIDENTAL = ("combine", "baseline", "cfg_matched", "cfg_scales_matched", "batch_size", "grid_rows")
@@ -115,11 +115,12 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
     Raises:
         UserError: If something in the config cannot be used, or the folder is another's.
     """
-    from guidance.processes import join_processes, load_on
-    from guidance.run import check_sampling
-    from guidance.sweep_folder import check_free, together, working_in
-    from guidance.sweep_run import fill_sweep, lay_out
-    from guidance.sweep_tracking import SweepTracking
+    from guidance.models.pipelines import load_on
+    from guidance.runs.run import check_sampling
+    from guidance.runs.sweep_folder import check_free, together, working_in
+    from guidance.runs.sweep_run import fill_sweep, lay_out
+    from guidance.runs.sweep_tracking import SweepTracking
+    from guidance.utils.processes import join_processes
 
     state = join_processes()
     progress = progress and state.is_main_process
@@ -151,9 +152,10 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
 
 def describe_sweep(config: SweepConfig) -> str:
     """The plan of a sweep: cells, images, network calls, time and disk; nothing is written."""
-    from guidance.processes import join_processes, load_on
-    from guidance.records import RecordStore
-    from guidance.sweep_estimate import count_costs, describe_plan, speed_from_batch, speed_from_records
+    from guidance.models.pipelines import load_on
+    from guidance.runs.records import RecordStore
+    from guidance.runs.sweep_estimate import count_costs, describe_plan, speed_from_batch, speed_from_records
+    from guidance.utils.processes import join_processes
 
     plan, jobs = _plan(config)
     builder, arms = _arms(config, plan)
@@ -171,9 +173,9 @@ def describe_sweep(config: SweepConfig) -> str:
 
 def recommend(config: SweepConfig) -> None:
     """Evaluate a finished sweep, where that has not been done, and print which cell is best within the limits."""
-    from guidance.processes import run_script
-    from guidance.sweep import varied_fields
-    from guidance.sweep_folder import require_finished
+    from guidance.runs.sweep import varied_fields
+    from guidance.runs.sweep_folder import require_finished
+    from guidance.utils.processes import run_script
 
     plan, jobs = _plan(config)
     require_finished(plan, jobs)
@@ -185,10 +187,9 @@ def recommend(config: SweepConfig) -> None:
 
 
 def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
-    from guidance.jobs import read_jobs
-    from guidance.sweep import AXES, matched_scales
-    from guidance.sweep_axes import read_axes
-    from guidance.sweep_folder import plan_sweep
+    from guidance.runs.run import read_jobs
+    from guidance.runs.sweep import AXES, matched_scales, read_axes
+    from guidance.runs.sweep_folder import plan_sweep
 
     told = [getattr(config, k) for k in ("prompts", "num_prompts", "seeds_per_prompt", "seed")]
     jobs = read_jobs(*told, category=config.category, edits=config.edits)
@@ -210,7 +211,7 @@ def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
 
 
 def _arms(config: SweepConfig, plan: SweepPlan) -> tuple[ArmBuilder, dict[str, Arm]]:
-    from guidance.sweep import ArmBuilder
+    from guidance.runs.sweep import ArmBuilder
 
     builder = ArmBuilder({name: getattr(config, name) for name in HEAD_OPTIONS})
     return builder, {cell.name: builder.build(cell) for cell in plan.cells}
@@ -218,7 +219,7 @@ def _arms(config: SweepConfig, plan: SweepPlan) -> tuple[ArmBuilder, dict[str, A
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
     """What the folder remembers beside its cells."""
-    from guidance.sweep import AXES
+    from guidance.runs.sweep import AXES
 
     return {
         k: v for k, v in dataclasses.asdict(config).items() if k not in (*AXES, *INCIDENTAL, *INCIDENTAL_TOO)
@@ -264,9 +265,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra=_add_flags,
     )
     config = dataclasses.replace(config, fresh=config.fresh or flags.fresh, join=config.join or flags.join)
-    from guidance.processes import join_processes, leave_processes
-    from guidance.records import RecordStore
-    from guidance.run_folder import GRID_FILE, SHEETS_FOLDER, load_settings, summarise
+    from guidance.runs.folder import GRID_FILE, SHEETS_FOLDER, load_settings, summarise
+    from guidance.runs.records import RecordStore
+    from guidance.utils.processes import join_processes, leave_processes
 
     state = join_processes()
     if flags.dry_run or flags.recommend:

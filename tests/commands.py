@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 #: A command of the library, and where its main is.
-_ELSEWHERE = {"guidance.taps": "guidance.tap_table"}
+_ELSEWHERE = {"guidance.taps": "guidance.taps.table"}
 _STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python -m|accelerate launch|torchrun) .*")
 _FENCE = re.compile(r"^ {0,3}```([^\n]*)\n(.*?)^ {0,3}```", re.S | re.M)
 
@@ -81,7 +81,8 @@ def split_command(command: str) -> tuple[str, list[str]]:
 
 def script(module: str) -> Callable[[list[str]], Any]:
     """The ``main`` of a script."""
-    return importlib.import_module(_ELSEWHERE.get(module, module)).main
+    found = importlib.import_module(_ELSEWHERE.get(module, module))
+    return (importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found).main
 
 
 def exit_code(module: str, words: list[str]) -> Any:

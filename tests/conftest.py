@@ -16,7 +16,7 @@ def build_tiny_pipe():
     """A StableDiffusionPipeline with the testbed's classes, small and random."""
     from diffusers import StableDiffusionPipeline
 
-    from guidance.pipelines import freeze
+    from guidance.models.pipelines import freeze
     from guidance.testbed import models
     from guidance.testbed.scenes import scenes
 

@@ -57,7 +57,15 @@ COMMANDS = {
     "taps": "guidance.taps --model random:sd-2.1-base-tiny",
 }
 #: Names of records that no two runs share, anywhere in JSON.
-_VOLATILE = {"seconds", "images_per_second", "toolkit_version", "versions", "command", "created", "seconds_per_image"}
+_VOLATILE = {
+    "seconds",
+    "images_per_second",
+    "toolkit_version",
+    "versions",
+    "command",
+    "created",
+    "seconds_per_image",
+}
 _VOLATILE |= {"time", "date", "machine", "memory", "head_path", "wall", "trained", "elapsed", "peak_memory"}
 _SKIPPED = {"config.yaml", "README.md", "train.yaml", "recipe.yaml", "run.yaml", "sampling_seconds"}
 
@@ -74,7 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.record:
         options.record.write_text(json.dumps(found, indent=1))
         return 0
-    before = json.loads(options.check.read_text()) if options.check else hash_revision(options.against, options.only)
+    before = (
+        json.loads(options.check.read_text())
+        if options.check
+        else hash_revision(options.against, options.only)
+    )
     wrong = [name for name in sorted(before.keys() | found.keys()) if before.get(name) != found.get(name)]
     if options.only is not None:
         wrong = [name for name in wrong if name in found]
@@ -96,7 +108,7 @@ def hash_revision(revision: str, only: list[str] | None) -> dict[str, str]:
 
 
 def hash_outputs(tree: Path, only: list[str] | None = None) -> dict[str, str]:
-    """Run the commands of a tree in an empty folder and hash every file they write, and the images of real pipelines."""
+    """Run the commands of a tree in an empty folder; hash every file they write, and images of real architectures."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
     environment |= {"WANDB_MODE": "offline", "MPLBACKEND": "Agg", "COLUMNS": "100"}
     with tempfile.TemporaryDirectory() as folder:
@@ -129,9 +141,9 @@ def _split(command: str) -> list[str]:
 def _hash_files(out: Path) -> Iterator[tuple[str, str]]:
     for file in sorted(out.rglob("*")):
         name = str(file.relative_to(out))
-        if not file.is_file() or name.startswith("configs") or file.name in _SKIPPED or "cache" in name.split("/")[0][:5]:
-            if not (file.is_file() and name.startswith("cache/")):
-                continue
+        hidden = name.startswith("configs") or file.name in _SKIPPED or name.startswith("eval-cache/")
+        if not file.is_file() or hidden:
+            continue
         if file.suffix in (".json", ".jsonl"):
             lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
             plain = sorted(json.dumps(_stable(json.loads(line)), sort_keys=True) for line in lines)
@@ -177,7 +189,9 @@ def hash_pipelines() -> dict[str, str]:
 
     def head_of(channels: int, prediction: str, **more: Any) -> Any:
         torch.manual_seed(0)
-        return build_head(HeadConfig(kind="conv", in_channels=channels, hidden=16, prediction_type=prediction, **more))
+        return build_head(
+            HeadConfig(kind="conv", in_channels=channels, hidden=16, prediction_type=prediction, **more)
+        )
 
     def draw(name: str, tap: str, channels: int, prediction: str, **call: Any) -> str:
         pipe: DiffusionPipeline = load_pipeline(name, device="cpu")
@@ -192,8 +206,12 @@ def hash_pipelines() -> dict[str, str]:
         "pipeline: SD 2.1": draw("random:sd-2.1-base-tiny", "mid_block", 40, "epsilon", **text),
         "pipeline: SD 1.5": draw("random:sd-1.5-tiny", "mid_block", 40, "epsilon", **text),
         "pipeline: SDXL": draw("random:sdxl-tiny", "mid_block", 40, "epsilon", **text),
-        "pipeline: DiT": draw("random:dit-xl-2-256-tiny", "transformer_blocks.1", 36, "epsilon", class_labels=[1]),
-        "pipeline: SD3": draw("random:sd3-medium-tiny", "transformer_blocks.0", 48, "flow_prediction", **text),
+        "pipeline: DiT": draw(
+            "random:dit-xl-2-256-tiny", "transformer_blocks.1", 36, "epsilon", class_labels=[1]
+        ),
+        "pipeline: SD3": draw(
+            "random:sd3-medium-tiny", "transformer_blocks.0", 48, "flow_prediction", **text
+        ),
     }
 
 

@@ -18,7 +18,12 @@ from conftest import make_head
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from guidance.adapter import (
+from guidance.apply import apply_guidance, cfg_parts
+from guidance.data.cache import FeatureCache
+from guidance.guides import MidBlockGuide
+from guidance.guides.base import rms, unit_rms
+from guidance.heads import HeadConfig, build_head, save_head
+from guidance.heads.adapter import (
     AdapterConfig,
     build_adapter,
     check_adapter_fits,
@@ -26,25 +31,24 @@ from guidance.adapter import (
     load_adapter,
     save_adapter,
 )
-from guidance.adapter_training import (
-    NoisedLatents,
-    SampledStates,
-    cache_pairs,
-    fit_adapter,
-    measure_adapter,
-    recording,
-)
-from guidance.apply import apply_guidance, cfg_parts
-from guidance.errors import UserError
-from guidance.feature_cache import FeatureCache
-from guidance.guides import MidBlockGuide
-from guidance.guides.amortised import AmortisedGuide, PairRecorder, describe_teacher, read_teacher
-from guidance.guides.base import rms, unit_rms
-from guidance.heads import HeadConfig, build_head, save_head
-from guidance.pipelines import fingerprint, freeze
+from guidance.models.denoiser import fingerprint
+from guidance.models.pipelines import freeze
 from guidance.sampling import sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
-from guidance.testbed.training import Stage
+from guidance.training.adapters import (
+    AmortisedGuide,
+    NoisedLatents,
+    PairRecorder,
+    SampledStates,
+    cache_pairs,
+    describe_teacher,
+    fit_adapter,
+    measure_adapter,
+    read_teacher,
+    recording,
+)
+from guidance.training.loop import Stage
+from guidance.utils.errors import UserError
 from train.amortise import AmortiseConfig
 
 PROMPTS = {

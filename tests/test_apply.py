@@ -14,12 +14,12 @@ from diffusers import (
 from PIL import Image
 
 from guidance.apply import apply_guidance, cfg_parts
-from guidance.errors import UserError
 from guidance.guides import MidBlockGuide, Strength
 from guidance.guides.base import rms
 from guidance.sampling import decode_latents, sample_images, sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
 from guidance.taps import encode_features
+from guidance.utils.errors import UserError
 
 PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at noon"]
 
@@ -360,7 +360,7 @@ def test_bad_calls_get_a_sentence(tiny_pipe, head):
 def test_parts_in_step_and_apart_give_the_same_run(tiny_pipe, monkeypatch, make):
     runs = []
     for weights in (0, 10**9):
-        monkeypatch.setattr("guidance.guided_step.IN_STEP_WEIGHTS", weights)
+        monkeypatch.setattr("guidance.apply.step.IN_STEP_WEIGHTS", weights)
         runs.append(sample_latents(tiny_pipe, PROMPTS, [0, 1], num_steps=4, guides=[make()]))
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
 

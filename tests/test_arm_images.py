@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.arm_images import load_arms
-from guidance.errors import UserError
-from guidance.records import Record, RecordStore
+from eval.comparison.arms import load_arms
+from guidance.runs.records import Record, RecordStore
+from guidance.utils.errors import UserError
 
 PROMPTS = ["a red boat", "a green tree", "a blue kite"]
 

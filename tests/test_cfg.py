@@ -10,11 +10,11 @@ import torch
 from conftest import make_head
 
 from guidance.apply import apply_guidance
-from guidance.cfg import ClassifierFree
-from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
-from guidance.pipelines import fingerprint
+from guidance.models.denoiser import fingerprint
 from guidance.sampling import sample_latents
+from guidance.sampling.cfg import ClassifierFree
+from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a red balloon over the sea at dusk", "a blue tree in the snow at night"]

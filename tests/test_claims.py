@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from guidance import claims as module
-from guidance.claims import SUFFIX, Claims
-from guidance.errors import UserError
+from guidance.runs import claims as module
+from guidance.runs.claims import SUFFIX, Claims
+from guidance.utils.errors import UserError
 
 HOUR = 3600
 
@@ -210,7 +210,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 def test_a_process_that_sleeps_is_not_gone(tmp_path: Path) -> None:
     """Stopped by a signal it lives, and loses its claim by its heartbeat only."""
-    code = "import sys, time\nfrom guidance.claims import Claims\nc = Claims(sys.argv[1], 0.4)\n"
+    code = "import sys, time\nfrom guidance.runs.claims import Claims\nc = Claims(sys.argv[1], 0.4)\n"
     code += "assert c.take('x')\nprint('ready', flush=True)\ntime.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as worker:
         assert worker.stdout is not None and worker.stdout.readline()

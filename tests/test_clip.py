@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from guidance.clip import Clip, load_clip
-from guidance.cutouts import Preprocess, cutouts, resize
-from guidance.errors import UserError
 from guidance.guides import clip as clip_guide
 from guidance.guides.base import Guide, run_prompts
-from guidance.guides.clip import ClipGuide, spherical_distance
-from guidance.pipelines import fingerprint
+from guidance.guides.clip import ClipGuide, cutouts, spherical_distance
+from guidance.models.clip import Clip, Preprocess, load_clip, resize
+from guidance.models.denoiser import fingerprint
 from guidance.testbed import models
 from guidance.testbed.scenes import scenes
+from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RED, BLUE = "a red balloon over the sea at dusk", "a blue tree in the desert at night"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import make_head
 
-from guidance.errors import UserError
-from guidance.guide_words import read_guide
 from guidance.guides import MidBlockGuide
 from guidance.heads import HeadConfig, build_head, save_head
+from guidance.runs.specs import read_guide
+from guidance.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

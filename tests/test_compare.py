@@ -7,16 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 
-from eval import set_metrics as sets
-from eval.arm_folders import ArmImage
-from eval.arm_images import Arms
-from eval.compare import breakdowns, caveats, deltas, table_rows, units
-from eval.frechet import frechet_distance, moments
-from eval.image_metrics import Measured
-from eval.paired import paired_difference
-from eval.precision_recall import precision_recall
-from eval.results import ImageMetric
-from guidance.errors import UserError
+from eval.comparison import set_metrics as sets
+from eval.comparison.arms import ArmImage, Arms
+from eval.comparison.compare import breakdowns, caveats, deltas, table_rows, units
+from eval.comparison.image_metrics import Measured
+from eval.comparison.results import ImageMetric
+from eval.metrics.frechet import frechet_distance, moments
+from eval.metrics.precision_recall import precision_recall
+from eval.stats.paired import paired_difference
+from guidance.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -152,7 +151,7 @@ def test_set_metrics_have_the_values_of_their_functions_and_tests_that_see_a_dif
 
 
 def test_p_of_recall_is_that_of_a_test_that_computes_everything_anew(features) -> None:
-    from eval.permutation import permutation_test
+    from eval.stats.permutation import permutation_test
 
     real, prompts = 0.4 * RNG.normal(size=(60, 5)), [f"p{i // 2}" for i in range(90)]
     a, b = features["unguided"], features["better"]

@@ -11,10 +11,10 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 from test_diffusers_pipelines import PROMPTS, SIZE, PatternGuide
 
 from guidance.apply import apply_guidance
-from guidance.conditions import encode_prompts, last
-from guidance.errors import UserError
+from guidance.models.conditions import encode_prompts, last
 from guidance.sampling import sample_latents
-from guidance.start import FromImage
+from guidance.sampling.start import FromImage
+from guidance.utils.errors import UserError
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""guidance.config, guidance.options, guidance.errors: precedence, and one sentence for every mistake."""
+"""guidance.utils.config and guidance.utils.errors: precedence, and one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from typing import Literal
 
 import pytest
 
-from guidance.config import (
+from guidance.utils.config import (
     ConfigError,
-    friendly_errors,
     load_config,
     option,
     parse_config,
@@ -23,7 +22,7 @@ from guidance.config import (
     save_config,
     to_yaml,
 )
-from guidance.errors import UserError, nearest
+from guidance.utils.errors import UserError, friendly_errors, nearest
 
 
 @dataclass
@@ -238,7 +237,7 @@ def test_the_module_imports_nothing_heavy() -> None:
     # The package itself is left out, so that only what this module imports is measured.
     code = (
         "import sys, types; package = types.ModuleType('guidance'); package.__path__ = ['guidance'];"
-        "sys.modules['guidance'] = package; import guidance.config;"
+        "sys.modules['guidance'] = package; import guidance.utils.config;"
         "sys.exit(bool({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parents[1]

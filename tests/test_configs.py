@@ -14,10 +14,9 @@ import yaml
 from commands import ROOT, commands_of_config, exit_code, split_command
 from PIL import Image
 
-from guidance.config import load_config
-from guidance.guide_specs import GUIDES
-from guidance.guide_words import read_guide
 from guidance.heads import load_head
+from guidance.runs.specs import GUIDES, read_guide
+from guidance.utils.config import load_config
 from train.cache_features import CacheConfig
 from train.head import HeadTrainConfig
 
@@ -196,7 +195,7 @@ def test_the_sampling_recipe_samples_and_is_evaluated(
 ) -> None:
     from conftest import make_head
 
-    from guidance.records import RecordStore
+    from guidance.runs.records import RecordStore
 
     monkeypatch.chdir(ROOT)
     make_head(tiny_pipe, hidden=16, base_model=str(tiny_folder)).save_pretrained(tmp_path / "head")
@@ -254,7 +253,7 @@ def test_the_figures_in_the_comments_are_those_counted() -> None:
     """TFLOP of the parts of Stable Diffusion 2.1-base at 512 px, counted on shapes, and what follows from them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from guidance.architectures import build_pipeline
+    from guidance.models.random_weights import build_pipeline
     from guidance.taps import encode_features
 
     def tflop(run) -> float:

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from eval import cost
-from eval.cost_meters import count_flops, count_saved, counted, peak_memory, time_run
-from eval.cost_methods import METHODS, NUM_STEPS, Bench, list_phases
+from eval.cost import __main__ as cost
+from eval.cost.meters import count_flops, count_saved, counted, peak_memory, time_run
+from eval.cost.methods import METHODS, NUM_STEPS, Bench, list_phases
 from guidance.apply import apply_guidance
 from guidance.guides.base import Strength
-from guidance.pipelines import load_pipeline
+from guidance.models.pipelines import load_pipeline
 from train.amortise import AmortiseConfig
 
 TINY = "random:sd-2.1-base-tiny"

@@ -25,11 +25,11 @@ from diffusers import (
 from torch import Tensor
 
 from guidance.apply import apply_guidance
-from guidance.denoiser import denoiser_of
 from guidance.guides import Strength
 from guidance.guides.base import rms, unit_rms
+from guidance.models.denoiser import denoiser_of
 from guidance.schedule import NoiseSchedule
-from guidance.tap_features import patch_grid, read_output
+from guidance.taps.features import patch_grid, read_output
 
 PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at noon"]
 SIZE = 2 * tiny.LATENTS

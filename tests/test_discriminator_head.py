@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from guidance import generated
-from guidance.errors import UserError
-from guidance.feature_cache import FeatureCache
-from guidance.generated import RealAndGenerated, generate_latents, load_latents
+from guidance.data.cache import FeatureCache
 from guidance.guides import MidBlockGuide
-from guidance.head_config import HeadConfig
-from guidance.head_losses import encode_targets, head_loss, two_class_logits
-from guidance.head_metrics import evaluate_head, fit_temperatures, useful_range
 from guidance.heads import build_head, load_head
-from guidance.recipes import GenerationRecipe, HeadRecipe
+from guidance.heads.config import HeadConfig
+from guidance.training import discriminator as generated
+from guidance.training.discriminator import RealAndGenerated, generate_latents, load_latents
+from guidance.training.metrics import evaluate_head, fit_temperatures, useful_range
+from guidance.training.recipes import GenerationRecipe, HeadRecipe
+from guidance.training.tasks import encode_targets, head_loss, two_class_logits
+from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,8 @@ import torch
 from commands import ROOT, commands_of_page, exit_code, fenced, split_command
 
 from guidance.heads import HeadConfig, build_head
-from guidance.pipelines import fingerprint, load_pipeline
+from guidance.models.denoiser import fingerprint
+from guidance.models.pipelines import load_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

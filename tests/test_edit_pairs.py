@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guidance.edit_pairs import EditPair, load_edit_pairs
-from guidance.errors import UserError
+from guidance.data.edits import EditPair, load_edit_pairs
+from guidance.utils.errors import UserError
 
 WORDS = ["cat", "dog", "fox", "hen"]
 

@@ -11,18 +11,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from guidance.errors import UserError
-from guidance.features import FeatureCache
+from guidance.data.cache import FeatureCache
 from guidance.guides.base import Guide, run_prompts
 from guidance.guides.embedding import EmbeddingGuide
-from guidance.head_config import HeadConfig
-from guidance.head_embeddings import CONTRASTIVE_TEMPERATURE, compare_embeddings, embedding_loss
-from guidance.head_losses import encode_targets, head_loss
-from guidance.head_metrics import evaluate_head, useful_range
 from guidance.heads import build_head, load_head, save_head
-from guidance.objectives import build_objective
-from guidance.recipes import HeadRecipe
+from guidance.heads.config import HeadConfig
+from guidance.heads.objectives import build_objective
 from guidance.sampling import sample_latents
+from guidance.training.metrics import evaluate_head, useful_range
+from guidance.training.recipes import HeadRecipe
+from guidance.training.tasks import (
+    CONTRASTIVE_TEMPERATURE,
+    compare_embeddings,
+    embedding_loss,
+    encode_targets,
+    head_loss,
+)
+from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,7 +146,7 @@ def trained(options, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip():
-    from guidance.clip import load_clip
+    from guidance.models.clip import load_clip
 
     return load_clip("testbed", device="cpu")
 
@@ -173,7 +178,7 @@ def test_the_script_trains_a_head_that_finds_the_image(trained, options, clip) -
 
 
 def test_the_cached_target_is_clips_view_of_the_clean_image(options, trained, clip) -> None:
-    from guidance.sources import decode_image, load_examples
+    from guidance.data.sources import decode_image, load_examples
 
     images = [decode_image(cell) for cell in load_examples("testbed", "test", 60)["image"][:5]]
     cached = FeatureCache(options[0].removeprefix("cache="), "test").column("clip:testbed")[:5]

@@ -14,19 +14,21 @@ import torch
 from PIL import Image
 from scipy.stats import spearmanr
 
-from eval import head_tables
-from eval.head_intervals import head_intervals, mean_auc, rank_correlation, row_statistics
-from eval.head_tables import reliability
-from eval.heads import main
-from eval.paired import wilson
-from guidance import caching, head_metrics, head_report
-from guidance.errors import UserError
-from guidance.feature_cache import FeatureCache
-from guidance.generated import open_generated
-from guidance.head_config import HeadConfig
-from guidance.head_losses import two_class_logits
-from guidance.head_metrics import evaluate_head
+from eval.heads import tables as head_tables
+from eval.heads.__main__ import main
+from eval.heads.intervals import head_intervals, mean_auc, rank_correlation, row_statistics
+from eval.heads.tables import reliability
+from eval.stats.paired import wilson
+from guidance.data.cache import FeatureCache
 from guidance.heads import load_head, save_head
+from guidance.heads.config import HeadConfig
+from guidance.training import caching
+from guidance.training import metrics as head_metrics
+from guidance.training import report as head_report
+from guidance.training.discriminator import open_generated
+from guidance.training.metrics import evaluate_head
+from guidance.training.tasks import two_class_logits
+from guidance.utils.errors import UserError
 from train.head import main as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,15 +15,14 @@ import pytest
 from PIL import Image
 
 from eval import images as script
-from eval.clip_score import clip_score
-from eval.frechet import frechet_distance, moments
-from eval.image_bench import ImageBench
+from eval.comparison.bench import ImageBench
 from eval.images import EvalImagesConfig, evaluate_images
-from eval.paired import paired_difference
-from eval.permutation import permutation_test
-from eval.similarity import directional_similarity
-from guidance.edit_pairs import load_edit_pairs
-from guidance.records import Record, RecordStore
+from eval.metrics.clip import clip_score, directional_similarity
+from eval.metrics.frechet import frechet_distance, moments
+from eval.stats.paired import paired_difference
+from eval.stats.permutation import permutation_test
+from guidance.data.edits import load_edit_pairs
+from guidance.runs.records import Record, RecordStore
 from guidance.testbed.judges import load_judges
 from guidance.testbed.render import render, render_scenes
 from guidance.testbed.scenes import scenes
@@ -143,7 +142,7 @@ def test_a_second_run_reads_what_the_first_wrote(found, run, cache, monkeypatch)
 
 
 def test_batches_do_not_matter_and_a_kill_loses_one(found, run, tmp_path, monkeypatch) -> None:
-    from eval.extractor_base import Extractor
+    from eval.features.extractors import Extractor
 
     seen, real = [], Extractor.embed
 
@@ -200,7 +199,7 @@ def test_plain_folders_and_a_table_of_prompts(world, cache, tmp_path) -> None:
 
 
 def test_the_clip_that_guided_is_called_circular(world, cache, tmp_path) -> None:
-    from guidance.clip import load_clip
+    from guidance.models.clip import load_clip
 
     captions, hazy, clear = world
     guide = {
@@ -231,7 +230,7 @@ def test_a_heads_score_is_shown_and_circular_where_it_guided(
     from conftest import make_head
 
     from guidance.heads import save_head
-    from guidance.pipelines import fingerprint
+    from guidance.models.denoiser import fingerprint
 
     head = make_head(tiny_pipe, base_model=str(tiny_folder), base_fingerprint=fingerprint(tiny_pipe.unet))
     save_head(head, tmp_path / "head")

@@ -12,12 +12,13 @@ import pytest
 from conftest import make_head
 
 from eval import testbed as measure
-from eval.frechet import frechet_distance, moments
 from eval.images import EvalImagesConfig, evaluate_images
-from eval.tables import arm_table
+from eval.metrics.frechet import frechet_distance, moments
+from eval.stats.tables import arm_table
 from guidance.heads import save_head
-from guidance.pipelines import TESTBED_FOLDER, fingerprint, load_pipeline
-from guidance.records import RecordStore
+from guidance.models.denoiser import fingerprint
+from guidance.models.pipelines import TESTBED_FOLDER, load_pipeline
+from guidance.runs.records import RecordStore
 from guidance.testbed.judges import load_judges
 from guidance.testbed.render import render, render_scenes
 from guidance.testbed.scenes import scenes
@@ -56,10 +57,10 @@ def reference(judges):
 @pytest.fixture
 def clear_and_hazy(tiny_pipe, tiny_head, tmp_path) -> tuple[Path, list, list]:
     """A run folder whose images are replaced: unguided ones by hazy scenes, guided ones by clear ones."""
-    from guidance.arms import midblock_arms
+    from guidance.data.prompts import Prompt
     from guidance.heads import load_head
-    from guidance.prompts import Prompt
-    from guidance.run import list_jobs, sample_arms
+    from guidance.runs.arms import midblock_arms
+    from guidance.runs.run import list_jobs, sample_arms
 
     clear = [dataclasses.replace(s, haze=0.0, saturation=1.2, exposure=0.0) for s in scenes("test", 24)]
     hazy = [dataclasses.replace(s, haze=0.6, saturation=0.5, exposure=-0.4) for s in clear]
@@ -122,7 +123,7 @@ def test_guidance_is_measured_in_every_setting_and_resumes(
     assert names["euler-25"] == ["unguided", "scale=2"]
     assert set(names["ddim-25"]) == {"unguided", "scale=2", "scale=-2", "unguided, CFG 6"}
     text = (tmp_path / "out" / "guidance.md").read_text()
-    monkeypatch.setattr("guidance.units.sample_latents", None)  # nothing is sampled again
+    monkeypatch.setattr("guidance.sampling.loop.sample_latents", None)  # nothing is sampled again
     assert measure.main(words) == 0
     assert (tmp_path / "out" / "guidance.md").read_text() == text
 

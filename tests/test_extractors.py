@@ -12,13 +12,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval.extractor_base import ClassExtractor, TextExtractor
-from eval.extractors import EXTRACTORS, extractor_from_module, load_extractor
-from guidance.clip import load_clip
-from guidance.errors import UserError
+from eval.features.extractors import (
+    EXTRACTORS,
+    ClassExtractor,
+    TextExtractor,
+    extractor_from_module,
+    load_extractor,
+)
+from guidance.models.clip import load_clip
 from guidance.testbed.judges import load_judges
 from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import scenes
+from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCENES = list(scenes("test", 7))
@@ -107,7 +112,7 @@ def test_judges_know_their_size_only(name: str) -> None:
 
 
 def test_a_clip_folder(tmp_path, odd_sizes) -> None:
-    from guidance.pipelines import TESTBED_FOLDER
+    from guidance.models.pipelines import TESTBED_FOLDER
 
     found = load_extractor(f"clip:{TESTBED_FOLDER / 'clip'}")
     assert isinstance(found, TextExtractor) and found.label == "clip"
@@ -148,7 +153,7 @@ def test_a_convolutional_encoder_is_flattened(tmp_path, odd_sizes) -> None:
 def test_bad_vision_folders(tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from guidance.pipelines import TESTBED_FOLDER
+    from guidance.models.pipelines import TESTBED_FOLDER
 
     with pytest.raises(UserError, match="write clip:"):
         load_extractor(f"vision:{TESTBED_FOLDER / 'clip'}")

@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from guidance.encoding import FeatureEncoder
-from guidance.errors import UserError
-from guidance.features import FeatureCache, LiveFeatures, cache_features
+from guidance.data.cache import FeatureCache
+from guidance.data.encoding import FeatureEncoder
+from guidance.data.features import LiveFeatures, cache_features
 from guidance.taps import capture
+from guidance.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,9 +13,9 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal import CLIPScore
 
-from eval.clip_score import ClipScore, clip_score
-from eval.frechet import FrechetDistance, frechet_distance
-from guidance.errors import UserError
+from eval.metrics.clip import ClipScore, clip_score
+from eval.metrics.frechet import FrechetDistance, frechet_distance
+from guidance.utils.errors import UserError
 
 
 def gaussian(n: int, d: int, seed: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guidance.errors import UserError
-from guidance.grid import _font, _wrap, labelled_grid
+from guidance.utils.errors import UserError
+from guidance.utils.images import _font, _wrap, labelled_grid
 
 COLOURS = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)], [(0, 200, 200), (90, 90, 90)]]
 LONG = "a very long prompt about " + "many things and " * 60

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from guidance.arms import guide_arms, midblock_arms
-from guidance.errors import UserError
-from guidance.guide_specs import GUIDES, ClipSpec, GuideSpec, MidBlockSpec
-from guidance.guide_words import explain, read_guide
 from guidance.heads import HeadConfig, build_head, save_head
+from guidance.runs.arms import guide_arms, midblock_arms
+from guidance.runs.specs import GUIDES, ClipSpec, GuideSpec, MidBlockSpec, explain, read_guide
+from guidance.utils.errors import UserError
 from sample.guided import main, read_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,11 +104,11 @@ def test_explain_loads_nothing(capsys) -> None:
 def test_explain_is_instant(head: Path) -> None:
     """Reading a head's description imports nothing heavy."""
     code = (
-        "import sys; from guidance.guide_words import explain, read_guide; "
+        "import sys; from guidance.runs.specs import explain, read_guide; "
         f"print(explain([read_guide('midblock:head={head}')], 4), 'torch' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "objective expected;" in ran.stdout and ran.stdout.endswith("False\n")
+    assert "(task rating);" in ran.stdout and ran.stdout.endswith("False\n")
 
 
 def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path: Path) -> None:
@@ -121,7 +120,7 @@ def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path
     (head / "config.json").write_text(json.dumps(config))
     (head / "head.safetensors").unlink()
     said = explain([read_guide(f"midblock:head={head},every=2")], 16)
-    assert "tap mid_block of sd, for rating (rating), objective expected;" in said
+    assert "tap mid_block of sd, for rating (task rating);" in said
     assert "pushes in 8 of 16 steps, with a new direction in 4;" in said
     assert "costs about 1.19 unguided ones" in said and f"steps on average {1 + 0.19 / 4:.2f};" in said
     said = explain([read_guide(f"midblock:head={head},start=0,stop=1,objective=at_least,target=7")], 16)

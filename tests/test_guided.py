@@ -17,12 +17,12 @@ import yaml
 from conftest import make_head
 from PIL import Image
 
-from guidance.arms import midblock_arms
+from guidance.data.prompts import Prompt
 from guidance.heads import save_head
-from guidance.pipelines import fingerprint
-from guidance.prompts import Prompt
-from guidance.records import RecordStore, audit_pairs
-from guidance.run import list_jobs, sample_arms
+from guidance.models.denoiser import fingerprint
+from guidance.runs.arms import midblock_arms
+from guidance.runs.records import RecordStore, audit_pairs
+from guidance.runs.run import list_jobs, sample_arms
 from guidance.sampling import sample_images
 from sample.guided import GuidedConfig, default_output, main, read_words, sample_guided
 
@@ -123,7 +123,7 @@ def test_two_processes_make_the_same_bytes_and_one_goes_on(done: Path, words, tm
 def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, capsys) -> None:
     before = (done / "records.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("guidance.units.sample_latents", None)
+        patch.setattr("guidance.sampling.loop.sample_latents", None)
         main([*words, f"output={done}", "batch_size=2"])
     shown = capsys.readouterr().out
     assert (done / "records.jsonl").read_bytes() == before

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from guidance.errors import UserError
 from guidance.heads import HEADS, HeadConfig, build_head, check_fits, load_head, save_head
 from guidance.schedule import NoiseSchedule
+from guidance.utils.errors import UserError
 
 
 def make(kind: str = "conv", **options):

@@ -16,10 +16,10 @@ from huggingface_hub import constants
 from local_hub import TOKEN, LocalHub, local_hub
 
 from guidance import build_head, load_adapter, load_head
-from guidance.adapter import AdapterConfig, build_adapter
-from guidance.errors import UserError
 from guidance.heads import HeadConfig
-from guidance.hub import is_hub_id, push_folder
+from guidance.heads.adapter import AdapterConfig, build_adapter
+from guidance.heads.hub import is_hub_id, push_folder
+from guidance.utils.errors import UserError
 
 METRICS = {"accuracy": 0.25, "spearman": 0.5, "rows": 100, "bins": [{"low": 0}], "ece": None}
 T = torch.tensor([3.0, 900.0])

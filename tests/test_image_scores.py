@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torchmetrics import MetricCollection
 
-from eval.extractor_base import Extractor
-from eval.image_scores import (
+from eval.features.extractors import Extractor
+from eval.metrics.pixels import (
     Clipping,
     Diversity,
     HeadRating,
@@ -17,8 +17,8 @@ from eval.image_scores import (
     diversity,
     saturation,
 )
-from guidance.errors import UserError
 from guidance.testbed.truth import truth_score
+from guidance.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 12, 10, 3), np.uint8)

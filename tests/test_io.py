@@ -1,4 +1,4 @@
-"""guidance.io: whole or absent, whatever happens in between."""
+"""guidance.utils.io: whole or absent, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from guidance.errors import UserError
-from guidance.io import atomic_dir, atomic_path, check_writable, read_json, write_json
+from guidance.utils.errors import UserError
+from guidance.utils.io import atomic_dir, atomic_path, check_writable, read_json, write_json
 
 FAILURES = [ValueError("no"), KeyboardInterrupt(), SystemExit(1)]
 
@@ -99,7 +99,7 @@ def test_a_swap_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_kill_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from guidance.io import atomic_dir\n"
+        "import sys, time; from guidance.utils.io import atomic_dir\n"
         "with atomic_dir(sys.argv[1]) as folder:\n"
         "    (folder / 'half.bin').write_bytes(b'x'); (folder.parent / 'ready').touch(); time.sleep(60)"
     )

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from conftest import make_head
 
-from guidance.arms import midblock_arms
-from guidance.edit_pairs import load_edit_pairs
-from guidance.errors import UserError
-from guidance.jobs import read_jobs
-from guidance.prompts import load_prompts
-from guidance.records import RecordStore
-from guidance.run import list_jobs, sample_arms
+from guidance.data.edits import load_edit_pairs
+from guidance.data.prompts import load_prompts
+from guidance.runs.arms import midblock_arms
+from guidance.runs.records import RecordStore
+from guidance.runs.run import Sampling, list_jobs, read_jobs, sample_arms
 from guidance.sampling import sample_images
-from guidance.start import FromImage, encode_images
-from guidance.units import Sampling
+from guidance.sampling.start import FromImage, encode_images
+from guidance.utils.errors import UserError
 from sample import guided, sweep
 
 
@@ -45,7 +43,7 @@ def test_edits_start_with_their_images_and_end_as_the_loop_says(tiny_pipe, tmp_p
         start=FromImage(latents, 0.5),
         num_steps=4,
     )
-    from eval.arm_folders import load_images
+    from eval.comparison.arms import load_images
 
     records = [store.get("unguided", job.prompt.id, job.seed) for job in jobs]
     assert np.abs(load_images(store.folder, records).astype(int) - wanted).max() <= 1

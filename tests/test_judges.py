@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from guidance.errors import UserError
 from guidance.testbed import models
 from guidance.testbed.judges import WEIGHTS, Judges, load_judges
 from guidance.testbed.render import render
 from guidance.testbed.scenes import ATTRIBUTES, scenes
+from guidance.utils.errors import UserError
 
 SHIPPED = all((WEIGHTS / n / "model.safetensors").exists() for n in ("judge_classifier", "judge_clip"))
 needs_weights = pytest.mark.skipif(not SHIPPED, reason=f"no trained judges in {WEIGHTS.name}/")

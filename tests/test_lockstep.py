@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_taps import sd15_shape
 
-from guidance.lockstep import Lockstep, as_batch, as_parts, lockstep, plain, split_parts
 from guidance.taps import forward_with_gradient, whole_blocks
+from guidance.taps.lockstep import Lockstep, as_batch, as_parts, lockstep, plain, split_parts
 
 
 def saved_bytes(run):

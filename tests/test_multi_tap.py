@@ -21,19 +21,20 @@ from test_taps import hooks_of, inputs
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from guidance.apply import apply_guidance, cfg_parts
-from guidance.encoding import FeatureEncoder
-from guidance.errors import UserError
-from guidance.features import FeatureCache, cache_features
+from guidance.apply.scoring import scoring
+from guidance.data.cache import FeatureCache
+from guidance.data.encoding import FeatureEncoder
+from guidance.data.features import cache_features
 from guidance.guides import MidBlockGuide
-from guidance.head_setup import prepare_head
 from guidance.heads import HEADS, HeadConfig, build_head, check_fits, load_head, save_head
-from guidance.pipelines import load_pipeline
-from guidance.recipes import HeadRecipe
+from guidance.models.pipelines import load_pipeline
 from guidance.sampling import sample_latents
 from guidance.schedule import NoiseSchedule
-from guidance.scoring import scoring
-from guidance.tap_features import join_maps, patch_grid, read_output, split_taps, tap_channels
 from guidance.taps import capture, encode_features, forward_with_gradient
+from guidance.taps.features import join_maps, patch_grid, read_output, split_taps, tap_channels
+from guidance.training.heads import prepare_head
+from guidance.training.recipes import HeadRecipe
+from guidance.utils.errors import UserError
 
 JOINED = "down_blocks.0+mid_block"
 T = torch.tensor([401, 401])

@@ -8,7 +8,7 @@ from scipy import stats
 
 from eval import null
 from eval.null import KINDS, NullConfig, check_holm, check_paired, compare, main, simulate_values
-from eval.paired import paired_difference
+from eval.stats.paired import paired_difference
 
 N = 200  # comparisons; fixed seeds, and ranges so wide that a right test leaves them once in 10,000 draws of a seed
 LOW, HIGH = (int(k) for k in stats.binom.ppf([5e-5, 1 - 5e-5], N, 0.05))
@@ -37,7 +37,7 @@ def test_seeds_as_if_independent_are_caught(kind: str) -> None:
 
 def test_a_biased_interval_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too narrow by a third: the table marks both the false positives and the coverage."""
-    from eval import paired
+    from eval.stats import paired
 
     right = paired.mean_interval
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from guidance.errors import UserError
 from guidance.heads import HeadConfig
-from guidance.objectives import OBJECTIVES, build_objective
+from guidance.heads.objectives import OBJECTIVES, build_objective
+from guidance.utils.errors import UserError
 
 RATING = HeadConfig("conv", in_channels=8)
 COLOUR = HeadConfig("conv", 8, outputs=3, task="class", target="colour", labels=["red", "green", "blue"])

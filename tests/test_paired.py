@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.paired import holm, mean_interval, paired_difference, wilson
-from guidance.errors import UserError
+from eval.stats.paired import holm, mean_interval, paired_difference, wilson
+from guidance.utils.errors import UserError
 
 
 def test_seeds_are_averaged_before_anything_else() -> None:

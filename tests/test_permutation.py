@@ -7,15 +7,13 @@ import pytest
 import torch
 from scipy import stats
 
-from eval import permutation
-from eval.cmmd import cmmd
-from eval.feature_sets import unit_rows
-from eval.kernels import cubic_kernel, mmd_squared, rbf_kernel
-from eval.kid import kid
+from eval.metrics.feature_sets import unit_rows
+from eval.metrics.kernels import cmmd, cubic_kernel, kid, mmd_squared, rbf_kernel
+from eval.metrics.precision_recall import precision_recall
 from eval.null import NullConfig, permutation_p_values, simulate_features
-from eval.permutation import mmd_permutation_test, permutation_test
-from eval.precision_recall import precision_recall
-from guidance.errors import UserError
+from eval.stats import permutation
+from eval.stats.permutation import mmd_permutation_test, permutation_test
+from guidance.utils.errors import UserError
 
 PROMPTS = np.repeat(np.arange(12), 3)
 A, B = simulate_features(np.random.default_rng(0), 12, 3, 5)

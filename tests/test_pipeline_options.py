@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guidance.apply import apply_guidance
-from guidance.denoiser import device_of, fingerprint_of
-from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
-from guidance.lockstep import NotInStepError, lockstep
+from guidance.models.denoiser import device_of, fingerprint_of
+from guidance.taps.lockstep import NotInStepError, lockstep
+from guidance.utils.errors import UserError
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def guided(
 
 @pytest.mark.parametrize("in_step", [False, True])
 def test_slicing_and_checkpointing_change_nothing(pipe: Any, in_step: bool, monkeypatch) -> None:
-    monkeypatch.setattr("guidance.guided_step.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
+    monkeypatch.setattr("guidance.apply.step.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
     plain, wanted = CASES["sd"].run(pipe), guided(pipe)
     deep = guided(pipe, guidance_scale=0.5)
     pipe.enable_attention_slicing(1)
@@ -160,7 +160,7 @@ class LowRank(nn.Module):
 
 @pytest.mark.parametrize("in_step", [False, True])
 def test_low_rank_updates_are_differentiated_too(pipe: Any, in_step: bool, monkeypatch) -> None:
-    monkeypatch.setattr("guidance.guided_step.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
+    monkeypatch.setattr("guidance.apply.step.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
     torch.manual_seed(0)
     without = guided(pipe)
     attentions = [m for name, m in pipe.unet.named_modules() if name.endswith(("attn1", "attn2"))]

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from guidance import MidBlockGuide, NoiseSchedule, apply_guidance
-from guidance.architectures import build_denoiser, build_pipeline
-from guidance.errors import UserError
-from guidance.pipelines import DENOISER, for_task, load_pipeline
-from guidance.presets import PRESETS, find_preset
+from guidance.models.pipelines import DENOISER, for_task, load_pipeline
+from guidance.models.presets import PRESETS, find_preset
+from guidance.models.random_weights import build_denoiser, build_pipeline
+from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -415,7 +415,7 @@ def test_out_of_memory_names_the_knobs(cuda: bool, monkeypatch: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         torch.empty(10**15)  # what a CPU says
 
-    from guidance import architectures
+    from guidance.models import random_weights as architectures
 
     monkeypatch.setattr(architectures, "_draw", too_large)
     with pytest.raises(

@@ -23,15 +23,15 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from eval import preference, preference_votes
-from eval.paired import wilson
-from eval.preference_analysis import analyse
-from eval.preference_desk import Desk, NotShown
-from eval.preference_models import bradley_terry, metric_agreement
-from eval.preference_pairs import Plan, ask_pairs, queue
-from eval.preference_report import join_report
-from eval.preference_simulate import Crowd, check_coverage, prefer, true_rate
-from eval.preference_stats import (
+from eval.preference import __main__ as preference
+from eval.preference import votes as preference_votes
+from eval.preference.analysis import analyse
+from eval.preference.desk import Desk, NotShown
+from eval.preference.models import bradley_terry, metric_agreement
+from eval.preference.pairs import Plan, ask_pairs, queue
+from eval.preference.report import join_report
+from eval.preference.simulate import Crowd, check_coverage, prefer, true_rate
+from eval.preference.stats import (
     agreement_between,
     agreement_within,
     attention,
@@ -43,11 +43,12 @@ from eval.preference_stats import (
     preference_rate,
     votes_needed,
 )
-from eval.preference_study import find_images, load_study, read_secret
-from eval.preference_votes import Vote, VoteStore, read_lines, standing
-from guidance.config import list_words
-from guidance.errors import UserError
-from guidance.records import Record, RecordStore
+from eval.preference.study import find_images, load_study, read_secret
+from eval.preference.votes import Vote, VoteStore, read_lines, standing
+from eval.stats.paired import wilson
+from guidance.runs.records import Record, RecordStore
+from guidance.utils.config import list_words
+from guidance.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a fox", "<script>alert(1)</script>", "two hens & a \u202e cat", '"quoted" prompt']
@@ -141,7 +142,7 @@ def test_pairs_of_arms() -> None:
 
 WRITER = """
 import sys
-from eval.preference_votes import Vote, VoteStore
+from eval.preference.votes import Vote, VoteStore
 store = VoteStore(sys.argv[1])
 for i in range(100000):
     v = Vote("", 0.0, "s", sys.argv[2], i, "pair", f"p{i}", 0, "a", "b", False, {"looks": "left"})

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from test_preference import write_run
 
-from eval import preference
-from eval.preference_votes import read_lines, standing
+from eval.preference import __main__ as preference
+from eval.preference.votes import read_lines, standing
 
 ROOT = Path(__file__).parent.parent
 MISSING = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -362,8 +362,8 @@ def test_a_second_server_is_refused(shared: tuple[Server, Path]) -> None:
 
 
 def test_an_address_that_is_taken_is_refused(shared: tuple[Server, Path]) -> None:
-    from eval.preference_page import bind, is_loopback
-    from guidance.errors import UserError
+    from eval.preference.page import bind, is_loopback
+    from guidance.utils.errors import UserError
 
     with pytest.raises(UserError, match="cannot be had"):
         bind("127.0.0.1", shared[0].port)
@@ -373,8 +373,8 @@ def test_an_address_that_is_taken_is_refused(shared: tuple[Server, Path]) -> Non
 
 
 def test_without_the_extra_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eval import preference_page
-    from guidance.errors import UserError
+    from eval.preference import page as preference_page
+    from guidance.utils.errors import UserError
 
     monkeypatch.setattr(preference_page.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"starlette and uvicorn.*pip install"):

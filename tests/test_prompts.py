@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from guidance.errors import UserError
-from guidance.prompt_sets import PUBLISHED_SETS, PublishedSet
-from guidance.prompts import PROMPT_SETS, Prompt, load_prompts
+from guidance.data.prompts import PROMPT_SETS, PUBLISHED_SETS, Prompt, PublishedSet, load_prompts
 from guidance.testbed.scenes import parse_caption
+from guidance.utils.errors import UserError
 from sample.guided import GuidedConfig, default_output
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "prompts"

@@ -19,13 +19,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from eval.cmmd import cmmd
-from eval.extractors import extractor_from_module
-from eval.frechet import frechet_distance, moments
-from eval.inception_score import inception_score
-from eval.kid import kid
-from eval.precision_recall import precision_recall
-from eval.reference import load_reference
+from eval.features.extractors import extractor_from_module
+from eval.features.reference import load_reference
+from eval.metrics.frechet import frechet_distance, moments
+from eval.metrics.inception_score import inception_score
+from eval.metrics.kernels import cmmd, kid
+from eval.metrics.precision_recall import precision_recall
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WEIGHTS = DATA / "weights" / "mobilenet_v2_imagenet.safetensors"
@@ -167,8 +166,8 @@ class Slice(nn.Module):
 def pixels(file: Path, n: int) -> torch.Tensor:
     import pyarrow.parquet as pq
 
-    from guidance.encoding import fit_image
-    from guidance.sources import decode_image
+    from guidance.data.sources import decode_image
+    from guidance.utils.images import fit_image
 
     cells = pq.read_table(file, columns=["image"])["image"].slice(0, n).to_pylist()
     arrays = np.stack([fit_image(decode_image(cell), 64) for cell in cells])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.recommend import Limit, main, recommend
-from guidance.errors import UserError
+from guidance.utils.errors import UserError
 
 BETTER = {"truth": "higher", "object": "higher", "blur": "lower", "move": ""}
 

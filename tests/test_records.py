@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from guidance import records as module
-from guidance.errors import UserError
-from guidance.records import Record, RecordStore, audit_pairs, noise_hash
+from guidance.runs import records as module
+from guidance.runs.records import Record, RecordStore, audit_pairs, noise_hash
+from guidance.utils.errors import UserError
 
 IMAGE = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 

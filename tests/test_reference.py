@@ -18,13 +18,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval.extractors import extractor_from_module, load_extractor
-from eval.feature_store import FeatureStore, features_of
-from eval.frechet import FrechetDistance, frechet_distance, load_statistics, moments, save_statistics
-from eval.reference import fill_reference, load_reference, statistics
-from guidance.errors import UserError
+from eval.features.extractors import extractor_from_module, load_extractor
+from eval.features.reference import fill_reference, load_reference, statistics
+from eval.features.store import FeatureStore, features_of
+from eval.metrics.frechet import (
+    FrechetDistance,
+    frechet_distance,
+    load_statistics,
+    moments,
+    save_statistics,
+)
 from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import scenes
+from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N = 12

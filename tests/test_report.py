@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.paired import holm, paired_difference
-from eval.report import render, write_report
-from eval.report_grids import thumbnail
-from eval.report_plots import curves
-from eval.report_svg import plain
-from eval.report_text import focus_arm, headline, improved, primary_metric, verdict
-from eval.results import (
+from eval.comparison.report.grids import thumbnail
+from eval.comparison.report.page import render, write_report
+from eval.comparison.report.plots import curves
+from eval.comparison.report.svg import plain
+from eval.comparison.report.text import focus_arm, headline, improved, primary_metric, verdict
+from eval.comparison.results import (
     ArmSummary,
     Breakdown,
     Caveat,
@@ -34,7 +33,8 @@ from eval.results import (
     SetMetric,
     SetValue,
 )
-from guidance.errors import UserError
+from eval.stats.paired import holm, paired_difference
+from guidance.utils.errors import UserError
 
 HOSTILE = [
     "<script>alert(1)</script>",

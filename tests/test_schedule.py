@@ -10,8 +10,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from guidance.errors import UserError
 from guidance.schedule import NoiseSchedule
+from guidance.utils.errors import UserError
 
 VP = [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

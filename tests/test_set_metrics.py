@@ -14,13 +14,11 @@ from torchmetrics.image.inception import InceptionScore as TorchmetricsInception
 from torchmetrics.image.kid import poly_mmd
 from torchmetrics.utilities import dim_zero_cat
 
-from eval.cmmd import CMMD, cmmd
-from eval.feature_sets import sorted_rows
-from eval.inception_score import InceptionScore, inception_score
-from eval.kernels import BLOCK, cubic_kernel, mmd_squared, rbf_kernel
-from eval.kid import KernelDistance, kid
-from eval.precision_recall import PrecisionRecallMetric, precision_recall
-from guidance.errors import UserError
+from eval.metrics.feature_sets import sorted_rows
+from eval.metrics.inception_score import InceptionScore, inception_score
+from eval.metrics.kernels import BLOCK, CMMD, KernelDistance, cmmd, cubic_kernel, kid, mmd_squared, rbf_kernel
+from eval.metrics.precision_recall import PrecisionRecallMetric, precision_recall
+from guidance.utils.errors import UserError
 
 REAL, FAKE = (torch.randn(120, 6, generator=torch.Generator().manual_seed(s)).double() for s in (1, 2))
 FAKE = 0.8 * FAKE + 0.4

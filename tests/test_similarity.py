@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from eval.clip_score import ClipScore
-from eval.similarity import DirectionalSimilarity, ImageSimilarity, directional_similarity, image_similarity
-from guidance.errors import UserError
+from eval.metrics.clip import (
+    ClipScore,
+    DirectionalSimilarity,
+    ImageSimilarity,
+    directional_similarity,
+    image_similarity,
+)
+from guidance.utils.errors import UserError
 
 I1, I2, T1, T2 = torch.randn(4, 30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

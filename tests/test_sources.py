@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from guidance.encoding import fit_image, to_rgb
-from guidance.errors import UserError
-from guidance.sources import SPLITS, check_ratings, decode_image, load_examples
+from guidance.data.sources import SPLITS, check_ratings, decode_image, load_examples
+from guidance.utils.errors import UserError
+from guidance.utils.images import fit_image, to_rgb
 
 REAL = (
     Path(__file__).resolve().parents[2] / "shared" / "data" / "images" / "website_aesthetics_ratings.parquet"

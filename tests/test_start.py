@@ -14,10 +14,10 @@ from diffusers import (
 from PIL import Image
 
 from guidance.apply import apply_guidance
-from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
 from guidance.sampling import sample_images, sample_latents, using_scheduler
-from guidance.start import FromImage, FromMask, encode_images, encode_masks
+from guidance.sampling.start import FromImage, FromMask, encode_images, encode_masks
+from guidance.utils.errors import UserError
 
 PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at noon"]
 OPTIONS = {"num_steps": 5, "cfg_scale": 3.0}

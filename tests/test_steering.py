@@ -5,11 +5,10 @@ import torch
 from conftest import make_head
 from diffusers import EulerAncestralDiscreteScheduler
 
-from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
 from guidance.sampling import sample_latents
-from guidance.start import FromMask
-from guidance.steering import (
+from guidance.sampling.start import FromMask
+from guidance.sampling.steering import (
     Population,
     best_of_n,
     effective_sample_size,
@@ -18,6 +17,7 @@ from guidance.steering import (
     systematic,
 )
 from guidance.taps import X0
+from guidance.utils.errors import UserError
 
 PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at noon"]
 OPTIONS = {"num_steps": 5, "cfg_scale": 2.0}
@@ -248,7 +248,7 @@ def test_each_prompt_is_the_same_alone_and_in_company(tiny_pipe, guide):
 def test_scores_are_of_the_conditional_part_beside_gradients(tiny_pipe, guide, monkeypatch, parts_together):
     """Under guidance the parts run in step (CPU) or one after the other (GPU): the same scores."""
     if not parts_together:
-        monkeypatch.setattr("guidance.guided_step.lockstep", lambda parts, c: parts[c])
+        monkeypatch.setattr("guidance.taps.lockstep.lockstep", lambda parts, c: parts[c])
     records = []
     got = steer_latents(
         tiny_pipe,

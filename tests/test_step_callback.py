@@ -12,8 +12,8 @@ from test_diffusers_pipelines import CASES, PatternGuide
 from torch import Tensor
 
 from guidance.apply import apply_guidance
-from guidance.errors import UserError
-from guidance.step_callback import MoveLatents
+from guidance.apply.callback import MoveLatents
+from guidance.utils.errors import UserError
 
 STRENGTH: dict[str, Any] = {"guidance_scale": 40.0, "normalize": None, "space": "x"}
 

@@ -11,27 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-from eval.frechet import frechet_distance, moments
 from eval.guides import STUDIES, main
-from eval.precision_recall import precision_recall
-from guidance.adapter import AdapterConfig, build_adapter, save_adapter
-from guidance.arms import Arm, Steering
-from guidance.cfg import ClassifierFree
-from guidance.clip import load_clip
-from guidance.errors import UserError
+from eval.metrics.frechet import frechet_distance, moments
+from eval.metrics.precision_recall import precision_recall
+from guidance.data.prompts import Prompt
 from guidance.guides import MidBlockGuide
 from guidance.heads import HeadConfig, build_head, load_head, save_head
-from guidance.pipelines import fingerprint
-from guidance.processes import run_script
-from guidance.prompts import Prompt
-from guidance.records import RecordStore
-from guidance.run import list_jobs, sample_arms
+from guidance.heads.adapter import AdapterConfig, build_adapter, save_adapter
+from guidance.models.clip import load_clip
+from guidance.models.denoiser import fingerprint
+from guidance.runs.arms import Arm, Steering
+from guidance.runs.records import RecordStore
+from guidance.runs.run import list_jobs, sample_arms
 from guidance.sampling import decode_latents, sample_images
-from guidance.start import encode_images
-from guidance.steering import best_of_n
+from guidance.sampling.cfg import ClassifierFree
+from guidance.sampling.start import encode_images
+from guidance.sampling.steering import best_of_n
 from guidance.testbed.judges import load_judges
 from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import TIMES, scenes
+from guidance.utils.errors import UserError
+from guidance.utils.processes import run_script
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["a red balloon over the sea at dusk", "a blue tree in the snow at night"]

@@ -20,19 +20,16 @@ from conftest import make_head
 from PIL import Image
 from test_claims import elsewhere, set_back
 
-from guidance.claims import Claims
-from guidance.errors import UserError
 from guidance.heads import save_head
-from guidance.memory import is_out_of_memory
-from guidance.pipelines import fingerprint
-from guidance.records import RecordStore, audit_pairs
-from guidance.run import list_jobs
-from guidance.run_folder import CLAIMS_FOLDER, MAX_COLUMNS, load_settings, write_sheets
-from guidance.sweep import Cell
-from guidance.sweep_folder import LOCK
-from guidance.sweep_run import find_batch_size
-from guidance.sweep_units import Divider, fill_units, unit_name
-from guidance.units import Task, UnitSampler
+from guidance.models.denoiser import fingerprint
+from guidance.runs.claims import Claims
+from guidance.runs.folder import CLAIMS_FOLDER, MAX_COLUMNS, load_settings, write_sheets
+from guidance.runs.records import RecordStore, audit_pairs
+from guidance.runs.run import Task, UnitSampler, list_jobs
+from guidance.runs.sweep import Cell
+from guidance.runs.sweep_folder import LOCK
+from guidance.runs.sweep_run import Divider, fill_units, find_batch_size, unit_name
+from guidance.utils.errors import UserError, is_out_of_memory
 from sample.sweep import SweepConfig, default_output, main, run_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +101,7 @@ def test_a_sweep_is_whole_and_paired(done: Path) -> None:
 def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, capsys) -> None:
     before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"}
     with monkeypatch.context() as patch:
-        patch.setattr("guidance.units.sample_latents", None)
+        patch.setattr("guidance.sampling.loop.sample_latents", None)
         main([*words, f"output={done}"])
     assert before == {
         f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"
@@ -117,8 +114,8 @@ KILLER = """
 import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-import guidance.sweep_run, guidance.sweep_tracking
-from guidance.pipelines import load_pipeline
+import guidance.runs.sweep_run, guidance.runs.sweep_tracking
+from guidance.models.pipelines import load_pipeline
 from sample.sweep import main
 kills, longest, calls, seed, folder, *words = sys.argv[1:]
 load_pipeline(next(w for w in words if w.startswith("model=")).partition("=")[2])
@@ -215,7 +212,9 @@ def test_the_units_of_a_stalled_process_are_redone(done: Path, words, tmp_path: 
 
 def test_recommend_evaluates_with_the_words_that_are_given(done: Path, words, monkeypatch) -> None:
     ran: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr("guidance.processes.run_script", lambda module, words: ran.append((module, words)))
+    monkeypatch.setattr(
+        "guidance.utils.processes.run_script", lambda module, words: ran.append((module, words))
+    )
     more = ["evaluate=[clip=judge-clip, reference_size=300]", "metric=truth", "limit=[]", "--recommend"]
     main([*words, f"output={done}", *more])
     (first, asked), (second, chosen) = ran
@@ -229,9 +228,9 @@ def test_recommend_evaluates_with_the_words_that_are_given(done: Path, words, mo
 
 def tiny_units(done: Path) -> list:
     """Units as the sweep of ``done`` has them, as far as their names go."""
-    from guidance.arms import Arm
-    from guidance.prompts import load_prompts
-    from guidance.units import list_batches
+    from guidance.data.prompts import load_prompts
+    from guidance.runs.arms import Arm
+    from guidance.runs.run import list_batches
 
     jobs = list_jobs(load_prompts(TEXTS), 3, 0)
     cells = [Cell.from_dict(values) for values in (load_settings(done) or {})["cells"]]
@@ -299,7 +298,7 @@ def test_a_shared_store_follows_the_others(done: Path, tmp_path: Path) -> None:
 def out_of_memory_above(
     size: int, monkeypatch, text: str = "CUDA out of memory. Tried to allocate"
 ) -> list[int]:
-    from guidance import units as run
+    from guidance.runs import run
 
     real, tried = run.sample_latents, []
 
@@ -422,7 +421,7 @@ def test_a_dry_run_writes_nothing(done: Path, words, tmp_path: Path, capsys) -> 
 
 
 def test_tracking_that_fails_ends_nothing(words, tmp_path: Path, monkeypatch) -> None:
-    from guidance import tracking
+    from guidance.utils import tracking
 
     def fail(*arguments: object) -> None:
         raise OSError("no route to host")
@@ -516,7 +515,7 @@ def test_many_cells_are_shown_on_pages(done: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_shared_by_cells_of_a_head(words) -> None:
-    from guidance.sweep import ArmBuilder
+    from guidance.runs.sweep import ArmBuilder
 
     head = next(w for w in words if w.startswith("head=")).partition("=")[2]
     builder = ArmBuilder()

@@ -10,15 +10,15 @@ from conftest import make_head
 from PIL import Image
 
 from guidance import MidBlockGuide
-from guidance.cfg import ClassifierFree
-from guidance.errors import UserError
 from guidance.heads import save_head
-from guidance.pipelines import fingerprint
-from guidance.records import RecordStore
+from guidance.models.denoiser import fingerprint
+from guidance.runs.records import RecordStore
+from guidance.runs.run import Job, list_batches
+from guidance.runs.sweep import Cell
+from guidance.runs.sweep_run import list_units
 from guidance.sampling import sample_latents
-from guidance.sweep import Cell
-from guidance.sweep_run import list_units
-from guidance.units import Job, list_batches
+from guidance.sampling.cfg import ClassifierFree
+from guidance.utils.errors import UserError
 from sample.sweep import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")

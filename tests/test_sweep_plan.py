@@ -6,9 +6,17 @@ import itertools
 
 import pytest
 
-from guidance.errors import UserError
-from guidance.sweep import AXES, Cell, combine_axes, matched_scales, plan_cells, single_values, varied_fields
-from guidance.sweep_axes import read_axes
+from guidance.runs.sweep import (
+    AXES,
+    Cell,
+    combine_axes,
+    matched_scales,
+    plan_cells,
+    read_axes,
+    single_values,
+    varied_fields,
+)
+from guidance.utils.errors import UserError
 
 ONE = {
     "scale": [1.0],

@@ -12,11 +12,11 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from guidance.architectures import build_denoiser
-from guidance.denoiser_inputs import build_inputs
-from guidance.errors import UserError
-from guidance.tap_table import build_shape, format_table, list_taps, main
+from guidance.models.inputs import build_inputs
+from guidance.models.random_weights import build_denoiser
 from guidance.taps import encode_features
+from guidance.taps.table import build_shape, format_table, list_taps, main
+from guidance.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["sdxl-tiny", "imagenet-64-tiny", "dit-xl-2-256-tiny", "sd3-medium-tiny", "flux-dev-tiny"]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from guidance.errors import UserError
 from guidance.guides.base import unit_rms
-from guidance.tap_features import pull_back
 from guidance.taps import capture, encode_features, forward_with_gradient
+from guidance.taps.features import pull_back
+from guidance.utils.errors import UserError
 
 
 def hooks_of(model):

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from guidance.encoding import to_float
-from guidance.errors import UserError
 from guidance.testbed import models
 from guidance.testbed.models import build_scheduler
-from guidance.testbed.optimizer import Optimizer
 from guidance.testbed.patch_pca import PatchPCA, set_decoder, set_encoder
 from guidance.testbed.render import render
 from guidance.testbed.scenes import scenes
-from guidance.testbed.training import Stage, batch_indices, denoising_loss, fit
+from guidance.training.loop import Optimizer, Stage, batch_indices, fit
+from guidance.training.testbed import denoising_loss
+from guidance.utils.errors import UserError
+from guidance.utils.images import to_float
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ import sys, torch
 from pathlib import Path
 from accelerate import PartialState
 from torch import nn
-from guidance.testbed.training import Stage, batch_indices, fit, world
+from guidance.training.testbed import Stage, batch_indices, fit, world
 PartialState(cpu=True)
 torch.manual_seed(0)
 model, x = nn.Linear(3, 1), torch.arange(60.0).reshape(20, 3) / 30
@@ -151,7 +151,7 @@ def test_emphasis_counts_places_more_often_where_they_are_known():
 
 
 def test_the_whole_recipe_trains_exports_and_loads(tmp_path):
-    from guidance.pipelines import load_pipeline
+    from guidance.models.pipelines import load_pipeline
     from guidance.sampling import sample_images
     from guidance.testbed.judges import load_judges
     from train import testbed as script
@@ -192,8 +192,8 @@ def test_the_whole_recipe_trains_exports_and_loads(tmp_path):
 
 
 def test_export_before_training_is_refused(tmp_path):
-    from guidance.testbed.export import export
-    from guidance.testbed.recipe import Recipe
+    from guidance.training.export import export
+    from guidance.training.testbed import Recipe
 
     recipe = Recipe(tmp_path, 500, {"unet": Stage()})
     with pytest.raises(UserError, match="data, vae, clip"):

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from guidance.errors import UserError
-from guidance.features import FeatureCache
-from guidance.head_losses import class_labels, encode_targets, head_loss, learning_rate
-from guidance.head_metrics import evaluate_head, fit_temperatures, useful_range
+from guidance.data.cache import FeatureCache
 from guidance.heads import HeadConfig, build_head, check_fits, load_head
-from guidance.recipes import HeadRecipe
 from guidance.schedule import NoiseSchedule
+from guidance.training.loop import learning_rate
+from guidance.training.metrics import evaluate_head, fit_temperatures, useful_range
+from guidance.training.recipes import HeadRecipe
+from guidance.training.tasks import class_labels, encode_targets, head_loss
+from guidance.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RATINGS = [str(k) for k in range(1, 11)]

@@ -10,11 +10,11 @@ import torch
 from scipy.ndimage import laplace
 from scipy.stats import spearmanr
 
-from guidance.errors import UserError
 from guidance.testbed import truth
 from guidance.testbed.render import render
 from guidance.testbed.scenes import HIDDEN, sample_scene
 from guidance.testbed.truth import rating, truth_score, truth_terms
+from guidance.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

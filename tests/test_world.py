@@ -9,11 +9,19 @@ import datasets
 import numpy as np
 import pytest
 
-from guidance.errors import UserError
 from guidance.testbed.data import load_edit_pairs, load_testbed, vote
 from guidance.testbed.render import object_area, render
-from guidance.testbed.scenes import FLYING, SPLITS, combinations, parse_caption, prompts, sample_scene, scenes
+from guidance.testbed.scenes import (
+    FLYING,
+    SPLITS,
+    combinations,
+    parse_caption,
+    prompts,
+    sample_scene,
+    scenes,
+)
 from guidance.testbed.truth import rating, truth_score
+from guidance.utils.errors import UserError
 
 CAPTIONED = ("object", "colour", "time", "terrain", "place", "second_object", "second_colour")
 

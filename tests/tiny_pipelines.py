@@ -25,7 +25,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from guidance.pipelines import freeze
+from guidance.models.pipelines import freeze
 from guidance.testbed import models
 
 WIDTH = 32  # of text states

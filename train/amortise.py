@@ -19,13 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.config import friendly_errors, load_config, option, parse_config, to_yaml
-from guidance.errors import UserError
-from guidance.options import flat_options, list_differences
+from guidance.utils.config import flat_options, list_differences, load_config, option, parse_config, to_yaml
+from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
-    from guidance.adapter import Adapter
-    from guidance.adapter_training import NoisedLatents, SampledStates
+    from guidance.heads.adapter import Adapter
+    from guidance.training.adapters import NoisedLatents, SampledStates
 
 
 @dataclasses.dataclass
@@ -114,14 +113,20 @@ def amortise(config: AmortiseConfig) -> Adapter:
     Raises:
         UserError: If teacher, model, prompts or output cannot be used.
     """
-    from guidance.adapter import AdapterConfig, build_adapter, load_adapter, save_adapter
-    from guidance.adapter_training import cache_pairs, fit_adapter, measure_adapter
-    from guidance.guides.amortised import describe_teacher, read_teacher
-    from guidance.io import check_writable
-    from guidance.pipelines import fingerprint, latent_channels
-    from guidance.processes import join_processes, load_on
+    from guidance.heads.adapter import AdapterConfig, build_adapter, load_adapter, save_adapter
+    from guidance.models.denoiser import fingerprint, latent_channels
+    from guidance.models.pipelines import load_on
     from guidance.schedule import NoiseSchedule
-    from guidance.testbed.training import Stage
+    from guidance.training.adapters import (
+        cache_pairs,
+        describe_teacher,
+        fit_adapter,
+        measure_adapter,
+        read_teacher,
+    )
+    from guidance.training.loop import Stage
+    from guidance.utils.io import check_writable
+    from guidance.utils.processes import join_processes
 
     terms = read_teacher(config.teacher)
     finished = _finished_adapter(config)
@@ -185,9 +190,9 @@ def amortise(config: AmortiseConfig) -> Adapter:
 
 def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
     """Make the source of the teacher pairs; its test part shares no prompt or image with the training part."""
-    from guidance.adapter_training import NoisedLatents, SampledStates
-    from guidance.prompts import load_prompts
-    from guidance.sources import load_examples
+    from guidance.data.prompts import load_prompts
+    from guidance.data.sources import load_examples
+    from guidance.training.adapters import NoisedLatents, SampledStates
 
     data = config.data
     columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column}
@@ -209,9 +214,9 @@ def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
 
 def _finished_adapter(config: AmortiseConfig) -> Adapter | None:
     """Return the adapter in the output folder if this config made it; refuse to replace another one."""
-    from guidance.adapter import ADAPTER_FOLDER, load_adapter
-    from guidance.caching import check_current
-    from guidance.recipes import FeatureRecipe
+    from guidance.heads.adapter import ADAPTER_FOLDER, load_adapter
+    from guidance.training.caching import check_current
+    from guidance.training.recipes import FeatureRecipe
 
     if not ADAPTER_FOLDER.is_kept(config.output, config.overwrite):
         return None
@@ -231,7 +236,7 @@ def _plain(config: AmortiseConfig) -> dict[str, Any]:
 
 def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:
     """Return the model card of a trained adapter as Markdown."""
-    from guidance.model_card import adapter_card
+    from guidance.heads.hub import adapter_card
 
     metrics, bins = adapter.config.metrics, adapter.config.metrics["bins"]
     cells = [
@@ -258,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Train an adapter that predicts the directions of mid-u guidance.",
         default_config="configs/amortise/testbed.yaml",
     )
-    from guidance.processes import join_processes, leave_processes
+    from guidance.utils.processes import join_processes, leave_processes
 
     metrics = amortise(config).config.metrics
     state = join_processes()

@@ -13,11 +13,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from guidance.config import friendly_errors, option, parse_config
-from guidance.recipes import FeatureRecipe
+from guidance.training.recipes import FeatureRecipe
+from guidance.utils.config import option, parse_config
+from guidance.utils.errors import friendly_errors
 
 if TYPE_CHECKING:
-    from guidance.features import FeatureCache
+    from guidance.data.cache import FeatureCache
 
 
 @dataclasses.dataclass
@@ -33,9 +34,9 @@ def cache_dataset(config: CacheConfig) -> FeatureCache:
     Raises:
         UserError: If the dataset, the model or the folder cannot be used.
     """
-    from guidance.caching import build_cache
-    from guidance.features import FeatureCache
-    from guidance.processes import join_processes
+    from guidance.data.cache import FeatureCache
+    from guidance.training.caching import build_cache
+    from guidance.utils.processes import join_processes
 
     state = join_processes()
     build_cache(
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Cache features of a dataset for training heads.",
         default_config="configs/cache/testbed.yaml",
     )
-    from guidance.processes import join_processes, leave_processes
+    from guidance.utils.processes import join_processes, leave_processes
 
     state = join_processes()
     cache = cache_dataset(config)

@@ -18,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.config import friendly_errors, load_config, option, parse_config, to_yaml
-from guidance.errors import UserError
-from guidance.options import flat_options, list_differences
-from guidance.recipes import FeatureRecipe, GenerationRecipe, HeadRecipe
+from guidance.training.recipes import FeatureRecipe, GenerationRecipe, HeadRecipe
+from guidance.utils.config import flat_options, list_differences, load_config, option, parse_config, to_yaml
+from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
-    from guidance.features import FeatureSource
+    from guidance.data.cache import FeatureSource
     from guidance.heads import Head
 
 #: Options that have no influence on what a head is.
@@ -67,12 +66,11 @@ def train_head(config: HeadTrainConfig) -> Head:
     Raises:
         UserError: If data, model or output cannot be used.
     """
-    from guidance.head_report import measure_head, write_folder
-    from guidance.head_setup import prepare_head
-    from guidance.head_training import HeadTrainer
     from guidance.heads import load_head
-    from guidance.io import check_writable
-    from guidance.tracking import start_tracking, stop_tracking
+    from guidance.training.heads import HeadTrainer, prepare_head
+    from guidance.training.report import measure_head, write_folder
+    from guidance.utils.io import check_writable
+    from guidance.utils.tracking import start_tracking, stop_tracking
 
     _check_target(config)
     finished = _finished_head(config)
@@ -116,7 +114,7 @@ def train_head(config: HeadTrainConfig) -> Head:
 
 def _check_target(config: HeadTrainConfig) -> None:
     """Refuse a target that does not suit the task, before any work."""
-    from guidance.head_embeddings import CLIP_PREFIX, clip_name
+    from guidance.data.features import CLIP_PREFIX, clip_name
 
     if (clip_name(config.target) is not None) != (config.task == "embedding"):
         raise UserError(
@@ -139,8 +137,8 @@ def _check_target(config: HeadTrainConfig) -> None:
 
 def _finished_head(config: HeadTrainConfig) -> Head | None:
     """Return the head in the output folder if this config made it; refuse to replace another one."""
-    from guidance.caching import check_current
     from guidance.heads import HEAD_FOLDER, load_head
+    from guidance.training.caching import check_current
 
     if not HEAD_FOLDER.is_kept(config.output, config.overwrite):
         return None
@@ -163,7 +161,7 @@ def _accelerator(config: HeadTrainConfig, work: Path) -> Any:
     """Make the accelerator; a precision or tracker it cannot have is the user's to change."""
     from accelerate import Accelerator
 
-    from guidance.processes import join_processes
+    from guidance.utils.processes import join_processes
 
     tracker = None if config.log_with == "none" else config.log_with
     join_processes()
@@ -180,8 +178,8 @@ def _features(
     config: HeadTrainConfig, accelerator: Any
 ) -> tuple[Mapping[str, FeatureSource], dict[str, Any]]:
     """Open the cache, fill it first where it is absent or unfinished, or compute features on the fly."""
-    from guidance.caching import build_cache, live_splits, open_cache, with_targets
-    from guidance.features import FeatureCache
+    from guidance.data.cache import FeatureCache
+    from guidance.training.caching import build_cache, live_splits, open_cache, with_targets
 
     binary = config.task == "binary"
     targets = [*([] if binary else [config.target]), *config.compare]
@@ -202,7 +200,7 @@ def _features(
         cache = FeatureCache(config.cache)
     splits = {split: cache.select(split) for split in cache.splits}
     if binary:
-        from guidance.generated import pair_with_generated
+        from guidance.training.discriminator import pair_with_generated
 
         folder = str(config.generated.folder)
         paired = pair_with_generated(splits, recipe, config.generated, folder, accelerator=accelerator)
@@ -226,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default_config="configs/head/testbed-aesthetic.yaml",
     )
     head = train_head(config)
-    from guidance.processes import join_processes, leave_processes
+    from guidance.utils.processes import join_processes, leave_processes
 
     state = join_processes()
     if state.is_main_process:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from guidance.config import friendly_errors, option, parse_config
+from guidance.utils.config import option, parse_config
+from guidance.utils.errors import friendly_errors
 
 
 @dataclasses.dataclass
@@ -71,9 +72,9 @@ def train_testbed(config: TestbedConfig) -> Path:
     import torch
     from accelerate import PartialState
 
-    from guidance.testbed.export import adopt, export
-    from guidance.testbed.recipe import Recipe
-    from guidance.testbed.training import Stage
+    from guidance.training.export import adopt, export
+    from guidance.training.loop import Stage
+    from guidance.training.testbed import Recipe
 
     if config.threads:
         torch.set_num_threads(config.threads)

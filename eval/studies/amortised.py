@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from eval.stats.tables import with_interval
 from eval.studies.common import (
     Bench,
     StudyConfig,
@@ -15,11 +16,10 @@ from eval.studies.common import (
     resampled,
     truth_change,
 )
-from eval.tables import with_interval
-from guidance.arms import Arm
-from guidance.errors import UserError
-from guidance.guide_specs import AmortisedSpec, MidBlockSpec
-from guidance.options import option
+from guidance.runs.arms import Arm
+from guidance.runs.specs import AmortisedSpec, MidBlockSpec
+from guidance.utils.config import option
+from guidance.utils.errors import UserError
 
 _FACTORS = (0.75, 1.0, 1.3)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from eval.frechet import frechet_distance, moments
+from eval.metrics.frechet import frechet_distance, moments
 from eval.studies.common import Bench, Sampled, StudyConfig, agreement, pixel_rms, truth_change
-from guidance.arms import guide_arms
-from guidance.cfg import ClassifierFree
-from guidance.errors import UserError
-from guidance.guide_specs import MidBlockSpec
 from guidance.guides import MidBlockGuide
-from guidance.options import option
+from guidance.runs.arms import guide_arms
+from guidance.runs.specs import MidBlockSpec
+from guidance.sampling.cfg import ClassifierFree
+from guidance.utils.config import option
+from guidance.utils.errors import UserError
 
 
 @dataclasses.dataclass

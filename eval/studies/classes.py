@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 
 from eval.studies.common import Bench, Sampled, StudyConfig, class_hits, precision, share
-from guidance.arms import arm_name, guide_arms
-from guidance.guide_specs import MidBlockSpec
-from guidance.options import option
+from guidance.runs.arms import arm_name, guide_arms
+from guidance.runs.specs import MidBlockSpec
 from guidance.testbed.scenes import ATTRIBUTES
+from guidance.utils.config import option
 
 
 @dataclasses.dataclass

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.clip_score import clip_score
-from eval.paired import mean_interval
+from eval.metrics.clip import clip_score
+from eval.stats.paired import mean_interval
+from eval.stats.tables import with_interval
 from eval.studies.common import Bench, Sampled, StudyConfig, agreement, guided_arms
-from eval.tables import with_interval
-from guidance.arms import Arm
-from guidance.guide_specs import ClipSpec, EmbeddingSpec, GuideSpec
-from guidance.options import option
+from guidance.runs.arms import Arm
+from guidance.runs.specs import ClipSpec, EmbeddingSpec, GuideSpec
+from guidance.utils.config import option
 
 
 @dataclasses.dataclass

@@ -11,22 +11,22 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from eval.arm_folders import load_images
-from eval.paired import PairedDifference, paired_difference, wilson
-from eval.precision_recall import precision_recall
-from eval.tables import with_interval
-from guidance.arms import Arm, guide_arms
-from guidance.guide_specs import GuideSpec
-from guidance.options import option
-from guidance.processes import join_processes, load_on
-from guidance.prompts import Prompt, load_prompts
-from guidance.records import Record, RecordStore
-from guidance.run import list_jobs, sample_arms
+from eval.comparison.arms import load_images
+from eval.metrics.precision_recall import precision_recall
+from eval.stats.paired import PairedDifference, paired_difference, wilson
+from eval.stats.tables import with_interval
+from guidance.data.prompts import Prompt, load_prompts
+from guidance.models.pipelines import load_on
+from guidance.runs.arms import Arm, guide_arms
+from guidance.runs.records import Record, RecordStore
+from guidance.runs.run import Job, list_jobs, sample_arms
+from guidance.runs.specs import GuideSpec
 from guidance.testbed.judges import Judges, load_judges
 from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import ATTRIBUTES, scenes
 from guidance.testbed.truth import truth_score
-from guidance.units import Job
+from guidance.utils.config import option
+from guidance.utils.processes import join_processes
 
 _RESAMPLES = 2000
 
@@ -122,7 +122,7 @@ class Bench:
 
         Args:
             folder: Below that of the study's split.
-            jobs, arms, **options: See :func:`guidance.run.sample_arms`.
+            jobs, arms, **options: See :func:`guidance.runs.run.sample_arms`.
         """
         state = self.state
         store = RecordStore(self.folder / folder, state.process_index)

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from eval.frechet import frechet_distance, moments
-from eval.precision_recall import precision_recall
+from eval.metrics.frechet import frechet_distance, moments
+from eval.metrics.precision_recall import precision_recall
 from eval.studies.common import Bench, StudyConfig, agreement
-from guidance.arms import guide_arms
-from guidance.guide_specs import MidBlockSpec
-from guidance.options import option
-from guidance.prompts import Prompt
-from guidance.run import list_jobs
+from guidance.data.prompts import Prompt
+from guidance.runs.arms import guide_arms
+from guidance.runs.run import list_jobs
+from guidance.runs.specs import MidBlockSpec
 from guidance.sampling import decode_latents
-from guidance.start import encode_images
+from guidance.sampling.start import encode_images
 from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import scenes
+from guidance.utils.config import option
 
 _REBUILT = "to scenes through the VAE"
 _APART = 100_000  # scenes whose captions are sampled lie this far from those of the reference, and blocks from blocks

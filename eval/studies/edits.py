@@ -10,19 +10,19 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import maximum_filter
 
-from eval.paired import mean_interval
+from eval.stats.paired import mean_interval
+from eval.stats.tables import with_interval
 from eval.studies.common import Bench, StudyConfig, pixel_rms, share
-from eval.tables import with_interval
-from guidance.errors import UserError
-from guidance.grid import labelled_grid
-from guidance.guide_specs import EmbeddingSpec, MidBlockSpec
-from guidance.io import atomic_path
-from guidance.options import option
+from guidance.runs.specs import EmbeddingSpec, MidBlockSpec
 from guidance.sampling import sample_images
-from guidance.start import FromImage, FromMask, Start, encode_images, encode_masks
+from guidance.sampling.start import FromImage, FromMask, Start, encode_images, encode_masks
 from guidance.testbed.data import load_edit_pairs
 from guidance.testbed.scenes import ATTRIBUTES, parse_caption
 from guidance.testbed.truth import truth_score
+from guidance.utils.config import option
+from guidance.utils.errors import UserError
+from guidance.utils.images import labelled_grid
+from guidance.utils.io import atomic_path
 
 _SHOWN = 8
 _CHANGED = 8  # grey levels from which a pixel counts as edited

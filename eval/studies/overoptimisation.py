@@ -11,14 +11,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from eval.extractor_base import Extractor
-from eval.rating import PROMPT, rating_extractor
+from eval.features.extractors import PROMPT, Extractor, rating_extractor
+from eval.stats.tables import with_interval
 from eval.studies.common import Bench, Sampled, StudyConfig, agreement, change, guided_arms
-from eval.tables import with_interval
-from guidance.arms import Arm
-from guidance.guide_specs import AmortisedSpec, GuideSpec, MidBlockSpec
-from guidance.io import atomic_path
-from guidance.options import option
+from guidance.runs.arms import Arm
+from guidance.runs.specs import AmortisedSpec, GuideSpec, MidBlockSpec
+from guidance.utils.config import option
+from guidance.utils.io import atomic_path
 
 
 @dataclasses.dataclass

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.paired import paired_difference
+from eval.stats.paired import paired_difference
+from eval.stats.tables import with_interval
 from eval.studies.common import (
     Bench,
     Sampled,
@@ -20,13 +21,12 @@ from eval.studies.common import (
     share,
     truth_change,
 )
-from eval.tables import with_interval
-from guidance.arms import Arm, Steering, midblock_arms
-from guidance.errors import UserError
 from guidance.guides import MidBlockGuide
 from guidance.heads import Head
-from guidance.options import option
+from guidance.runs.arms import Arm, Steering, midblock_arms
 from guidance.testbed.scenes import ATTRIBUTES
+from guidance.utils.config import option
+from guidance.utils.errors import UserError
 
 
 @dataclasses.dataclass

@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 
+from eval.stats.tables import with_interval
 from eval.studies.common import Bench, Sampled, StudyConfig, resampled, share, truth_change
-from eval.tables import with_interval
-from guidance.arms import Arm, guide_arms
-from guidance.guide_specs import MidBlockSpec
-from guidance.options import option
+from guidance.runs.arms import Arm, guide_arms
+from guidance.runs.specs import MidBlockSpec
 from guidance.testbed.scenes import ATTRIBUTES
+from guidance.utils.config import option
 
 
 @dataclasses.dataclass

@@ -1,6 +1,24 @@
 """Guides: one method a file, behind the small protocol of :mod:`guidance.guides.base`."""
 
-from guidance.guides.base import Guide, Strength
-from guidance.guides.midblock import MidBlockGuide
+from typing import TYPE_CHECKING
 
-__all__ = ["Guide", "MidBlockGuide", "Strength"]
+from guidance.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from guidance.guides.amortised import AmortisedGuide as AmortisedGuide
+    from guidance.guides.base import Guide as Guide
+    from guidance.guides.base import Strength as Strength
+    from guidance.guides.clip import ClipGuide as ClipGuide
+    from guidance.guides.embedding import EmbeddingGuide as EmbeddingGuide
+    from guidance.guides.midblock import MidBlockGuide as MidBlockGuide
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "amortised": ["AmortisedGuide"],
+        "base": ["Guide", "Strength"],
+        "clip": ["ClipGuide"],
+        "embedding": ["EmbeddingGuide"],
+        "midblock": ["MidBlockGuide"],
+    },
+)

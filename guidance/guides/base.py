@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.errors import UserError
-from guidance.step_phases import step_phases
+from guidance.guides.phases import step_phases
+from guidance.utils.errors import UserError
 
 #: Prompts of the conditional part of the batch, set by our own loop; None inside other pipelines.
 run_prompts: ContextVar[tuple[str, ...] | None] = ContextVar("run_prompts", default=None)
@@ -24,6 +24,7 @@ run_prompts: ContextVar[tuple[str, ...] | None] = ContextVar("run_prompts", defa
 run_factors: ContextVar[tuple[float, ...] | None] = ContextVar("run_factors", default=None)
 
 SPACES = ("eps", "x")
+
 NORMALIZE = ("cfg", None)
 
 
@@ -89,7 +90,7 @@ class Strength:
         return self.guidance_scale != 0 and self.start <= fraction < self.stop
 
     def phases(self, num_steps: int, first: int = 0) -> list[str]:
-        """What the guide does in each step of a run, see :func:`guidance.step_phases.step_phases`."""
+        """What the guide does in each step of a run, see :func:`guidance.guides.phases.step_phases`."""
         start, stop = (self.start, self.stop) if self.guidance_scale != 0 else (1.0, 1.0)
         return step_phases(start, stop, self.every, num_steps, first)
 
@@ -98,10 +99,10 @@ class Strength:
 class Guide(Protocol):
     """Scores features at a tap; everything :func:`guidance.apply_guidance` needs.
 
-    ``tap`` is the name of a module of the denoiser, or :data:`guidance.taps.X0` (the features are the x0 predicted
-    by the conditional part, in the model's latent space; their gradient is taken there, as MPGD does), or
-    :data:`guidance.taps.X0_THROUGH_UNET` (the same with the exact gradient).  Instead of ``score`` a guide may have
-    a method ``direction(x_t, eps, x0, t)`` that returns a direction of the latents itself, (b, c, y, x), without
+    ``tap`` is the name of a module of the denoiser, or :data:`guidance.taps.hooks.X0` (the features are the x0
+    predicted by the conditional part, in the model's latent space; their gradient is taken there, as MPGD does), or
+    :data:`guidance.taps.hooks.X0_THROUGH_UNET` (the same with the exact gradient).  Instead of ``score`` a guide may
+    have a method ``direction(x_t, eps, x0, t)`` that returns a direction of the latents itself, (b, c, y, x), without
     any gradient.
     """
 

@@ -16,11 +16,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from guidance.clip import Clip
-from guidance.cutouts import cutouts as cut
-from guidance.denoiser import denoiser_of, device_of, is_offloaded
-from guidance.errors import UserError, nearest
 from guidance.guides.base import Strength, run_prompts
+from guidance.models.clip import Clip, resize
+from guidance.models.denoiser import denoiser_of, device_of, is_offloaded
+from guidance.utils.errors import UserError, nearest
 
 #: ``through`` -> tap: the gradient stops at the x0 prediction, or goes on through the denoiser to its input.
 TAPS = {"x0": "x0", "unet": "x0/unet"}
@@ -72,7 +71,7 @@ class ClipGuide:
     The decoder and CLIP run in float32 whatever the pipeline's precision.
 
     Args:
-        clip: See :func:`guidance.clip.load_clip`; do not grade with the same network.
+        clip: See :func:`guidance.models.clip.load_clip`; do not grade with the same network.
         guidance_scale: Strength; negative pushes away.
         texts: One or more texts, the same for all samples.  None, without ``images``: each sample's own prompt
             (in our own sampling loop only).
@@ -236,7 +235,7 @@ class ClipGuide:
         state = np.random.SeedSequence([self.seed, round(1000 * float(t[0]))]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> 1))
         size, mode = self.clip.image_size, self.clip.preprocess.mode
-        views = cut(images, self.cutouts, generator, self.min_size, size=size, mode=mode)
+        views = cutouts(images, self.cutouts, generator, self.min_size, size=size, mode=mode)
         u = self.clip.embed_images(rearrange(views, "n b c h w -> (n b) c h w"))
         return rearrange(u, "(n b) d -> n b d", n=self.cutouts)
 
@@ -284,3 +283,62 @@ def _check_decoder(decoder: Any, pipe: Any) -> None:
             f"Expected latents that one scaling_factor maps to {type(decoder).__name__}, got per-channel statistics "
             "or none; pass ClipGuide(decoder=...)."
         )
+
+
+def cutouts(
+    x: Float[Tensor, "b c h w"],
+    n: int,
+    generator: torch.Generator,
+    min_size: float = 0.5,
+    *,
+    size: int,
+    power: float = 1.0,
+    flip: float = 0.0,
+    noise: float = 0.02,
+    mode: str = "bicubic",
+) -> Float[Tensor, "n b c size size"]:
+    """Cut ``n`` random squares out of every image and resize them to CLIP's size; differentiable.
+
+    A gradient that holds for many crops moves what CLIP sees, not the pixels of an adversarial pattern.  The side of a
+    square is ``s (m + (1 - m) u^power)`` with ``s`` the shorter side, ``m = min_size`` and ``u`` uniform in 0..1; its
+    place is uniform.
+
+    All images of a batch get the same squares, flips and noise: what a sample sees depends on the generator alone, not
+    on the samples beside it.
+
+    Args:
+        x: Images, any range.
+        n: Cutouts per image.
+        generator: CPU generator; everything is drawn from it.
+        min_size: Smallest side as a fraction of the shorter side, above 0 up to 1; 1 keeps squares whole.
+        size: Height and width of the result in pixels.
+        power: Above 1 prefers small squares, below 1 large ones.
+        flip: Probability of a horizontal flip.
+        noise: Standard deviation of Gaussian noise, in the images' units.
+        mode: See :func:`resize`.
+
+    Returns:
+        The cutouts, first axis the cutout, in the dtype and on the device of ``x``.
+
+    Raises:
+        UserError: If ``n`` or ``min_size`` is out of range.
+
+    Reference:
+        K. Crowson, "CLIP guided diffusion" (notebooks and repository), 2021: ``MakeCutouts``.
+    """
+    if n < 1:
+        raise UserError(f"Expected one or more cutouts, got {n}; embed the whole image instead.")
+    if not 0 < min_size <= 1:
+        raise UserError(f"Expected a min_size above 0 and up to 1, a fraction of the image, got {min_size}.")
+    height, width = x.shape[-2:]
+    short = min(height, width)
+    cuts = []
+    for u, where_y, where_x, coin in torch.rand(n, 4, generator=generator).tolist():
+        side = max(1, round(short * (min_size + (1 - min_size) * u**power)))
+        top, left = int(where_y * (height - side + 1)), int(where_x * (width - side + 1))
+        cut = resize(x[..., top : top + side, left : left + side], size, size, mode)
+        cuts.append(cut.flip(-1) if coin < flip else cut)
+    out = torch.stack(cuts)
+    if noise == 0:
+        return out
+    return out + noise * torch.randn(n, 1, *out.shape[2:], generator=generator).to(out)

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.errors import UserError
 from guidance.guides.base import run_prompts
-from guidance.guides.head import HeadGuide
-from guidance.heads import Head
+from guidance.guides.midblock import HeadGuide
+from guidance.heads.networks import Head
+from guidance.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from guidance.clip import Clip
+    from guidance.models.clip import Clip
 
 
 class EmbeddingGuide(HeadGuide):
@@ -31,7 +31,7 @@ class EmbeddingGuide(HeadGuide):
 
     Args:
         head: A trained head of task "embedding".
-        clip: The CLIP whose embeddings it predicts, see :func:`guidance.clip.load_clip`; it embeds the targets.
+        clip: The CLIP whose embeddings it predicts, see :func:`guidance.models.clip.load_clip`; it embeds the targets.
         guidance_scale: Strength; negative pushes away.  With ``normalize="cfg"`` (default) 1 means: as large as
             the difference that classifier-free guidance works with.
         texts, images: A text or several, and (PIL) images, all of them targets of every sample; both None takes

@@ -1,7 +1,8 @@
-"""Mid-u guidance (Whitaker 2023): the gradient of a small head on mid-block activations."""
+"""What all guides share that score features by a trained head."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +11,54 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.errors import UserError
-from guidance.guides.head import HeadGuide
-from guidance.heads import Head
-from guidance.objectives import build_objective
+from guidance.guides.base import Strength
+from guidance.heads.networks import Head, check_fits
+from guidance.heads.objectives import build_objective
+from guidance.models.denoiser import denoiser_of, device_of, fingerprint, fingerprint_of
+from guidance.schedule import NoiseSchedule
+from guidance.utils.errors import UserError
+
+
+class HeadGuide:
+    """A guide with a trained head; what the score is, subclasses say.
+
+    Args:
+        heads: A trained head, or several that read one tap; frozen and put in eval mode.
+        name: Name of the guide.
+        start, stop: Fractions of the steps; None takes the range of the first head.
+        **options: Other attributes of :class:`~guidance.guides.base.Strength`.
+
+    Raises:
+        UserError: If an option is out of range.
+    """
+
+    def __init__(
+        self, heads: Sequence[Head], name: str, *, start: float | None, stop: float | None, **options: Any
+    ) -> None:
+        config = heads[0].config
+        self.heads = [head.eval().requires_grad_(False) for head in heads]
+        self.tap, self.name = config.tap, name
+        self.strength = Strength.within((config.start, config.stop), start=start, stop=stop, **options)
+
+    @property
+    def head(self) -> Head:
+        """The first head."""
+        return self.heads[0]
+
+    @functools.cached_property
+    def _fingerprints(self) -> list[str]:
+        return [fingerprint(head) for head in self.heads]  # once, not for each image's record
+
+    def describe(self) -> dict[str, Any]:
+        """See :func:`~guidance.guides.base.describe_scorer`."""
+        return {"networks": self._fingerprints}
+
+    def prepare(self, pipe: Any) -> None:
+        """Refuse a pipeline that a head does not fit; move the heads to the pipeline's device."""
+        schedule, weights = NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint_of(pipe)
+        for head in self.heads:
+            check_fits(head, denoiser_of(pipe), schedule, weights)
+            head.to(device_of(pipe))
 
 
 class MidBlockGuide(HeadGuide):
@@ -27,7 +72,7 @@ class MidBlockGuide(HeadGuide):
         head: A trained head, see :func:`guidance.load_head`, or several of them.
         guidance_scale: Strength; negative pushes away.  With ``normalize="cfg"`` (default) 1 means: as large as
             the difference that classifier-free guidance works with.
-        objective: "expected", "at_least", "class" ..., see :data:`guidance.objectives.OBJECTIVES`; None takes the
+        objective: "expected", "at_least", "class" ..., see :data:`guidance.heads.objectives.OBJECTIVES`; None takes the
             default of the head's task (the expected rating for a rating head).
         target: Label, index or threshold of the objective, where it needs one.
         normalize, every, space: See :class:`~guidance.guides.base.Strength`.

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from guidance.errors import UserError
-
-from .render import render
-from .scenes import Scene, combinations, edit_scene, prompts, sample_scene
-from .truth import rating, truth_score
-
-__all__ = ["load_edit_pairs", "load_testbed", "prompts"]
+from guidance.testbed.render import render
+from guidance.testbed.scenes import Scene, combinations, edit_scene, sample_scene
+from guidance.testbed.truth import rating, truth_score
+from guidance.utils.errors import UserError
 
 _CHUNK = 100
+
 _BAR_FROM = 500
+
 _ATTRIBUTES = ("time", "terrain", "object", "colour", "place", "second_object", "second_colour")
+
 _HIDDEN = ("haze", "defocus", "exposure", "saturation", "tilt")
 
 _FEATURES = datasets.Features(
@@ -40,6 +40,7 @@ _FEATURES = datasets.Features(
         "scene_seed": datasets.Value("int64"),
     }
 )
+
 _EDIT_FEATURES = datasets.Features(
     {
         "image": datasets.Image(),

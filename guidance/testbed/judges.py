@@ -24,13 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from guidance.encoding import to_float
-from guidance.errors import UserError
-from guidance.io import read_json
-
-from .models import IMAGE_SIZE, MAX_TOKENS, JudgeClassifier
-from .scenes import ATTRIBUTES, parse_caption
-from .truth import check_images
+from guidance.testbed.models import IMAGE_SIZE, MAX_TOKENS, JudgeClassifier
+from guidance.testbed.scenes import ATTRIBUTES, parse_caption
+from guidance.testbed.truth import check_images
+from guidance.utils.errors import UserError
+from guidance.utils.images import to_float
+from guidance.utils.io import read_json
 
 WEIGHTS = Path(__file__).parent / "weights"
 

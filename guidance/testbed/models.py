@@ -17,10 +17,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from .scenes import ATTRIBUTES
+from guidance.testbed.scenes import ATTRIBUTES
 
 IMAGE_SIZE = 64
+
 MAX_TOKENS = 24
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

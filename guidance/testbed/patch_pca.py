@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from guidance.io import atomic_path
+from guidance.utils.io import atomic_path
 
 PATCH = 4
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from .scenes import FLYING, Scene
-from .shapes import Canvas, draw_object
+from guidance.testbed.scenes import FLYING, Scene
+from guidance.testbed.shapes import Canvas, draw_object
 
 Array = NDArray[np.floating]
 
@@ -24,6 +24,7 @@ SKIES: dict[str, tuple[tuple[float, ...], ...]] = {
     "dusk": ((0.26, 0.14, 0.42), (1.00, 0.50, 0.18), (0.86, 0.66, 0.62), (1.00, 0.72, 0.25), (5.0,)),
     "night": ((0.02, 0.03, 0.12), (0.10, 0.14, 0.34), (0.42, 0.46, 0.66), (0.96, 0.96, 0.86), (25.0,)),
 }
+
 #: terrain -> (far ridge, near ground)
 GROUNDS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "hills": ((0.36, 0.62, 0.38), (0.26, 0.56, 0.20)),

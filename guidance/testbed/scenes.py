@@ -16,14 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from guidance.errors import UserError, nearest
+from guidance.utils.errors import UserError, nearest
 
 TIMES = ("dawn", "noon", "dusk", "night")
+
 TERRAINS = ("hills", "sea", "desert", "snow", "mountains")
+
 OBJECTS = ("house", "tree", "boat", "balloon", "tent", "tower", "kite", "car")
+
 COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
+
 PLACES = ("", "left", "right")
+
 FLYING = ("balloon", "kite")
+
 SPLITS = ("train", "validation", "test")
 
 #: The attributes a caption tells, with their classes: the judge classifier's heads and the class-head

@@ -17,6 +17,7 @@ PAINT: dict[str, tuple[float, float, float]] = {
     "purple": (0.62, 0.14, 0.78),
     "white": (0.98, 0.98, 0.98),
 }
+
 WOOD, DARK, METAL = (0.42, 0.27, 0.15), (0.13, 0.12, 0.15), (0.62, 0.64, 0.68)
 
 

@@ -23,21 +23,25 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from guidance.errors import UserError
+from guidance.utils.errors import UserError
 
 #: Weights of the standardised terms.  Colour and sharpness answer to saturation and defocus alone, hence the
 #: larger weights; exposure keeps bright scenes from winning and contrast answers to haze.  Shares of the
 #: variance of the score on training scenes: 0.40, 0.32, 0.12, 0.16.
 WEIGHTS = {"colourfulness": 0.33, "sharpness": 0.30, "exposure": 0.22, "contrast": 0.15}
+
 #: Mean and standard deviation of each term on training scenes 0..3999, and of their weighted sum.
 MEAN = {"colourfulness": 52.492, "sharpness": -6.0435, "exposure": 0.54219, "contrast": 0.11616}
+
 SD = {"colourfulness": 26.375, "sharpness": 1.3671, "exposure": 0.19575, "contrast": 0.039487}
+
 SCALE = 0.59041
 
 #: One vote is ``round(VOTE_MEAN + VOTE_SLOPE truth + VOTE_NOISE e)``, e ~ N(0, 1), held within 1..10.
 VOTE_MEAN, VOTE_SLOPE, VOTE_NOISE = 5.7, 1.35, 2.0
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+
 _PIXELS_AT_ONCE = 1 << 18  # a block of this many pixels stays in the cache
 
 
@@ -171,8 +175,8 @@ def main(n: int = 4000) -> None:
     """Print the constants of this module, computed on ``n`` training scenes (half a minute for 4,000)."""
     from tqdm.auto import tqdm
 
-    from .render import render
-    from .scenes import scenes
+    from guidance.testbed.render import render
+    from guidance.testbed.scenes import scenes
 
     images = np.stack([render(s) for s in tqdm(scenes("train", n), total=n, desc="render scenes")])
     terms = truth_terms(images)

@@ -1,0 +1,367 @@
+"""Folders of images, with records or without: one image and what is known of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from guidance.data.tables import read_rows, require_cell
+from guidance.runs.records import UNGUIDED, Record, RecordStore, audit_pairs
+from guidance.utils.errors import UserError, nearest
+from guidance.utils.images import IMAGE_SUFFIXES, to_rgb
+
+TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as image folders of datasets have them
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmImage:
+    """One image of an arm.
+
+    Attributes:
+        file: Where it is.
+        digest: SHA-256 of its bytes, hexadecimal.
+        prompt_id, prompt, category, challenge, seed: As in a record.  A folder without prompts has "" and the
+            file's name as ``prompt_id``.
+        record: How it was made; None in plain folders.
+    """
+
+    file: Path
+    digest: str
+    prompt_id: str
+    prompt: str = ""
+    category: str = ""
+    challenge: str = ""
+    seed: int = 0
+    record: Record | None = None
+
+    @property
+    def pair(self) -> tuple[str, int]:
+        """What images of one pair share."""
+        return self.prompt_id, self.seed
+
+    def open(self) -> Image.Image:
+        """Read it as RGB."""
+        with Image.open(self.file) as opened:
+            image = to_rgb(opened)
+        image.info["prompt"] = (
+            self.prompt
+        )  # as a PNG's text chunk would say; heads that know captions read it
+        return image
+
+
+def read_folder(folder: Path, prompts: str | os.PathLike[str] | None = None) -> dict[str, list[ArmImage]]:
+    """Read what is in a folder; images are not opened.
+
+    Args:
+        folder: With ``records.jsonl``, or of images, at any depth.
+        prompts: As of :func:`eval.comparison.arms.load_arms`.
+
+    Returns:
+        Arm -> images; a plain folder is one arm, called like it.
+
+    Raises:
+        UserError: If there is no such folder, it has no images, or the table of prompts does not fit.
+    """
+    if not folder.is_dir():
+        raise UserError(f"Expected a folder of images at '{folder}', found none; check the path.")
+    if not any(folder.glob("records*.jsonl")):
+        return {folder.resolve().name: _read_plain(folder, prompts)}
+    arms: dict[str, list[ArmImage]] = {}
+    for r in RecordStore(folder).load(check=None):
+        told = (r.prompt_id, r.prompt, r.category, r.challenge, r.seed, r)
+        arms.setdefault(r.arm, []).append(ArmImage(folder / r.image, r.sha256, *told))
+    return arms
+
+
+def _read_plain(folder: Path, prompts: Any) -> list[ArmImage]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(
+            f"Expected images ({', '.join(IMAGE_SUFFIXES)}) or records in '{folder}', found none."
+        )
+    tables = [Path(prompts)] if prompts else [folder / name for name in TABLES if (folder / name).is_file()]
+    told = _read_table(tables[0]) if tables else {}
+    images, seeds = [], dict[str, int]()
+    for file in files:
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        row = told.get(name)
+        if told and row is None:
+            raise UserError(f"Expected a row for '{name}' in '{tables[0]}', found none; add its prompt.")
+        text = str(row["prompt"]) if row else ""
+        key = str((row or {}).get("prompt_id") or text or name)
+        seeds[key] = seeds.get(key, -1) + 1
+        seed = int(row["seed"]) if row and row.get("seed") not in (None, "") else seeds[key]
+        category, challenge = (str((row or {}).get(k) or "") for k in ("category", "challenge"))
+        images.append(ArmImage(file, _digest(file), key, text, category, challenge, seed))
+    return images
+
+
+def _read_table(file: Path) -> dict[str, dict[str, Any]]:
+    """Prompts of plain images by the name of the file without its suffix."""
+    told: dict[str, dict[str, Any]] = {}
+    for row in read_rows(file):
+        name = require_cell(row, ("file_name", "filename", "image", "id"), f"'{file}'", "names of the images")
+        prompt = require_cell(row, ("prompt", "caption", "text"), f"'{file}'")
+        rest = {str(key).strip().lower(): value for key, value in row.items()}
+        key = Path(str(name)).with_suffix("").as_posix()
+        if key in told:
+            raise UserError(f"Expected one row an image in '{file}', got two for '{name}'; remove one.")
+        told[key] = rest | {"prompt": " ".join(str(prompt or "").split())}
+    return told
+
+
+def load_images(folder: str | os.PathLike[str], records: Sequence[Record]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Read the images of records, uint8 RGB."""
+    return np.stack([np.asarray(Image.open(Path(folder) / r.image).convert("RGB")) for r in records])
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+_SHOWN = 3  # examples in a sentence
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """Arms whose images correspond, row by row.
+
+    Attributes:
+        baseline: Name of the first one.
+        images: Arm -> images, all arms in the same order of pairs.
+        audited: Whether records showed that prompt, noise, model, scheduler and steps are the same.
+        excluded: Reason -> pairs ("PROMPT, seed SEED") left out in all arms.
+        converted: Mode or size -> number of images that were not plain 8-bit RGB of the usual size.
+    """
+
+    baseline: str
+    images: dict[str, list[ArmImage]]
+    audited: bool
+    excluded: dict[str, list[str]]
+    converted: dict[str, int]
+
+    @property
+    def names(self) -> list[str]:
+        """Names, the baseline first."""
+        return list(self.images)
+
+    @property
+    def rows(self) -> list[ArmImage]:
+        """The baseline's images: what all arms have in common."""
+        return self.images[self.baseline]
+
+
+def load_arms(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    baseline: str | None = None,
+    only: Collection[str] = (),
+    vary: Collection[str] = (),
+    prompts: str | os.PathLike[str] | None = None,
+    exclude: bool = False,
+) -> Arms:
+    """Read the arms of folders and pair their images; one arm alone has nothing to be paired with.
+
+    A folder with ``records.jsonl`` holds the arms its records name; a plain folder of images is one arm, called like
+    the folder, whose images are paired by file name.  Of several folders with records the arms are called
+    FOLDER/ARM, and FOLDER where it holds one.
+
+    Args:
+        folders: One with records, or more of either kind.
+        baseline: Arm the others are compared with; None: "unguided" where there is one, else the first.
+        only: Arms to compare, besides the baseline; empty takes all.
+        vary: Record fields in which pairs may differ on purpose: "cfg_scale", "scheduler", "num_steps", and
+            "model_fingerprint" for two checkpoints.  Plain sampling at another CFG weight may always differ in that.
+        prompts: Table with file_name (or id) and prompt, and perhaps category, challenge and seed, for plain folders;
+            None looks for :data:`eval.comparison.arms.TABLES` in each folder.
+        exclude: Leave pairs out, and count them, of which an image is missing, cannot be read or has no partner; else
+            they are refused.
+
+    Raises:
+        UserError: If a folder has no images, two arms are not paired, or an image cannot be used.
+    """
+    if not folders:
+        raise UserError("Expected one or more folders of images, got none.")
+    found = _named([(Path(folder), read_folder(Path(folder), prompts)) for folder in folders])
+    base = _baseline(found, baseline)
+    found = _selected(found, base, only)
+    excluded: dict[str, list[str]] = {}
+    ordered = {name: _by_pair(name, images) for name, images in found.items()}
+    pairs = _common(ordered, base, exclude, excluded)
+    audited = _audit(ordered, pairs, base, vary)
+    converted = _check_images(ordered, pairs, exclude, excluded)
+    dropped = {pair for gone in excluded.values() for pair in gone}
+    pairs = [pair for pair in pairs if _label(pair) not in dropped]
+    if len(pairs) < 2:
+        raise UserError(f"Expected two or more pairs of images, {len(pairs)} can be used; sample more.")
+    images = {name: [ordered[name][pair] for pair in pairs] for name in ordered}
+    return Arms(base, _same_prompts(images, base), audited, excluded, converted)
+
+
+def _named(found: Sequence[tuple[Path, dict[str, list[ArmImage]]]]) -> dict[str, list[ArmImage]]:
+    if len(found) == 1:
+        return dict(found[0][1])
+    named: dict[str, list[ArmImage]] = {}
+    for folder, arms in found:
+        for arm, images in arms.items():
+            own = folder.resolve().name
+            name = own if len(arms) == 1 else f"{own}/{arm}"
+            if name in named:
+                raise UserError(
+                    f"Expected folders of different names, got two arms called '{name}'; rename one."
+                )
+            named[name] = images
+    return named
+
+
+def _baseline(found: Mapping[str, Any], baseline: str | None) -> str:
+    if baseline is None:
+        return UNGUIDED if UNGUIDED in found else next(iter(found))
+    if baseline not in found:
+        raise UserError(
+            f"Expected the baseline to be one of {', '.join(found)}, got '{baseline}'.{nearest(baseline, found)}"
+        )
+    return baseline
+
+
+def _selected(
+    found: dict[str, list[ArmImage]], base: str, only: Collection[str]
+) -> dict[str, list[ArmImage]]:
+    for name in only:
+        if name not in found:
+            raise UserError(f"Expected arms among {', '.join(found)}, got '{name}'.{nearest(name, found)}")
+    kept = [name for name in found if name != base and (not only or name in only)]
+    scale = {name: found[name][0].record.scale if found[name][0].record else 0.0 for name in kept}  # type: ignore[union-attr]
+    return {name: found[name] for name in [base, *sorted(kept, key=lambda n: scale[n])]}
+
+
+def _by_pair(arm: str, images: Sequence[ArmImage]) -> dict[tuple[str, int], ArmImage]:
+    ordered = {image.pair: image for image in images}
+    if len(ordered) < len(images):
+        again = next(i for i in images if ordered[i.pair] is not i)
+        raise UserError(
+            f"Expected one image for each prompt and seed of '{arm}', got '{again.file.name}' and "
+            f"'{ordered[again.pair].file.name}' for {_label(again.pair)}; remove one."
+        )
+    return ordered
+
+
+def _common(
+    arms: Mapping[str, Mapping[tuple[str, int], Any]],
+    base: str,
+    exclude: bool,
+    excluded: dict[str, list[str]],
+) -> list[tuple[str, int]]:
+    """Pairs that every arm has, in the baseline's order."""
+    union = list(dict.fromkeys(pair for arm in [base, *arms] for pair in arms[arm]))
+    lacking = {name: [pair for pair in union if pair not in images] for name, images in arms.items()}
+    lacking = {name: pairs for name, pairs in lacking.items() if pairs}
+    if lacking and not exclude:
+        name, pairs = next(iter(lacking.items()))
+        raise UserError(
+            f"Expected the same prompts and seeds in every arm, but '{name}' lacks {_some(map(_label, pairs))} of "
+            f"{len(union)}; let its run finish, or set exclude=true to leave those pairs out."
+        )
+    for name, pairs in lacking.items():
+        excluded[f"no image in '{name}'"] = [_label(pair) for pair in pairs]
+    gone = {pair for pairs in lacking.values() for pair in pairs}
+    return [pair for pair in union if pair not in gone]
+
+
+def _audit(
+    arms: Mapping[str, Mapping[tuple[str, int], ArmImage]],
+    pairs: Sequence[tuple[str, int]],
+    base: str,
+    vary: Collection[str],
+) -> bool:
+    """Audit what records tell of the pairs; tells whether every arm has them."""
+    records = {name: [images[pair].record for pair in pairs] for name, images in arms.items()}
+    if any(r is None for rows in records.values() for r in rows):
+        return False
+    for name, rows in records.items():
+        if name != base:
+            plain = not any(r.guides or r.steering for r in rows if r)
+            allowed = {*vary, "cfg_scale", "cfg"} if plain else set(vary)
+            both = [
+                dataclasses.replace(r, arm=arm) for arm in (base, name) for r in records[arm] if r is not None
+            ]
+            audit_pairs(both, base, vary=allowed)
+    return True
+
+
+def _check_images(
+    arms: Mapping[str, Mapping[tuple[str, int], ArmImage]],
+    pairs: Iterable[tuple[str, int]],
+    exclude: bool,
+    excluded: dict[str, list[str]],
+) -> dict[str, int]:
+    """Look at every file once; notes the pairs of those that cannot be read, counts those that are converted."""
+    converted: dict[str, int] = {}
+    sizes: dict[tuple[int, int], int] = {}
+    for pair in pairs:
+        for name, images in arms.items():
+            image = images[pair]
+            problem = _problem(image, converted, sizes)
+            if problem and not exclude:
+                raise UserError(
+                    f"Expected an image of '{name}' at '{image.file}', but it {problem}; make it again, or set "
+                    "exclude=true to leave its pair out."
+                )
+            if problem:
+                excluded.setdefault(f"an image in '{name}' {problem}", []).append(_label(pair))
+    if len(sizes) > 1:
+        usual = max(sizes, key=sizes.__getitem__)
+        converted |= {
+            f"{w}x{h} instead of {usual[0]}x{usual[1]}": n for (w, h), n in sizes.items() if (w, h) != usual
+        }
+    return converted
+
+
+def _problem(image: ArmImage, converted: dict[str, int], sizes: dict[tuple[int, int], int]) -> str | None:
+    """What keeps an image from being used; the files are read whole only once, when features are computed."""
+    try:
+        if image.record and image.file.stat().st_size != image.record.bytes:
+            return "is not the one that was recorded"
+        with Image.open(image.file) as opened:
+            mode, size = opened.mode, opened.size
+            if not image.record:
+                opened.load()  # a record's size shows a cut file; of others only decoding does
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, SyntaxError, ValueError):
+        return "cannot be read"
+    if mode != "RGB":
+        converted[f"mode {mode}"] = converted.get(f"mode {mode}", 0) + 1
+    sizes[size] = sizes.get(size, 0) + 1
+    return None
+
+
+def _same_prompts(images: dict[str, list[ArmImage]], base: str) -> dict[str, list[ArmImage]]:
+    """Plain folders may tell their prompts in one place only; refuse those that tell different ones."""
+    for name, rows in images.items():
+        for a, b in zip(images[base], rows, strict=True):
+            if a.prompt != b.prompt and a.prompt and b.prompt:
+                raise UserError(
+                    f"Expected '{base}' and '{name}' to have the same prompts, but for {_label(a.pair)} they are "
+                    f"{a.prompt!r} and {b.prompt!r}; pair the folders by the same table."
+                )
+    return images
+
+
+def _label(pair: tuple[str, int]) -> str:
+    return f"'{pair[0]}', seed {pair[1]}"
+
+
+def _some(items: Iterable[str]) -> str:
+    listed = list(items)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return "; ".join(listed[:_SHOWN]) + more

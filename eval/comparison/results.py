@@ -1,0 +1,204 @@
+"""What a comparison found, as plain data: report, ``summary.json``, table of rows and W&B are written from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from eval.stats.paired import PairedDifference
+
+Better = Literal["higher", "lower", ""]  # "": neither, it only tells how far an arm has moved
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmSummary:
+    """One arm of a comparison.
+
+    Attributes:
+        name: As in records, or the folder's name.
+        n: Images compared.
+        series: Arms of one series make one curve: "guided by aesthetic", "plain CFG".  The baseline's is "baseline",
+            and every curve passes through it.
+        method: What was done, in a phrase; "" where nothing is recorded.
+        scale: Guidance scale; None where nothing is recorded.
+        cfg_scale: Weight of classifier-free guidance; None where nothing is recorded.
+        seconds: Median seconds per image; None where nothing is recorded.
+    """
+
+    name: str
+    n: int
+    series: str
+    method: str = ""
+    scale: float | None = None
+    cfg_scale: float | None = None
+    seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageMetric:
+    """A metric with a value an image (or a prompt, for diversity).
+
+    Attributes:
+        key: Column of the rows: "clip_score".
+        title: For people: "CLIP score (judge CLIP)".
+        better: Which way is better.
+        evaluator: The network that measures it; "" for formulas.
+        circular: Arms that the evaluator itself had guided.
+        note: One sentence that says what it is, with range and unit.
+    """
+
+    key: str
+    title: str
+    better: Better
+    evaluator: str = ""
+    circular: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """A metric of an arm against the baseline, paired, over prompts.
+
+    Attributes:
+        metric: :attr:`ImageMetric.key`.
+        arm: The arm.
+        paired: Means, difference, interval, effect, wins, p.
+        p_holm: ``paired.wilcoxon_p`` adjusted by Holm over the arms of this metric.
+        excluded: Images left out on both sides because the metric has no value there.
+    """
+
+    metric: str
+    arm: str
+    paired: PairedDifference
+    p_holm: float
+    excluded: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SetMetric:
+    """A metric with one value a set of images, against a reference set.
+
+    Attributes:
+        key: Of :attr:`SetValue.metric`: "fd".
+        title: "FD-judge"; "FID" only with the real Inception.
+        better: Which way is better.
+        note: One sentence that says what it is, with range, unit and size of the reference.
+    """
+
+    key: str
+    title: str
+    better: Better
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SetValue:
+    """A set metric of one arm, the baseline included.
+
+    Attributes:
+        metric: :attr:`SetMetric.key`.
+        arm: The arm.
+        value: On all its images.
+        blocks: On disjoint blocks of prompts (or seeds); each has its own bias, so compare them among arms only.
+        difference: ``value`` less the baseline's; None for the baseline.
+        p: Two-sided permutation test of the difference, labels swapped within prompts; None for the baseline, and where
+            no test was run.
+        p_holm: ``p`` adjusted by Holm over the arms.
+    """
+
+    metric: str
+    arm: str
+    value: float
+    blocks: tuple[float, ...] = ()
+    difference: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Breakdown:
+    """A metric of an arm against the baseline on a part of the prompts.
+
+    Attributes:
+        by: "category" or "challenge".
+        value: Of that column.
+        metric, arm: As in `Delta`.
+        n_prompts: Prompts of that part.
+        difference, interval: Mean paired difference and its 95% interval, not adjusted for the number of parts.
+    """
+
+    by: str
+    value: str
+    metric: str
+    arm: str
+    n_prompts: int
+    difference: float
+    interval: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Caveat:
+    """Something a reader must know before believing a number.
+
+    Attributes:
+        kind: "circular", "biased", "truncated", "saturation", "diversity", "unpaired", "excluded", ...
+        text: One sentence, with what to do about it.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two or more arms on the same prompts and noises; see `eval.comparison.compare.compare`.
+
+    Attributes:
+        title: Of the report.
+        command: That makes it again.
+        created: ISO 8601, UTC.
+        provenance: What was measured with what: versions, model, evaluators and their fingerprints, reference, options.
+        baseline: Name of the arm the others are compared with.
+        arms: The baseline first.
+        n_prompts: Prompts in every arm.
+        n_pairs: Images in every arm.
+        image_metrics, deltas: Metrics an image; a delta for each of them and each arm but the baseline.
+        set_metrics, set_values: Metrics a set; a value for each of them and each arm.
+        breakdowns: By category and challenge, where prompts have them.
+        caveats: What to mind.
+        rows: One dict an image: arm, prompt_id, prompt, category, challenge, seed, scale, cfg_scale, image (path of the
+            file), seconds, and a column for each image metric (None where it has no value).
+    """
+
+    title: str
+    command: str
+    created: str
+    provenance: dict[str, Any]
+    baseline: str
+    arms: list[ArmSummary]
+    n_prompts: int
+    n_pairs: int
+    image_metrics: list[ImageMetric]
+    deltas: list[Delta]
+    set_metrics: list[SetMetric]
+    set_values: list[SetValue]
+    breakdowns: list[Breakdown]
+    caveats: list[Caveat]
+    rows: list[dict[str, Any]]
+
+    def delta(self, metric: str, arm: str) -> Delta | None:
+        """The delta of a metric and an arm, or None."""
+        return next((d for d in self.deltas if (d.metric, d.arm) == (metric, arm)), None)
+
+    def set_value(self, metric: str, arm: str) -> SetValue | None:
+        """The value of a set metric of an arm, or None."""
+        return next((s for s in self.set_values if (s.metric, s.arm) == (metric, arm)), None)
+
+    def mean(self, metric: str, arm: str) -> float | None:
+        """The mean of an image metric or the value of a set metric of any arm, the baseline included; or None."""
+        if (found := self.set_value(metric, arm)) is not None:
+            return found.value
+        for d in self.deltas:
+            if d.metric == metric and arm in (d.arm, self.baseline):
+                return d.paired.mean_a if arm == self.baseline else d.paired.mean_b
+        return None

@@ -1,0 +1,1 @@
+"""Measure what guidance costs: ``python -m eval.cost``."""

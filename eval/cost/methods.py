@@ -1,0 +1,297 @@
+"""The methods whose cost is compared: guided steps of this toolkit, and rivals after their published formulas."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from eval.cost.meters import counted
+from guidance.apply import apply_guidance, cfg_parts
+from guidance.guides import MidBlockGuide
+from guidance.guides.base import Guide, is_direct
+from guidance.models.denoiser import denoiser_of, latent_channels
+from guidance.models.inputs import build_inputs
+from guidance.runs.specs import read_guide
+from guidance.taps import capture, encode_features, watch
+from guidance.taps.features import read_output
+from guidance.utils.errors import UserError
+
+NUM_STEPS = 25  # of the run whose steps are timed
+
+RANDOM_CLIP = "random"  # the shape of OpenAI's ViT-B/32
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is timed.
+
+    Attributes:
+        phases: (one denoiser step, its share of a run), in order; steps of a guide differ where it has an interval or
+            ``every``.
+        context: What is around a run.
+        gradient: Whether activations are kept for a backward pass.
+    """
+
+    phases: tuple[tuple[Callable[[], Any], float], ...]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    gradient: bool = False
+
+
+class Bench:
+    """A pipeline with random inputs, and what guides it; heavy parts are made when they are first asked for.
+
+    Args:
+        pipe: As much of a pipeline as guidance needs.
+        batch: Images a step.
+        side: Side of the latents; None: the model's own.
+        clip: The CLIP of CLIP guidance, "random" or see :func:`guidance.models.clip.load_clip`.
+    """
+
+    def __init__(self, pipe: Any, batch: int, side: int | None, clip: str) -> None:
+        self.pipe, self.denoiser, self.batch, self.side, self._clip = (
+            pipe,
+            denoiser_of(pipe),
+            batch,
+            side,
+            clip,
+        )
+        if type(pipe.scheduler).__name__ == "PNDMScheduler":  # calls the model twice for one of its steps
+            from diffusers import DDIMScheduler
+
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler.set_timesteps(NUM_STEPS)
+        blocks = getattr(self.denoiser, "transformer_blocks", None)
+        self.tap = "mid_block" if blocks is None else f"transformer_blocks.{len(blocks) // 2}"
+        self._inputs: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+
+    # ---- a step -----------------------------------------------------------------------------------------------
+    def inputs(self, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """Random latents and conditions of a batch of guidance parts, the same at every call."""
+        if parts not in self._inputs:
+            x, others = build_inputs(self.denoiser, self.side, parts * self.batch)
+            others.pop("timestep")
+            generator = torch.Generator().manual_seed(0)
+            self._inputs[parts] = _filled(x, generator), _filled(others, generator)
+        return self._inputs[parts]
+
+    def forward(self, index: int, parts: int, x: Tensor | None = None) -> Tensor:
+        """The prediction at a step, of other latents if some are given."""
+        own, others = self.inputs(parts)
+        t = self.pipe.scheduler.timesteps[index].to(own.device)
+        return self.denoiser(
+            own if x is None else x, timestep=t.expand(len(own)), **others, return_dict=False
+        )[0]
+
+    def step(self, index: int = 3, parts: int = 2) -> None:
+        """A step as a pipeline takes it."""
+        token = cfg_parts.set(parts)
+        try:
+            with torch.no_grad():
+                self.forward(index, parts)
+        finally:
+            cfg_parts.reset(token)
+
+    # ---- guides -----------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def _base(self) -> dict[str, Any]:
+        return {"prediction_type": self.pipe.scheduler.config.get("prediction_type", "flow_prediction")}
+
+    @functools.cached_property
+    def features(self) -> Tensor:
+        """What the head sees of one part."""
+        x, others = self.inputs(1)
+        return encode_features(self.denoiser, x, 500, tap=self.tap, **others)
+
+    @functools.cached_property
+    def head(self) -> Any:
+        """The report's head, random."""
+        from guidance.heads import HeadConfig, build_head
+
+        config = HeadConfig(
+            "conv", self.features.shape[1], time_conditioned=False, tap=self.tap, **self._base
+        )
+        return build_head(config).to(self.denoiser.device)
+
+    def mid_u(self, **options: Any) -> Guide:
+        """Mid-block guidance with that head."""
+        return MidBlockGuide(self.head, 1.0, **({"start": 0.0, "stop": 1.0} | options))
+
+    def amortised(self) -> Any:
+        """An adapter of the shape that train/amortise.py gives it, random."""
+        from guidance.guides.amortised import AmortisedGuide
+        from guidance.heads.adapter import AdapterConfig, build_adapter
+
+        adapter = build_adapter(AdapterConfig(latent_channels(self.denoiser), patch=2, **self._base))
+        return AmortisedGuide(adapter.to(self.denoiser.device), 1.0)
+
+    @functools.cached_property
+    def clip(self) -> Any:
+        """The CLIP of CLIP guidance."""
+        from guidance.models.clip import Clip, Preprocess, load_clip
+
+        if self._clip != RANDOM_CLIP:
+            return load_clip(self._clip, device=self.denoiser.device)
+        from transformers import CLIPConfig, CLIPModel
+
+        size = CLIPConfig().vision_config.image_size
+        preprocess = Preprocess(size, size, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+        return Clip(CLIPModel(CLIPConfig()), None, preprocess, RANDOM_CLIP).to(self.denoiser.device)
+
+    def clip_guide(self, *, through: str, tiny: bool) -> Guide:
+        """CLIP guidance towards a grey image, decoded by the pipeline's VAE or by a random decoder of TAESD's shape."""
+        from diffusers import AutoencoderTiny
+
+        from guidance.guides.clip import ClipGuide
+
+        if not tiny and getattr(self.pipe, "vae", None) is None:
+            raise UserError(
+                "Expected a pipeline with a VAE to decode for CLIP, got none; leave that method out."
+            )
+        config = {"latent_channels": latent_channels(self.denoiser)}
+        decoder = AutoencoderTiny(**config).to(self.denoiser.device) if tiny else None
+        image = Image.new("RGB", (64, 64), "grey")
+        return ClipGuide(self.clip, 1.0, images=image, through=through, decoder=decoder)
+
+    def guided(self, guides: Sequence[Guide], parts: int = 2) -> Method:
+        """Steps under guides, each kind weighted by its share of a run of :data:`NUM_STEPS`."""
+        phases = tuple((functools.partial(self.step, i, parts), share) for i, share in list_phases(guides))
+        watched: Any = [guide if is_direct(guide) else _Counted(guide) for guide in guides]
+        gradient = not all(map(is_direct, guides))
+        return Method(phases, functools.partial(apply_guidance, self.pipe, watched), gradient)
+
+    # ---- rivals -----------------------------------------------------------------------------------------------
+    def _pulled(self, x: Tensor, parts: int, index: int = 3) -> Tensor:
+        """A prediction with its whole graph, shifted by the gradient of the head's score."""
+        seen: list[Tensor] = []
+        leaf = x.detach().clone().requires_grad_(True)
+        t = torch.full((parts * self.batch,), 500.0, device=x.device)
+        keep = lambda name, output, grid: seen.append(read_output(output, grid))  # noqa: E731
+        with watch(self.denoiser, [self.tap], keep), torch.enable_grad():
+            output = self.forward(index, parts, leaf)
+            score = self.mid_u().score(seen[0].float(), t).sum()
+            (g,) = torch.autograd.grad(score, leaf)
+        return output.detach()[:, : g.shape[1]] - g[:, : output.shape[1]]
+
+    def full_graph(self) -> None:
+        """The conditional part with the graph of the whole denoiser, the unconditional one without."""
+        with torch.no_grad():
+            self.forward(3, 1)
+        self._pulled(self.inputs(1)[0], 1)
+
+    def both_parts(self) -> None:
+        """Both parts in one batch with the graph of the whole denoiser."""
+        self._pulled(self.inputs(2)[0], 2)
+
+    def second_forward(self) -> None:
+        """An unguided step, and after it another forward for the gradient, as the report's descendants do."""
+        self.step()
+        self._pulled(self.inputs(1)[0], 1)
+
+    def head_alone(self) -> None:
+        """Score and gradient of the head with respect to the features."""
+        h = self.features.detach().float().requires_grad_(True)
+        t = torch.full((len(h),), 500.0, device=h.device)
+        torch.autograd.grad(self.mid_u().score(h, t).sum(), h)
+
+    def capture_full(self) -> None:
+        """Features read from a whole forward."""
+        with capture(self.denoiser, [self.tap]), torch.no_grad():
+            self.forward(3, 1)
+
+    def capture_encoder(self) -> None:
+        """Features read from a forward that stops at the tap."""
+        x, others = self.inputs(1)
+        encode_features(self.denoiser, x, self.pipe.scheduler.timesteps[3], tap=self.tap, **others)
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Everything whose weights are not activations."""
+        yield self.denoiser
+        yield from (
+            part for part in (getattr(self.pipe, "vae", None), self.__dict__.get("head")) if part is not None
+        )
+        if "clip" in self.__dict__:
+            yield self.clip.model
+
+
+class _Counted:
+    """A guide whose score is seen by :func:`eval.cost.meters.count_saved`."""
+
+    def __init__(self, guide: Guide) -> None:
+        self._guide = guide
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guide, name)
+
+    def score(self, h: Tensor, t: Tensor) -> Tensor:
+        with counted():
+            return self._guide.score(h, t)
+
+
+def list_phases(guides: Sequence[Guide], num_steps: int = NUM_STEPS) -> list[tuple[int, float]]:
+    """Find the kinds of steps of a run: (a step of that kind, its share).
+
+    A guide is off, takes a gradient, or uses the last one again.
+
+    >>> from guidance.guides.base import Strength
+    >>> guide = type("G", (), {"strength": Strength(1.0, start=0.5, every=2)})()
+    >>> list_phases([guide], 8)
+    [(0, 0.5), (4, 0.25), (5, 0.25)]
+    """
+    phases = [guide.strength.phases(num_steps) for guide in guides]
+    kinds = [tuple(p[i] for p in phases) for i in range(num_steps)]
+    return [(kinds.index(kind), n / num_steps) for kind, n in Counter(kinds).items()]
+
+
+def _filled(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(v, generator) for name, v in value.items()}
+    if not value.is_floating_point():
+        return value
+    return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+
+
+def _simple(run: Callable[[], None], *, gradient: bool = False) -> Method:
+    return Method(((run, 1.0),), gradient=gradient)
+
+
+def _fast() -> dict[str, Any]:
+    spec = read_guide("fast")
+    return {name: getattr(spec, name) for name in ("start", "stop", "every")}
+
+
+#: Name -> (what it is compared with, what is timed on a bench).
+METHODS: dict[str, tuple[str | None, Callable[[Bench], Method]]] = {
+    "unguided": (None, lambda b: _simple(b.step)),
+    "mid-u": ("unguided", lambda b: b.guided([b.mid_u()])),
+    "mid-u, every 2": ("unguided", lambda b: b.guided([b.mid_u(every=2)])),
+    "mid-u, fast": ("unguided", lambda b: b.guided([b.mid_u(**_fast())])),
+    "amortised": ("unguided", lambda b: b.guided([b.amortised()])),
+    "the head alone": ("unguided", lambda b: _simple(b.head_alone)),
+    "full graph": ("unguided", lambda b: _simple(b.full_graph, gradient=True)),
+    "full graph, both parts": ("unguided", lambda b: _simple(b.both_parts, gradient=True)),
+    "second forward": ("unguided", lambda b: _simple(b.second_forward, gradient=True)),
+    "unguided, no CFG": (None, lambda b: _simple(functools.partial(b.step, parts=1))),
+    "mid-u, no CFG": ("unguided, no CFG", lambda b: b.guided([b.mid_u()], 1)),
+    "capture, full": (None, lambda b: _simple(b.capture_full)),
+    "capture, encoder": ("capture, full", lambda b: _simple(b.capture_encoder)),
+    "CLIP through x0, tiny decoder": (
+        "unguided",
+        lambda b: b.guided([b.clip_guide(through="x0", tiny=True)]),
+    ),
+    "CLIP through x0, VAE": ("unguided", lambda b: b.guided([b.clip_guide(through="x0", tiny=False)])),
+    "CLIP through UNet, VAE": ("unguided", lambda b: b.guided([b.clip_guide(through="unet", tiny=False)])),
+}
+
+
+def given_method(text: str) -> tuple[str, Callable[[Bench], Method]]:
+    """A guide as ``--guide`` takes it, at its own scale."""
+    spec = read_guide(text)
+    return "unguided", lambda bench: bench.guided([spec.build(spec.guidance_scale)])

@@ -1,0 +1,1 @@
+"""Networks that grade images, their cached features, and reference sets."""

@@ -1,0 +1,243 @@
+"""Features of images on the disk, by the hash of the image's file: an image is embedded once, whoever asks again.
+
+A folder for each network and kind of output holds ``header.json`` and ``rows-*.bin``: rows of 32 bytes (SHA-256 of the
+image's file) and d little-endian float32.  Whoever computes appends to a file of his own, a batch in one
+synchronised write, so that processes and runs never disturb each other; a kill leaves at most one torn last row, which
+nobody reads.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from tqdm.auto import tqdm
+
+from eval.features.extractors import ClassExtractor
+from guidance.utils.errors import UserError
+from guidance.utils.io import append_bytes, read_json, write_json
+
+What = Literal["embed", "probabilities"]
+
+_FORMAT = "image features 1"
+
+_BATCH = 64
+
+
+class FeatureStore:
+    """The features of one network, in a folder that several processes may fill.
+
+    Args:
+        folder: Made with the first rows.
+        extractor_key: What the features depend on besides the image; a folder belongs to one key.
+        width: Number of features; None takes the folder's, or that of the first rows.
+        extractor_name: For people who look into the header.
+        process_index: Shows in the names of files.
+
+    Raises:
+        UserError: If the folder is damaged, or holds the features of something else.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        extractor_key: str,
+        width: int | None = None,
+        *,
+        extractor_name: str = "",
+        process_index: int = 0,
+    ) -> None:
+        self.folder, self.key, self.width = Path(folder), extractor_key, width
+        self.extractor_name = extractor_name
+        self._own = self.folder / f"rows-{process_index}-{uuid.uuid4().hex[:12]}.bin"
+        self._read_header()
+
+    def get(self, digests: Sequence[str]) -> dict[str, Float[np.ndarray, " d"]]:
+        """Return the features of those images that have some, by digest.
+
+        Args:
+            digests: SHA-256 of images' files, 64 hex digits each.
+        """
+        self._read_header()  # another process may have begun the folder
+        wanted = {bytes.fromhex(_checked(digest)): digest for digest in digests}
+        found: dict[str, np.ndarray] = {}
+        if not wanted or self.width is None:
+            return found
+        for file in sorted(self.folder.glob("rows-*.bin")):
+            rows = _whole_rows(file, self._row)
+            names = rows["digest"].tobytes()
+            for i in range(len(rows)):
+                if (key := names[32 * i : 32 * i + 32]) in wanted:
+                    found[wanted[key]] = rows["features"][i]
+        return found
+
+    def add(self, digests: Sequence[str], features: Float[np.ndarray, "n d"]) -> None:
+        """Append rows; all of them are on the disk when this returns.
+
+        Raises:
+            UserError: If their width is not the folder's.
+        """
+        if features.ndim != 2 or features.shape != (len(digests), self.width or features.shape[1]):
+            raise UserError(
+                f"Expected features ({len(digests)}, {self.width or 'd'}) for '{self.folder}', got {features.shape}; "
+                "name the network of the folder, or choose another folder."
+            )
+        if self.width is None or not self._header.is_file():
+            self.width = features.shape[1]
+            write_json(self._header, self._described())
+        rows = np.empty(len(digests), self._row)
+        rows["digest"] = [np.frombuffer(bytes.fromhex(_checked(digest)), np.uint8) for digest in digests]
+        rows["features"] = features
+        append_bytes(
+            self._own, rows.tobytes()
+        )  # whole or not at all: rows that follow begin where rows begin
+
+    @property
+    def _header(self) -> Path:
+        return self.folder / "header.json"
+
+    @property
+    def _row(self) -> np.dtype[Any]:
+        return np.dtype([("digest", np.uint8, 32), ("features", "<f4", (self.width,))])
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "extractor": self.extractor_name,
+            "fingerprint": self.key,
+            "width": self.width,
+            "dtype": "<f4",
+        }
+
+    def _read_header(self) -> None:
+        """Check that the folder holds what is asked for, and learn its width."""
+        # rows are looked for first: another process that begins the folder now writes its header before them
+        has_rows = any(self.folder.glob("rows-*.bin"))
+        if not self._header.is_file():
+            if has_rows:
+                raise UserError(
+                    f"Expected '{self._header}' beside the features in that folder, found none; remove the folder, "
+                    "the features are computed again."
+                )
+            return
+        header = read_json(self._header)
+        width = header.get("width") if isinstance(header, dict) else None
+        expected = {**self._described(), "width": self.width or width}
+        differing = [
+            key
+            for key, value in expected.items()
+            if key != "extractor" and (not isinstance(header, dict) or header.get(key) != value)
+        ]
+        if differing or not isinstance(width, int) or width < 1:
+            raise UserError(
+                f"Expected the features of this network in '{self.folder}', but its header.json differs in "
+                f"{', '.join(differing) or 'width'}; remove the folder or choose another."
+            )
+        self.width = width
+
+
+class Embedder(Protocol):
+    """What makes numbers of images: an `Extractor`, or a formula; ``batch_size`` is taken where it has one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def embed(self, images: Any) -> np.ndarray: ...
+
+
+def features_of(
+    open_image: Callable[[int], Image.Image],
+    digests: Sequence[str],
+    extractor: Embedder,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    what: What = "embed",
+    progress: str | None = None,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Float[np.ndarray, "n d"]:
+    """Return the features of images, each computed once and then read from the disk.
+
+    Args:
+        open_image: Opens the image of an index into ``digests``; called only where its features are missing, once for
+            equal digests.
+        digests: SHA-256 of the images' files, in hex.
+        extractor: Computes them.
+        folder: Cache, shared by all networks and runs; None keeps nothing.
+        what: "embed", or "probabilities" of a `ClassExtractor`.
+        progress: Title of a progress bar; None shows none.
+        process_index, num_processes: Of several processes each computes its part of the images; rows that others still
+            owe are NaN: call again, as one process, after all have returned.
+
+    Returns:
+        float32, rows in the order of ``digests``.
+
+    Raises:
+        UserError: If the cache is damaged, the network cannot take an image or gives features that are not finite.
+    """
+    if what == "probabilities" and not isinstance(extractor, ClassExtractor):
+        raise UserError(
+            f"Expected a classifier for class probabilities, got '{extractor.name}'; choose another."
+        )
+    if not digests:
+        raise UserError("Expected one or more images, got none.")
+    first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+    unique = sorted(first, key=first.__getitem__)
+    store, found = None, dict[str, np.ndarray]()
+    if folder is not None:
+        place = Path(folder) / _safe(f"{extractor.fingerprint}-{what}")
+        store = FeatureStore(
+            place, extractor.fingerprint, extractor_name=extractor.name, process_index=process_index
+        )
+        found = store.get(unique)
+        # a share of all images, not of the missing ones: processes that begin at different times see different gaps
+        unique = unique[process_index::num_processes]
+    missing, batch = [d for d in unique if d not in found], getattr(extractor, "batch_size", _BATCH)
+    with tqdm(total=len(missing), desc=progress, unit="image", disable=not (progress and missing)) as bar:
+        for part in (missing[i : i + batch] for i in range(0, len(missing), batch)):
+            features = _compute([open_image(first[digest]) for digest in part], extractor, what)
+            if store:
+                store.add(part, features)
+            found.update(zip(part, features, strict=True))
+            bar.update(len(part))
+    owed = np.full(len(next(iter(found.values()), ())), np.nan, np.float32)
+    if num_processes == 1 and not all(np.isfinite(row).all() for row in found.values()):
+        raise UserError(f"Expected finite features in '{folder}', found NaN or infinity; remove the folder.")
+    return np.stack([found.get(digest, owed) for digest in digests]).astype(np.float32, copy=False)
+
+
+def _compute(images: list[Image.Image], extractor: Embedder, what: What) -> Float[np.ndarray, "n d"]:
+    if what == "probabilities" and isinstance(extractor, ClassExtractor):
+        features = extractor.probabilities(images)
+    else:
+        features = extractor.embed(images)
+    if not np.isfinite(features).all():
+        raise UserError(
+            f"Expected finite features from '{extractor.name}', got NaN or infinity; check its weights."
+        )
+    return features
+
+
+def _whole_rows(file: Path, row: np.dtype[Any]) -> np.ndarray:
+    """Map the rows of a file that are there as a whole; only those that are looked at are read."""
+    count = file.stat().st_size // row.itemsize
+    return np.memmap(file, row, "r", shape=(count,)) if count else np.empty(0, row)
+
+
+def _checked(digest: str) -> str:
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise UserError(f"Expected the SHA-256 of an image's file, 64 hex digits, got '{digest}'.")
+    return digest
+
+
+def _safe(label: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)

@@ -1,0 +1,1 @@
+"""Measure saved heads: ``python -m eval.heads``."""

@@ -1,0 +1,98 @@
+"""Improved precision and recall: how many generated images look real, and how much of the real is generated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from eval.metrics.feature_sets import Features, FeatureSets, two_sets
+from guidance.utils.errors import UserError
+
+_BLOCK = 1024  # rows of a distance matrix held at once
+
+_EXACT = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # else equal points are not at distance 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionRecall:
+    """Shares in 0..1; equal sets have both at 1.
+
+    Attributes:
+        precision: Generated images within the manifold of real ones.
+        recall: Real images within the manifold of generated ones.
+    """
+
+    precision: float
+    recall: float
+
+
+def precision_recall(real: Features, generated: Features, k: int = 3) -> PrecisionRecall:
+    """Estimate both manifolds as unions of balls that reach each point's k-th nearest neighbour of its own set.
+
+    Args:
+        real, generated: Features (tensors or arrays); sets of equal size make values of different runs comparable.
+        k: Neighbour that sets the radius.
+
+    Raises:
+        UserError: If widths differ, a value is not finite, or a set is constant or has no more than k rows.
+
+    Reference:
+        Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", NeurIPS 2019.
+
+    >>> x = torch.arange(8.0)[:, None]
+    >>> precision_recall(x, x[:4] + 0.1, k=1)
+    PrecisionRecall(precision=1.0, recall=0.625)
+    """
+    a, b = two_sets(real, generated)
+    if min(len(a), len(b)) <= k or k < 1:
+        raise UserError(f"Expected more rows than k={k} (at least 1) in each set, got {len(a)} and {len(b)}.")
+    shares = [
+        covered(points, centres, radii(centres, k)).double().mean() for points, centres in ((b, a), (a, b))
+    ]
+    return PrecisionRecall(*map(float, shares))
+
+
+class PrecisionRecallMetric(FeatureSets):
+    """`precision_recall` of streamed features: `compute` gives ``precision`` and ``recall``.
+
+    Args:
+        k: As of `precision_recall`.
+        **kwargs: ``features`` and ``reset_real`` of `FeatureSets`, and what `torchmetrics.Metric` takes.
+
+    >>> metric = PrecisionRecallMetric(k=1, features="judge")
+    >>> metric.update(torch.arange(8.0)[:, None], real=True)
+    >>> metric.update(torch.arange(4.0)[:, None] + 0.1, real=False)
+    >>> metric.name, float(metric.compute()["recall"])
+    ('PR-judge', 0.625)
+    """
+
+    higher_is_better = True
+    short = "PR"
+
+    def __init__(self, *, k: int = 3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.k = k
+
+    def measure(self, real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]) -> PrecisionRecall:
+        """Return `precision_recall` of the two sides."""
+        return precision_recall(real, generated, self.k)
+
+
+def radii(centres: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
+    """Distance of each centre to its k-th nearest neighbour among the others."""
+    own = [torch.cdist(part, centres, **_EXACT) for part in centres.split(_BLOCK)]
+    nearest = [
+        d.topk(k + 1, dim=1, largest=False).values[:, -1] for d in own
+    ]  # the first is the point itself
+    return torch.cat(nearest)
+
+
+def covered(
+    points: Float[Tensor, "n d"], centres: Float[Tensor, "m d"], radius: Float[Tensor, " m"]
+) -> Bool[Tensor, " n"]:
+    """Tell which points lie within some centre's ball."""
+    return torch.cat([(torch.cdist(p, centres, **_EXACT) <= radius).any(1) for p in points.split(_BLOCK)])

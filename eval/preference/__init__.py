@@ -1,0 +1,1 @@
+"""Human preferences: ``python -m eval.preference``."""

@@ -1,0 +1,1 @@
+"""Paired statistics, permutation tests, and tables of numbers with intervals."""

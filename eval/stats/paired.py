@@ -1,0 +1,240 @@
+"""Paired statistics of a comparison: two methods on the same prompts, seeds and noise.
+
+The prompt is the unit.  Seeds of a prompt are averaged before anything else: treated as independent, eight
+seeds a prompt gave 37% false positives where 5% were promised.  ``python -m eval.null`` simulates how often each
+statistic here is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from guidance.utils.errors import UserError
+
+Method = Literal["t", "bca"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """How b differs from a; see `paired_difference`.
+
+    Attributes:
+        n_prompts: Prompts, the units.
+        n_images: Images on each side.
+        mean_a, mean_b: Means over prompts.
+        mean_diff: ``mean_b - mean_a``.
+        interval: Confidence interval of ``mean_diff`` over prompts.
+        effect_size: ``mean_diff`` in standard deviations of the images of a; NaN if they are all equal.
+        effect_interval: ``interval`` in the same unit (the standard deviation is taken as known).
+        wins, ties, losses: Prompts on which b's mean is higher, equal, lower.
+        share_improved: ``(wins + ties / 2) / n_prompts``.
+        share_interval: Its Wilson interval, of the prompts that are no ties.
+        wilcoxon_p: Two-sided Wilcoxon signed-rank test on prompt means; 1 if all are equal.
+        confidence: Of the intervals.
+    """
+
+    n_prompts: int
+    n_images: int
+    mean_a: float
+    mean_b: float
+    mean_diff: float
+    interval: tuple[float, float]
+    effect_size: float
+    effect_interval: tuple[float, float]
+    wins: int
+    ties: int
+    losses: int
+    share_improved: float
+    share_interval: tuple[float, float]
+    wilcoxon_p: float
+    confidence: float
+
+
+def paired_difference(
+    values_a: Float[np.ndarray, " n"],
+    values_b: Float[np.ndarray, " n"],
+    prompts: Sequence[Hashable],
+    confidence: float = 0.95,
+    method: Method = "t",
+    seed: int = 0,
+    resamples: int = 9999,
+) -> PairedDifference:
+    """Compare two methods image by image, with uncertainty over prompts.
+
+    The interval of the mean difference is Student's over prompt means by default.  The bootstrap that resamples
+    prompts, each with all its seeds, corrects for skewness, but leaves out 0 in up to 7% of comparisons without an
+    effect where deltas have heavy tails; Student's does so in 4 to 6% from 20 prompts on.
+
+    Args:
+        values_a: One value an image of the baseline (unguided).
+        values_b: The same for the other method: same prompt, seed and noise, row by row.
+        prompts: The prompt (or its id) of each row.
+        confidence: Of the intervals, between 0 and 1.
+        method: "t", or "bca" for the bias-corrected and accelerated cluster bootstrap, see `mean_interval`.
+        seed, resamples: Of the bootstrap; the result is a function of them.
+
+    Raises:
+        UserError: If lengths differ, a value is not finite, or there are fewer than two prompts.
+
+    Reference:
+        Student 1908; Efron 1987, Better bootstrap confidence intervals; Wilson 1927; Wilcoxon 1945.
+    """
+    a, b = np.asarray(values_a, np.float64), np.asarray(values_b, np.float64)
+    _check(a, b, prompts, confidence, resamples)
+    group = prompt_numbers(prompts)
+    mean_a, mean_b = (_group_means(x, group) for x in (a, b))
+    diff = mean_b - mean_a
+    # differences of means carry rounding: what is equal in exact arithmetic must count as a tie
+    diff[np.abs(diff) <= 1e-12 * np.maximum(np.abs(mean_a), np.abs(mean_b))] = 0.0
+    interval = mean_interval(diff, method, confidence=confidence, seed=seed, resamples=resamples)
+    spread = float(a.std(ddof=1))
+    unit = spread if spread > 0 else float("nan")
+    wins, losses = int((diff > 0).sum()), int((diff < 0).sum())
+    ties = len(diff) - wins - losses
+    return PairedDifference(
+        n_prompts=len(diff),
+        n_images=len(a),
+        mean_a=float(mean_a.mean()),
+        mean_b=float(mean_b.mean()),
+        mean_diff=float(diff.mean()),
+        interval=interval,
+        effect_size=float(diff.mean()) / unit,
+        effect_interval=(interval[0] / unit, interval[1] / unit),
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        share_improved=(wins + ties / 2) / len(diff),
+        share_interval=_share_interval(wins, losses, ties, confidence),
+        wilcoxon_p=float(stats.wilcoxon(diff).pvalue) if wins + losses else 1.0,
+        confidence=confidence,
+    )
+
+
+def prompt_numbers(prompts: Sequence[Hashable]) -> Int[np.ndarray, " n"]:
+    """Number the prompts of rows, 0 upwards, in the order in which they come.
+
+    >>> prompt_numbers(["a fox", "a hen", "a fox"]).tolist()
+    [0, 1, 0]
+    """
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return np.array([index[prompt] for prompt in prompts], dtype=np.int64)
+
+
+def mean_interval(
+    values: Float[np.ndarray, " n"],
+    method: Method = "t",
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 9999,
+) -> tuple[float, float]:
+    """Return an interval of the mean of independent values; a point if they are all equal.
+
+    Args:
+        values: Two or more.
+        method: "t": Student's.  "bca": the bias-corrected and accelerated bootstrap, its level raised so that it is as
+            wide as Student's on normal data (Hesterberg 2015): without that it is too narrow for small n.
+        confidence: Of the interval.
+        seed, resamples: Of the bootstrap.
+
+    Reference:
+        Hesterberg 2015, What teachers should know about the bootstrap, section 3.2 (expanded percentiles).
+    """
+    if method not in ("t", "bca"):
+        raise UserError(f"Expected the method 't' or 'bca', got {method!r}.")
+    x = np.asarray(values, np.float64)
+    n = len(x)
+    if np.ptp(x) == 0:
+        return float(x[0]), float(x[0])
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, n - 1))
+    if method == "t":
+        half = quantile * float(x.std(ddof=1)) / np.sqrt(n)
+        return float(x.mean() - half), float(x.mean() + half)
+    batch = max(1, 2_000_000 // n)  # bounds memory; the draws do not depend on it
+    result = stats.bootstrap(
+        (x,),
+        np.mean,
+        n_resamples=resamples,
+        batch=batch,
+        confidence_level=float(2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * quantile) - 1),
+        method="BCa",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _share_interval(wins: int, losses: int, ties: int, confidence: float) -> tuple[float, float]:
+    """Interval of ``(wins + ties / 2) / n``: Wilson's of the decided prompts, ties being as many as they are.
+
+    Ties as half a win each in Wilson's own formula would be too wide: 2% false positives where most prompts tie.
+    """
+    decided = wins + losses
+    if not decided:
+        return 0.5, 0.5
+    low, high = wilson(wins, decided, confidence)
+    share = decided / (decided + ties)
+    return 0.5 + (low - 0.5) * share, 0.5 + (high - 0.5) * share
+
+
+def wilson(k: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a share ``k / n``; ``k`` may be a half-integer (ties count half).
+
+    >>> [round(x, 4) for x in wilson(8, 10)]
+    [0.4902, 0.9433]
+    """
+    if not (n >= 1 and 0 <= k <= n and 0 < confidence < 1):
+        raise UserError(f"Expected 0 <= k <= n, n >= 1 and a confidence in 0..1, got {k}, {n}, {confidence}.")
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * np.sqrt(k * (n - k) / n + z * z / 4)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def holm(pvalues: Sequence[float]) -> Float[np.ndarray, " m"]:
+    """Adjust the p-values of a family, for example the scales of a sweep, by Holm's step-down method.
+
+    Returns:
+        Adjusted p-values in the given order, at most 1: reject where they are below the level.
+
+    Reference:
+        Holm 1979, A simple sequentially rejective multiple test procedure.
+
+    >>> holm([0.01, 0.04, 0.03]).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(pvalues, np.float64)
+    if p.ndim != 1 or not np.all((p >= 0) & (p <= 1)):
+        raise UserError(f"Expected a list of p-values in 0..1, got {pvalues!r}.")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
+
+
+def _group_means(x: Float[np.ndarray, " n"], group: np.ndarray) -> np.ndarray:
+    return np.bincount(group, x) / np.bincount(group)
+
+
+def _check(a: np.ndarray, b: np.ndarray, prompts: Any, confidence: float, resamples: int) -> None:
+    if a.ndim != 1 or a.shape != b.shape or len(prompts) != len(a):
+        raise UserError(
+            f"Expected one value an image on both sides and its prompt, got {a.shape}, {b.shape} and "
+            f"{len(prompts)} prompts; pair the records first."
+        )
+    bad = int((~np.isfinite(a) | ~np.isfinite(b)).sum())
+    if bad:
+        raise UserError(
+            f"Expected finite values, got {bad} pairs with NaN or infinity; drop or repair those pairs."
+        )
+    if len(set(prompts)) < 2:
+        raise UserError(f"Expected two or more prompts, got {len(set(prompts))}; the prompt is the unit.")
+    if not 0 < confidence < 1 or resamples < 1:
+        raise UserError(
+            f"Expected a confidence in 0..1 and resamples from 1, got {confidence} and {resamples}."
+        )

@@ -1,0 +1,75 @@
+"""Numbers with intervals, and Markdown tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from guidance.utils.errors import UserError
+
+
+def with_interval(value: float, interval: tuple[float, float], spec: str = "+.2f") -> str:
+    """Write a number and its interval.
+
+    >>> with_interval(0.5, (0.4, 0.62))
+    '+0.50 [+0.40, +0.62]'
+    """
+    low, high = interval
+    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of rows with the same keys.
+
+    >>> print(markdown([{"arm": "a", "score": "1"}]))
+    | arm | score |
+    |---|---|
+    | a | 1 |
+    """
+    if not rows:
+        raise UserError("Expected at least one row, got none.")
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([text[0], "|" + "---|" * len(rows[0]), *text[1:]])
+
+
+def arm_table(summary: Mapping[str, Any]) -> str:
+    """The arms of a run on the testbed, in the columns that tell most there.
+
+    Args:
+        summary: What :func:`eval.images.evaluate_images` returns of images of the testbed.
+    """
+    deltas = {(d["metric"], d["arm"]): d["paired"] for d in summary["deltas"]}
+    frechet = {v["arm"]: v["value"] for v in summary["set_values"] if v["metric"] == "fd"}
+    first, *others = summary["arms"]
+
+    def mean(metric: str, arm: str) -> float:
+        return (
+            deltas[metric, arm]["mean_b"]
+            if arm != first["name"]
+            else deltas[metric, others[0]["name"]]["mean_a"]
+        )
+
+    rows = []
+    for arm in summary["arms"]:
+        name, change, share = arm["name"], "-", "-"
+        if arm is not first:
+            d = deltas["truth", name]
+            change = with_interval(d["effect_size"], d["effect_interval"])
+            low, high = d["share_interval"]
+            share = f"{100 * d['share_improved']:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
+        agree = " / ".join(f"{100 * mean(k, name):.1f}" for k in ("object", "colour", "time"))
+        ratio = "" if arm is first else f" ({arm['seconds'] / first['seconds']:.2f}x)"
+        rows.append(
+            {
+                "arm": name,
+                "truth": f"{mean('truth', name):+.2f}",
+                "change in sd [95%]": change,
+                "prompts improved [95%]": share,
+                "object / colour / time agree": agree,
+                "judge CLIP score": f"{mean('clip_score', name):.1f}",
+                "FD-judge": f"{frechet[name]:.1f}",
+                "s per image": f"{arm['seconds']:.3f}{ratio}",
+            }
+        )
+    return markdown(rows)

@@ -1,0 +1,154 @@
+"""Guides in modular pipelines of diffusers, whose *guiders* call the denoiser once for each part.
+
+The shift is that of :func:`guidance.apply_guidance`: its gradient is taken in the first call, which is the conditional
+one of every guider, its size and direction are added to what the guider makes of all parts.  Tested with diffusers
+0.42.1, the only release of 0.42, on Stable Diffusion XL; its guiders are marked experimental.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+from diffusers.guiders import ClassifierFreeGuidance
+from torch import Tensor
+
+from guidance.apply.forward import GuidanceHandle, GuidedForward, advised, replaced
+from guidance.apply.step import GuidedStep, add_shift
+from guidance.guides.base import Guide
+from guidance.models.layouts import one_part
+from guidance.utils.errors import UserError
+
+
+class GuidedPart(GuidedForward):
+    """Replacement of a denoiser's forward for one call, the conditional part's; the shift waits for the others."""
+
+    def __init__(self, pipe: Any, guides: Sequence[Guide], handle: GuidanceHandle) -> None:
+        super().__init__(pipe, guides, one_part, handle)
+        self.step: GuidedStep | None = None
+        self._placed = ExitStack()
+
+    def before(self, number: int) -> None:
+        """Take the denoiser's place in its ``number``-th call of a step, 1 the conditional part's."""
+        self.after()
+        if number == 1:
+            self.step = None
+            self._placed.enter_context(self.in_place())
+
+    def after(self) -> None:
+        """Give the denoiser its place back."""
+        self._placed.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self.step = self.begin(args, kwargs)
+            if self.step is None:
+                return self.original(*args, **kwargs)
+            with advised():
+                return self.step.denoise()[1]
+        finally:
+            self.after()  # also after an error, where a guider does not clean up
+
+    def shifted(self, output: Any, pred_cond: Tensor, pred_uncond: Tensor | None) -> Any:
+        """A guider's output with the shift added."""
+        step, self.step = self.step, None
+        predictions = [p for p in (pred_cond, pred_uncond) if p is not None]
+        shift = None if step is None else step.shift(predictions)
+        if shift is not None:
+            output["pred"] = add_shift(output["pred"], shift)  # a dict, not a dataclass
+        return output
+
+    @contextmanager
+    def in_guider(self, guider: Any) -> Iterator[None]:
+        """Guide through any guider of diffusers."""
+        prepare, cleanup, forward = guider.prepare_models, guider.cleanup_models, guider.forward
+
+        def prepare_models(denoiser: Any) -> None:
+            prepare(denoiser)
+            self.before(guider._count_prepared)
+
+        def cleanup_models(denoiser: Any) -> None:
+            self.after()
+            cleanup(denoiser)
+
+        @functools.wraps(forward)
+        def guided(pred_cond: Tensor, pred_uncond: Tensor | None = None, **others: Any) -> Any:
+            output = forward(pred_cond=pred_cond, pred_uncond=pred_uncond, **others)
+            return self.shifted(output, pred_cond, pred_uncond)
+
+        methods: dict[str, Callable[..., Any]] = {
+            "prepare_models": prepare_models,
+            "cleanup_models": cleanup_models,
+            "forward": guided,
+        }
+        with ExitStack() as stack:
+            stack.callback(self.after)
+            for name, method in methods.items():
+                stack.enter_context(replaced(guider, name, method))
+            yield
+
+
+class GuidesGuider(ClassifierFreeGuidance):
+    """Classifier-free guidance with guides beside it, as a component of a modular pipeline.
+
+    ``guidance_scale`` and the other options of the constructor are those of classifier-free guidance.  For another
+    guider with guides beside it, give the pipeline that one and use ``with apply_guidance(pipe, guides)``.
+
+    Example::
+
+        guider = GuidesGuider(guidance_scale=5.0).attach(pipe, [MidBlockGuide(head, 1.0)])
+        pipe.update_components(guider=guider)
+        image = pipe(prompt="a red balloon over the sea at dusk", output="images")[0]
+    """
+
+    _guides: Sequence[Guide] = ()
+    _part: GuidedPart | None = None
+
+    def attach(self, pipe: Any, guides: Sequence[Guide]) -> Self:
+        """Guide by these from now on, instead of others.
+
+        Args:
+            pipe: The pipeline, with its denoiser and scheduler loaded; they are not copied.
+            guides: As in :func:`guidance.apply_guidance`, but for ``space="x"``.
+
+        Raises:
+            UserError: If a guide does not fit the pipeline, or moves the latents between steps.
+        """
+        if any(g.strength.space == "x" for g in guides):
+            raise UserError(
+                "Expected guides with space='eps' in a guider, which sees no latents between steps, got space='x'; "
+                "use apply_guidance(pipe, guides)."
+            )
+        for guide in guides:
+            guide.prepare(pipe)
+        self.handle = GuidanceHandle()
+        part = GuidedPart(pipe, guides, self.handle)
+        self._guides, self._part = tuple(guides), part if part.guides else None
+        return self
+
+    def new(self, **kwargs: Any) -> Self:
+        """A copy with other options of classifier-free guidance and the same guides."""
+        other: Self = super().new(**kwargs)
+        return other.attach(self._part.pipe, self._guides) if self._part else other
+
+    def prepare_models(self, denoiser: Any) -> None:
+        super().prepare_models(denoiser)
+        if self._part:
+            self._part.before(self._count_prepared)
+
+    def cleanup_models(self, denoiser: Any) -> None:
+        if self._part:
+            self._part.after()
+        super().cleanup_models(denoiser)
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
+        """Combine the parts, and shift what comes out."""
+        output = super().forward(pred_cond, pred_uncond)
+        return self._part.shifted(output, pred_cond, pred_uncond) if self._part else output
+
+
+def is_guided(guider: Any) -> bool:
+    """Tell whether guides push beside a guider already, as its own or by :func:`guidance.apply_guidance`."""
+    return guider is not None and ("forward" in vars(guider) or getattr(guider, "_part", None) is not None)

@@ -1,0 +1,1 @@
+"""Data sets, prompts, edit pairs, and features on the disk."""

@@ -1,0 +1,123 @@
+"""Rows of prompt files: text, tables, JSON and parquet, and the formats in which prompt sets are published."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from guidance.utils.errors import UserError
+
+#: Names of a prompt column, best first, in any letter case: PartiPrompts has Prompt, DrawBench Prompts, COCO on the
+#: hub captions (a list, of which the first is taken), instruct-pix2pix original_prompt or input.
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text", "captions", "original_prompt", "input")
+
+CATEGORY_COLUMNS = ("category", "tag")  # GenEval: tag
+
+CHALLENGE_COLUMNS = ("challenge",)
+
+Row = Mapping[str, Any]
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Read the rows of a file whose suffix is a key of :data:`READERS`.
+
+    Raises:
+        UserError: If it cannot be read as what its suffix says.
+    """
+    suffix = file.suffix.lower()
+    try:
+        return READERS[suffix](file)
+    except UserError:
+        raise
+    except (ValueError, csv.Error) as error:  # malformed JSON and parquet, text that is not UTF-8
+        raise UserError(
+            f"Expected prompts in '{file}', but it cannot be read as {suffix} "
+            f"({str(error).splitlines()[0]}); save it again, text as UTF-8."
+        ) from error
+
+
+def find_key(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the key of a row that is the first of these names, whatever its letter case.
+
+    >>> find_key({"Tag": 1, "Category": 2}, ("category", "tag"))
+    'Category'
+    """
+    keys = {str(key).strip().lower(): key for key in row}
+    return next((keys[name] for name in names if name in keys), None)
+
+
+def require_cell(row: Row, names: Sequence[str], where: str, what: str = "prompts") -> Any:
+    """Return the cell of the first of these columns that a row has; "" if it is empty."""
+    key = find_key(row, names)
+    if key is None:
+        raise UserError(
+            f"Expected a column {' or '.join(names)} in {where}, got {', '.join(map(str, row)) or 'none'}; "
+            f"rename the column that holds the {what} to '{names[0]}'."
+        )
+    return "" if row[key] is None else row[key]
+
+
+def _read_lines(file: Path) -> list[Row]:
+    return [{"prompt": line} for line in file.read_text(encoding="utf-8-sig").splitlines()]
+
+
+def _read_commas(file: Path) -> list[Row]:
+    return _read_table(file, ",")
+
+
+def _read_tabs(file: Path) -> list[Row]:
+    return _read_table(file, "\t")
+
+
+def _read_table(file: Path, delimiter: str) -> list[Row]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter=delimiter))
+
+
+def _read_json(file: Path) -> list[Row]:
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
+    if isinstance(content, dict) and "prompts" in content:
+        content = content["prompts"]
+    elif isinstance(content, dict) and "annotations" in content:  # captions of COCO, about five an image
+        first: dict[Any, Any] = {}
+        for row in _objects(content["annotations"], file):
+            first.setdefault(row.get("image_id", len(first)), row)
+        content = list(first.values())
+    return _objects(content, file)
+
+
+def _read_json_lines(file: Path) -> list[Row]:
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return _objects([json.loads(line) for line in lines if line.strip()], file)
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow.parquet as parquet
+
+    wanted = {*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *CHALLENGE_COLUMNS}
+    names = parquet.read_schema(file).names
+    kept = [name for name in names if name.lower() in wanted]  # images beside the prompts stay on the disk
+    rows: list[Row] = parquet.read_table(file, columns=kept or names).to_pylist()
+    return rows
+
+
+def _objects(content: Any, file: Path) -> list[Row]:
+    if not isinstance(content, list) or not all(isinstance(item, str | dict) for item in content):
+        raise UserError(
+            f"Expected a list of texts or of objects with a key 'prompt' in '{file}'; change it to one."
+        )
+    return [{"prompt": item} if isinstance(item, str) else item for item in content]
+
+
+#: How the rows of a kind of file are read, by its suffix.
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".txt": _read_lines,
+    ".csv": _read_commas,
+    ".tsv": _read_tabs,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}

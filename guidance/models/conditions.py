@@ -1,0 +1,78 @@
+"""What prompts become for a denoiser: text states, and SDXL's added conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidance.models.denoiser import denoiser_of, device_of
+from guidance.utils.errors import UserError
+
+
+def encode_prompts(
+    pipe: Any, prompts: Sequence[str], negative: str = "", *, classifier_free: bool = True
+) -> dict[str, Any]:
+    """Arguments of the denoiser beside its input and the timestep.
+
+    Args:
+        pipe: Stable Diffusion 1, 2 or XL.
+        prompts: One per sample, b.
+        negative: What the unconditional part sees; SDXL's zeros for "" where the pipeline has them, as diffusers does
+            for no negative prompt.
+        classifier_free: Whether there is an unconditional part.
+
+    Returns:
+        ``encoder_hidden_states`` (b or 2b, n, d), the unconditional part first.  For SDXL also ``added_cond_kwargs``:
+        ``text_embeds`` (b or 2b, d2) and ``time_ids`` (b or 2b, 6), for a square image of the model's own size,
+        uncropped.
+
+    Raises:
+        UserError: If the denoiser is conditioned in another way.
+    """
+    config = denoiser_of(pipe).config
+    kind = config.get("addition_embed_type")
+    zeros = not negative and getattr(pipe, "config", {}).get("force_zeros_for_empty_prompt", False)
+    encoded = pipe.encode_prompt(
+        prompt=list(prompts),
+        device=device_of(pipe),
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=classifier_free,
+        negative_prompt=None if zeros else [negative] * len(prompts),
+    )
+    whole = lambda cond, uncond: torch.cat([uncond, cond]) if classifier_free else cond  # noqa: E731
+    states = {"encoder_hidden_states": whole(*encoded[:2])}
+    if kind is None:
+        return states
+    pooled = encoded[2:4] if kind == "text_time" and len(encoded) == 4 else [None]
+    ids = _ids(config, pipe)
+    if pooled[0] is None or _width(config, pooled[0], ids) != config.projection_class_embeddings_input_dim:
+        raise UserError(
+            f"Expected a denoiser conditioned on text, or on sizes as SDXL's base model is, got {kind} of "
+            f"{type(pipe).__name__}; use apply_guidance(pipe, guides) and call the pipeline."
+        )
+    texts = whole(*pooled)
+    added = {"text_embeds": texts, "time_ids": ids.to(texts).expand(len(texts), -1)}
+    return states | {"added_cond_kwargs": added}
+
+
+def _ids(config: Any, pipe: Any) -> Tensor:
+    """Original size, top left corner of the crop, target size; in pixels, rows first."""
+    side = float(config.sample_size * pipe.vae_scale_factor)
+    return torch.tensor([[side, side, 0.0, 0.0, side, side]])
+
+
+def _width(config: Any, pooled: Tensor, ids: Tensor) -> int:
+    return int(pooled.shape[-1] + ids.shape[-1] * config.addition_time_embed_dim)
+
+
+def pick(conditions: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+    """The conditions of some samples of a batch, by their indices."""
+    return {k: pick(v, rows) if isinstance(v, Mapping) else v[rows] for k, v in conditions.items()}
+
+
+def last(conditions: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The conditions of the last ``count`` samples of a batch: of the conditional part, or of all."""
+    return pick(conditions, slice(-count, None))

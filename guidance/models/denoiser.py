@@ -1,0 +1,111 @@
+"""The denoiser of a pipeline: where it is, where it computes, which weights it has."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from guidance.models.layouts import SUPPORTED
+from guidance.utils.errors import UserError
+
+#: First argument of a denoiser's forward: UNets', transformers'.
+_SAMPLES = ("sample", "hidden_states")
+
+
+# ---- the module ---------------------------------------------------------------------------------------------------
+def called_denoiser(pipe: Any) -> Any:
+    """The module that a pipeline calls as its denoiser: its UNet or transformer.
+
+    Raises:
+        UserError: If it has none.
+    """
+    for name in ("unet", "transformer"):
+        if (module := getattr(pipe, name, None)) is not None:
+            return module
+    raise UserError(
+        f"Expected a pipeline with a unet or a transformer, got {type(pipe).__name__}, which has none; supported "
+        f"are {', '.join(SUPPORTED)}."
+    )
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The denoiser itself: what ``torch.compile`` wraps where :func:`called_denoiser` is compiled.
+
+    Args:
+        pipe: A diffusers pipeline, or anything with a ``unet`` or a ``transformer``.
+
+    Raises:
+        UserError: If it has none.
+    """
+    called = called_denoiser(pipe)
+    return getattr(called, "_orig_mod", called)
+
+
+def device_of(pipe: Any) -> torch.device:
+    """Where the denoiser computes: also right while offloading keeps its weights elsewhere."""
+    denoiser = denoiser_of(pipe)
+    return torch.device(pipe._execution_device if is_offloaded(denoiser) else denoiser.device)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Tell whether hooks of accelerate or diffusers move a module's weights to the device and away."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+
+
+def fingerprint_of(pipe: Any) -> str | None:
+    """The denoiser's :func:`fingerprint`; None while its weights are out of reach, offloaded."""
+    denoiser = denoiser_of(pipe)
+    return None if any(p.is_meta for p in denoiser.parameters()) else fingerprint(denoiser)
+
+
+def signature_of(denoiser: nn.Module) -> tuple[inspect.Signature, str]:
+    """The signature of a denoiser's forward, and the name of its first argument.
+
+    Raises:
+        UserError: If it is no ``f(sample, timestep, ...)`` or ``f(hidden_states, ..., timestep, ...)``.
+    """
+    signature = inspect.signature(type(denoiser).forward)  # hooks of offloading replace the instance's
+    names = [name for name in signature.parameters if name != "self"]
+    if not names or names[0] not in _SAMPLES or "timestep" not in names:
+        raise UserError(
+            f"Expected a denoiser called with a sample and a timestep, got {type(denoiser).__name__}; supported "
+            f"pipelines are {', '.join(SUPPORTED)}."
+        )
+    return signature, names[0]
+
+
+@contextmanager
+def frozen(denoiser: nn.Module) -> Iterator[None]:
+    """Switch off gradients of weights, so that fewer activations are kept; by name, since offloading renews them."""
+    trainable = [name for name, p in denoiser.named_parameters() if p.requires_grad]
+    try:
+        denoiser.requires_grad_(False)
+        yield
+    finally:
+        for name in trainable:
+            denoiser.get_parameter(name).requires_grad_(True)
+
+
+def latent_channels(unet: Any) -> int:
+    """Channels of a denoiser's latents: inpainting models take more in, learned variances come out besides."""
+    return int(min(unet.config.in_channels, unet.config.out_channels))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identify weights: 12 hex digits of a hash over names, shapes and a few numbers of every parameter.
+
+    Reads 8 values per tensor in float16 (so half and full precision copies agree), in milliseconds.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        flat = p.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 8)][:8]
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(picked.to("cpu", torch.float16).numpy().tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,125 @@
+"""How a pipeline lays out the parts of classifier-free guidance in one denoiser batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guidance.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Parts of classifier-free guidance in one denoiser batch.
+
+    Attributes:
+        number: How many; 1 without classifier-free guidance.
+        conditional: Index of the fully conditional one.
+    """
+
+    number: int
+    conditional: int
+
+    @classmethod
+    def of(cls, number: int) -> Parts:
+        """The layout of Stable Diffusion: [uncond, cond], or InstructPix2Pix's [text and image, image, uncond]."""
+        return cls(number, 0 if number == 3 else number - 1)
+
+
+ONE = Parts.of(1)
+
+#: ``f(pipe, sample, other arguments of the call) -> Parts`` of its batch.
+Layout = Callable[[Any, Tensor, Mapping[str, Any]], Parts]
+
+
+# ---- the batch ----------------------------------------------------------------------------------------------------
+def _by_property(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise UserError(
+            f"Expected {type(pipe).__name__} with pag_scale=0: perturbed-attention guidance works on the "
+            "parts of a batch together, guides on each by itself; set pag_scale=0, or leave the guides out."
+        )
+    if arguments.get("skip_layers") is not None:
+        raise UserError(
+            f"Expected {type(pipe).__name__} without skip_guidance_layers, whose third prediction would be guided "
+            "apart from the others; leave skip_guidance_layers out, or the guides."
+        )
+    return Parts.of(2 if getattr(pipe, "do_classifier_free_guidance", False) else 1)
+
+
+def _three(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+    return Parts.of(3 if getattr(pipe, "do_classifier_free_guidance", False) else 1)
+
+
+def _three_by_value(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+    """SDXL's InstructPix2Pix does not say; its last two parts see one prompt, its three one set of latents."""
+    latents = x[:, : int(pipe.unet.config.out_channels)]
+    same_prompt = _chunks_equal(arguments["encoder_hidden_states"], 3, 1)
+    return Parts.of(3 if same_prompt and _chunks_equal(latents, 3, 0) else 1)
+
+
+def _class_labels(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+    """DiT's pipeline does not say; with guidance the second half sees the same latents and no class (1000)."""
+    labels = torch.as_tensor(arguments["class_labels"])
+    null = len(labels) % 2 == 0 and bool((labels[len(labels) // 2 :] == 1000).all())
+    return Parts(2, 0) if null and _chunks_equal(x, 2, 0) else ONE
+
+
+def one_part(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+    """The layout of pipelines that call their denoiser once for each part, or have one only."""
+    return ONE
+
+
+def _chunks_equal(x: Tensor, number: int, first: int) -> bool:
+    """Whether the chunks of a batch from ``first`` on are one another's copies."""
+    if len(x) % number:
+        return False
+    chunks = x.chunk(number)[first:]
+    return all(torch.equal(chunks[0], c) for c in chunks[1:])
+
+
+#: Families of pipelines by the names of their classes; subclasses follow.
+_FAMILIES: dict[str, tuple[Layout, tuple[str, ...]]] = {
+    "StableDiffusion": (_by_property, ("", "Img2Img", "Inpaint", "Depth2Img", "Adapter")),
+    "StableDiffusionPAG": (_by_property, ("", "Img2Img", "Inpaint")),
+    "StableDiffusionControlNet": (_by_property, ("", "Img2Img", "Inpaint", "PAG", "PAGInpaint")),
+    "StableDiffusionXL": (_by_property, ("", "Img2Img", "Inpaint", "Adapter")),
+    "StableDiffusionXLPAG": (_by_property, ("", "Img2Img", "Inpaint")),
+    "StableDiffusionXLControlNet": (_by_property, ("", "Img2Img", "Inpaint", "PAG", "PAGImg2Img")),
+    "StableDiffusionXLControlNetUnion": (_by_property, ("", "Img2Img", "Inpaint")),
+    "StableDiffusion3": (_by_property, ("", "Img2Img", "Inpaint")),
+    "LatentConsistencyModel": (_by_property, ("", "Img2Img")),
+    "StableDiffusionInstructPix2Pix": (_three, ("",)),
+    "StableDiffusionXLInstructPix2Pix": (_three_by_value, ("",)),
+    "DiT": (_class_labels, ("",)),
+    "DDPM": (one_part, ("",)),
+    "DDIM": (one_part, ("",)),
+    "ConsistencyModel": (one_part, ("",)),
+}
+
+_LAYOUTS = {f"{f}{kind}Pipeline": layout for f, (layout, kinds) in _FAMILIES.items() for kind in kinds}
+
+SUPPORTED = (*(f"{family}*Pipeline" for family in _FAMILIES), "ModularPipeline with a guider")
+
+
+def layout_of(pipe: Any) -> Layout:
+    """Find how a pipeline lays out the parts of its batch.
+
+    A class of diffusers counts by its name, a class of your own by ``do_classifier_free_guidance``.
+
+    Raises:
+        UserError: If it is a class of diffusers whose batches are not known.
+    """
+    for kind in type(pipe).__mro__:
+        if kind.__name__ in _LAYOUTS:
+            return _LAYOUTS[kind.__name__]
+    if type(pipe).__module__.startswith("diffusers."):
+        raise UserError(
+            f"Expected a pipeline whose batches are known, got {type(pipe).__name__}; supported are "
+            f"{', '.join(SUPPORTED)}."
+        )
+    return _by_property

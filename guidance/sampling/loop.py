@@ -1,0 +1,242 @@
+"""Our sampling loop: short, one generator per sample, any diffusers scheduler, guided by wrapping the denoiser."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from guidance.apply.apply import apply_guidance
+from guidance.apply.forward import cfg_parts
+from guidance.apply.scoring import scoring
+from guidance.apply.step import StepRecord
+from guidance.guides.base import Guide, run_factors, run_prompts
+from guidance.models.conditions import encode_prompts, last
+from guidance.models.denoiser import device_of
+from guidance.sampling.cfg import ClassifierFree
+from guidance.sampling.start import FromNoise, Start
+from guidance.utils.errors import UserError, nearest
+
+SCHEDULERS: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "ddpm": DDPMScheduler,
+}
+
+#: ``callback(step, latents, record)``; the record holds per-sample scores and gradient norms, None if unguided.
+#: Latents it returns replace the current ones; None keeps them.
+Callback = Callable[[int, Tensor, StepRecord | None], Tensor | None]
+
+
+def build_scheduler(name: str, like: Any) -> Any:
+    """Make a scheduler of another kind with the same noise schedule.
+
+    Args:
+        name: Key of :data:`SCHEDULERS`.
+        like: The pipeline's own scheduler.
+    """
+    if name not in SCHEDULERS:
+        raise UserError(f"Expected a scheduler's name, got '{name}'.{nearest(name, SCHEDULERS)}")
+    return SCHEDULERS[name].from_config(like.config)
+
+
+@contextmanager
+def using_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
+    """Give a pipeline another scheduler inside the ``with`` block (None: a fresh copy of its own)."""
+    own = pipe.scheduler
+    pipe.scheduler = type(own).from_config(own.config) if name is None else build_scheduler(name, own)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+@torch.no_grad()
+def sample_latents(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_steps: int = 25,
+    cfg_scale: float | Sequence[float] | ClassifierFree = 4.0,
+    negative_prompt: str = "",
+    scheduler: str | None = None,
+    eta: float = 0.0,
+    start: Start | None = None,
+    guides: Sequence[Guide] = (),
+    guide_prompts: Sequence[str] | None = None,
+    guide_factors: Sequence[float] | None = None,
+    callback: Callback | None = None,
+    progress: bool = False,
+) -> Float[Tensor, "b c y x"]:
+    """Sample latents for prompts, one seed each.
+
+    The same (prompt, seed) gives the same latents whatever else is in the batch, up to float rounding.
+
+    Args:
+        pipe: A pipeline of Stable Diffusion 1, 2 or XL: ``unet``, ``scheduler``, ``encode_prompt``.
+        prompts: One prompt per sample.
+        seeds: One seed per sample, for its initial noise and all later noise.
+        num_steps: Sampling steps.
+        cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.
+            Several, none of them 1: one for each sample.  Or a
+            :class:`~guidance.sampling.cfg.ClassifierFree` with more to say.
+        negative_prompt: What the unconditional part sees.
+        scheduler: Key of :data:`SCHEDULERS`; None keeps the pipeline's.
+        eta: DDIM's noise (Song et al. 2021, equation 16): 0 is deterministic, 1 draws as much as DDPM.
+        start: :class:`~guidance.sampling.start.FromImage` or :class:`~guidance.sampling.start.FromMask`;
+            None starts from noise.
+        guides: Guides to apply.
+        guide_prompts: What guides that follow each sample's prompt see; None: ``prompts``.
+        guide_factors: Factors of the guides' scales, one for each sample; None: 1.
+        callback: Called after every step; may return other latents to go on with.
+        progress: Show a progress bar over the steps.
+
+    Returns:
+        Final latents as the VAE's decoder expects them times ``scaling_factor``.
+
+    Raises:
+        UserError: If seeds, factors or start do not fit the prompts, or the scheduler takes no eta and it is not 0.
+    """
+    if len(prompts) != len(seeds):
+        raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
+    for name, values in (("cfg_scale", cfg_scale), ("guide_factors", guide_factors)):
+        if isinstance(values, Sequence) and len(values) != len(prompts):
+            raise UserError(f"Expected one {name} per prompt, got {len(values)} of {len(prompts)} prompts.")
+    cfg = ClassifierFree.of(cfg_scale)
+    watch = scoring(pipe, cfg.modulate, len(prompts)) if cfg.modulate else nullcontext()
+    with using_scheduler(pipe, scheduler), watch as scorer, apply_guidance(pipe, guides) as handle:
+        conditions = encode_prompts(pipe, prompts, negative_prompt, classifier_free=cfg.scale != 1)
+        pipe.scheduler.set_timesteps(num_steps, device=device_of(pipe))
+        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        extra = step_options(pipe.scheduler, generators, eta)
+        run = (start or FromNoise()).begin(pipe, initial_noise(pipe, generators), num_steps)
+        x, skipped = run.x, len(pipe.scheduler.timesteps) - len(run.timesteps)
+        parts = 1 if cfg.scale == 1 else 2
+        tokens = cfg_parts.set(parts), run_prompts.set(tuple(guide_prompts or prompts))
+        factors = run_factors.set(None if guide_factors is None else tuple(guide_factors))
+        try:
+            for i, t in enumerate(tqdm(run.timesteps, disable=not progress, desc="sample", leave=False)):
+                fraction = (skipped + i) / (skipped + len(run.timesteps))
+                needed = 1 if cfg.weight(fraction) == 1 and not guides and scorer is None else parts
+                x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * needed), t))
+                output = pipe.unet(x_in, t, **last(conditions, needed * len(prompts)), return_dict=False)[0]
+                scores = None if scorer is None else scorer.take()[0]
+                if needed == 2:
+                    uncond, cond = output.chunk(2)
+                    output = cfg.combine(uncond, cond, fraction, scores)
+                x = run.after_step(pipe.scheduler.step(output, t, x, return_dict=False, **extra)[0], i)
+                if callback is not None:
+                    other = callback(i, x, handle.records[-1] if handle.records else None)
+                    x = x if other is None else other
+        finally:
+            cfg_parts.reset(tokens[0])
+            run_prompts.reset(tokens[1])
+            run_factors.reset(factors)
+    return x
+
+
+def initial_noise(pipe: Any, generators: Sequence[torch.Generator]) -> Float[Tensor, "b c y x"]:
+    """Unit Gaussian latents, one CPU generator per sample; the numbers diffusers draws from the same generators."""
+    size = pipe.unet.config.sample_size
+    shape = (1, pipe.vae.config.latent_channels, size, size)
+    noise = [torch.randn(shape, generator=g, dtype=pipe.unet.dtype) for g in generators]
+    return torch.cat(noise).to(device_of(pipe))
+
+
+def takes_eta(scheduler: Any) -> bool:
+    """Tell whether a scheduler's step takes DDIM's eta."""
+    return "eta" in inspect.signature(type(scheduler).step).parameters
+
+
+def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:
+    """What this scheduler's step takes beside output, timestep and latents."""
+    if not 0 <= eta <= 1:
+        raise UserError(
+            f"Expected eta in 0..1, got {eta}; 0 is deterministic, 1 draws as much noise as DDPM."
+        )
+    if eta and not takes_eta(scheduler):
+        raise UserError(
+            f"Expected eta=0 with {type(scheduler).__name__}, which has none, got {eta}; use scheduler='ddim'."
+        )
+    options: dict[str, Any] = {"eta": eta} if eta else {}
+    if "generator" in inspect.signature(type(scheduler).step).parameters:
+        options["generator"] = list(generators)
+    return options
+
+
+@torch.no_grad()
+def check_resampling(pipe: Any, eta: float) -> None:
+    """Take one step on a dummy and refuse a sampler whose latents cannot be copied and exchanged between steps.
+
+    Refused are schedulers that remember earlier steps of each sample, or draw no noise (copies stay identical).
+    """
+    name, ends = type(pipe.scheduler).__name__, []
+    x = torch.ones(1, pipe.vae.config.latent_channels, 1, 1)
+    output = torch.ones(1, pipe.unet.config.out_channels, 1, 1)
+    for seed in (0, 1):
+        scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(4)
+        t = scheduler.timesteps[0]
+        scheduler.scale_model_input(x, t)
+        extra = step_options(scheduler, [torch.Generator().manual_seed(seed)], eta)
+        ends.append(scheduler.step(output, t, x, return_dict=False, **extra)[0])
+    remembered = [
+        v for value in vars(scheduler).values() for v in (value if isinstance(value, list) else [value])
+    ]
+    if any(isinstance(v, Tensor) and v.ndim == x.ndim for v in remembered):
+        raise UserError(
+            f"Expected a scheduler without a memory of each sample, got {name}, whose earlier outputs would stay "
+            "behind when latents are copied; use scheduler='ddim' or 'ddpm'."
+        )
+    if torch.equal(*ends):
+        hint = "eta=1" if takes_eta(pipe.scheduler) else "scheduler='ddim' with eta=1, or 'ddpm'"
+        raise UserError(f"Expected a sampler that draws noise, got {name} with eta={eta:g}; use {hint}.")
+
+
+@torch.no_grad()
+def decode_latents(pipe: Any, latents: Float[Tensor, "b c y x"]) -> NDArray[np.uint8]:
+    """Decode to RGB images, uint8 (b, h, w, 3); rounded, not floored."""
+    z = latents / pipe.vae.config.scaling_factor + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+    images = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0].float()
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def sample_images(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 32,
+    start: Start | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> NDArray[np.uint8]:
+    """Sample and decode in batches; arguments as in :func:`sample_latents`.
+
+    Returns:
+        Images, uint8, shape (n, h, w, 3); at most one grey level apart between batch sizes.
+    """
+    images = []
+    with tqdm(total=len(prompts), disable=not progress, unit="image", desc="sample") as bar:
+        for i in range(0, len(prompts), batch_size):
+            part = slice(i, i + batch_size)
+            options["start"] = None if start is None else start.at(part)
+            images.append(decode_latents(pipe, sample_latents(pipe, prompts[part], seeds[part], **options)))
+            bar.update(len(images[-1]))
+    return np.concatenate(images)

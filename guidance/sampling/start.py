@@ -1,0 +1,316 @@
+"""Where sampling starts: from noise, from an image (SDEdit), or from an image of which a mask is repainted.
+
+A start is data; its ``begin`` gives the loop of :mod:`guidance.sampling` the first latents, the timesteps left and what
+happens around each denoiser call.  Numbers are those of diffusers' img2img and inpaint pipelines *given latents*: given
+pixels they first draw the VAE's posterior from the sample's generator, where :func:`encode_images` takes its mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from guidance.data.encoding import encode_pixels
+from guidance.utils.errors import UserError
+from guidance.utils.images import fit_image, to_float
+
+#: PIL images or arrays: RGB, uint8, (h, w, 3); masks: grey, bool or uint8, (h, w), white (above half) is repainted.
+Pictures = Sequence[Image.Image | NDArray[Any]] | NDArray[Any]
+
+
+class Begun:
+    """A run that has begun: first latents, timesteps left, and hooks of the loop that change nothing."""
+
+    def __init__(self, x: Float[Tensor, "b c y x"], timesteps: Tensor) -> None:
+        self.x, self.timesteps = x, timesteps
+
+    def model_input(self, x_in: Float[Tensor, "pb c y x"]) -> Float[Tensor, "pb c2 y x"]:
+        """What the denoiser sees, from the scaled latents of all guidance parts."""
+        return x_in
+
+    def after_step(self, x: Float[Tensor, "b c y x"], step: int) -> Float[Tensor, "b c y x"]:
+        """The latents after step ``step`` of this run."""
+        return x
+
+
+class Start(Protocol):
+    """Where sampling starts; None in :func:`guidance.sampling.loop.sample_latents` is :class:`FromNoise`."""
+
+    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+        """Prepare a run; ``noise`` is unit Gaussian, the scheduler has its timesteps already."""
+
+    def at(self, index: slice | Tensor) -> Start:
+        """The start of some of the samples."""
+
+
+class FromNoise:
+    """Start from pure noise."""
+
+    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+        _check_channels(pipe, noise.shape[1], masked=False)
+        return Begun(noise * pipe.scheduler.init_noise_sigma, pipe.scheduler.timesteps)
+
+    def at(self, index: slice | Tensor) -> FromNoise:
+        return self
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FromImage:
+    """Start from an image's latents, noised part of the way: ``x_t = alpha_t x0 + sigma_t eps``, then denoise.
+
+    Attributes:
+        latents: Clean scaled latents, (b, c, y, x), or (1, c, y, x) for all samples; see :func:`encode_images`.
+        strength: Fraction of the steps to take: 0 returns the latents, 1 starts from the noisiest timestep.
+
+    Reference:
+        C. Meng et al., "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations", 2022.
+    """
+
+    latents: Float[Tensor, "b c y x"]
+    strength: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check_strength(self.strength)
+
+    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+        _check_channels(pipe, noise.shape[1], masked=False)
+        known = _like_noise(self.latents, noise, "latents")
+        timesteps = _cut_timesteps(pipe.scheduler, self.strength, num_steps)
+        return Begun(_noised(pipe.scheduler, known, noise, timesteps), timesteps)
+
+    def at(self, index: slice | Tensor) -> FromImage:
+        return dataclasses.replace(self, latents=_at(self.latents, index))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FromMask:
+    """Repaint where the mask is 1 and keep the latents where it is 0.
+
+    A denoiser of plain latents: after each step the known part, noised to the new level, is put back::
+
+        x <- (1 - m) (alpha_t x0 + sigma_t eps) + m x        (alpha = 1, sigma = 0 after the last step)
+
+    with the same ``eps`` the sample started from.  An inpainting denoiser (9 input channels) sees ``[x, m, masked]``
+    instead, and nothing is put back.
+
+    Attributes:
+        latents: Clean scaled latents, (b, c, y, x) or (1, c, y, x).
+        mask: 1 where to repaint, (b, 1, y, x) or (1, 1, y, x), in 0..1, at the latents' size; see :func:`encode_masks`.
+        strength: Fraction of the steps to take; 1 starts from pure noise, 0 returns the latents.
+        masked_latents: Latents of the image with the masked part grey, for inpainting denoisers only.
+
+    Reference:
+        A. Lugmayr et al., "RePaint: Inpainting using Denoising Diffusion Probabilistic Models", 2022, equation 8.
+    """
+
+    latents: Float[Tensor, "b c y x"]
+    mask: Float[Tensor, "b 1 y x"]
+    strength: float = 1.0
+    masked_latents: Float[Tensor, "b c y x"] | None = None
+
+    def __post_init__(self) -> None:
+        _check_strength(self.strength)
+        if not bool(self.mask.clamp(0, 1).eq(self.mask).all()):
+            raise UserError(
+                f"Expected a mask in 0..1, got {float(self.mask.min()):g}..{float(self.mask.max()):g}; "
+                "1 is repainted, 0 is kept."
+            )
+
+    @classmethod
+    def from_images(cls, pipe: Any, images: Pictures, masks: Pictures, strength: float = 1.0) -> FromMask:
+        """Encode images and masks (white is repainted), one mask per image."""
+        if len(images) != len(masks):
+            raise UserError(f"Expected one mask per image, got {len(images)} images and {len(masks)} masks.")
+        x, m = _pixels(pipe, images), _mask_pixels(pipe, masks)
+        masked = _encode(pipe, x * (m < 0.5)) if _is_inpainting(pipe) else None
+        return cls(_encode(pipe, x), _shrink(pipe, m), strength, masked)
+
+    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+        _check_channels(pipe, noise.shape[1], masked=True)
+        known = _like_noise(self.latents, noise, "latents")
+        mask = _like_noise(self.mask, noise[:, :1], "mask")
+        timesteps = _cut_timesteps(pipe.scheduler, self.strength, num_steps)
+        x = (
+            noise * pipe.scheduler.init_noise_sigma
+        )  # as diffusers: img2img at strength 1 keeps a trace, this none
+        if self.strength < 1:
+            x = _noised(pipe.scheduler, known, noise, timesteps)
+        if not _is_inpainting(pipe):
+            return _PutBack(x, timesteps, pipe.scheduler, known, mask, noise)
+        if self.masked_latents is None:
+            raise UserError(
+                "Expected masked_latents for a denoiser made for inpainting, got none; use FromMask.from_images."
+            )
+        return _SeeMask(x, timesteps, mask, _like_noise(self.masked_latents, noise, "masked_latents"))
+
+    def at(self, index: slice | Tensor) -> FromMask:
+        masked = None if self.masked_latents is None else _at(self.masked_latents, index)
+        latents, mask = _at(self.latents, index), _at(self.mask, index)
+        return dataclasses.replace(self, latents=latents, mask=mask, masked_latents=masked)
+
+
+class _PutBack(Begun):
+    """Inpainting with a denoiser of plain latents."""
+
+    def __init__(
+        self, x: Tensor, timesteps: Tensor, scheduler: Any, known: Tensor, mask: Tensor, noise: Tensor
+    ) -> None:
+        super().__init__(x, timesteps)
+        self.scheduler, self.known, self.mask, self.noise = scheduler, known, mask, noise
+
+    def after_step(self, x: Tensor, step: int) -> Tensor:
+        known = _noised(self.scheduler, self.known, self.noise, self.timesteps[step + 1 :])
+        return (1 - self.mask) * known + self.mask * x
+
+
+class _SeeMask(Begun):
+    """Inpainting with a denoiser that sees mask and masked image."""
+
+    def __init__(self, x: Tensor, timesteps: Tensor, mask: Tensor, masked: Tensor) -> None:
+        super().__init__(x, timesteps)
+        self.extra = torch.cat([mask, masked], dim=1)
+
+    def model_input(self, x_in: Tensor) -> Tensor:
+        return torch.cat([x_in, torch.cat([self.extra] * (len(x_in) // len(self.extra)))], dim=1)
+
+
+def steps_taken(strength: float, num_steps: int) -> int:
+    """How many steps a start part of the way takes, rounded down as diffusers does.
+
+    >>> steps_taken(0.5, 25)
+    12
+    """
+    return int(num_steps * strength)
+
+
+def _cut_timesteps(scheduler: Any, strength: float, num_steps: int) -> Tensor:
+    """The last :func:`steps_taken` timesteps."""
+    steps = steps_taken(strength, num_steps)
+    if steps < 1 and strength > 0:
+        raise UserError(
+            f"Expected strength * num_steps of at least 1, got {strength} * {num_steps}; raise one of them."
+        )
+    begin = (num_steps - steps) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    return scheduler.timesteps[begin:] if steps else scheduler.timesteps[:0]
+
+
+def _noised(scheduler: Any, known: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Latents noised to the first of these timesteps; clean if there is none."""
+    return scheduler.add_noise(known, noise, timesteps[:1].repeat(len(known))) if len(timesteps) else known
+
+
+def _at(value: Tensor, index: slice | Tensor) -> Tensor:
+    return value if len(value) == 1 else value[index]
+
+
+def _like_noise(value: Tensor, noise: Tensor, what: str) -> Tensor:
+    """One value per sample, on the noise's device; UserError if shapes do not fit."""
+    if value.shape[1:] != noise.shape[1:] or len(value) not in (1, len(noise)):
+        raise UserError(
+            f"Expected {what} of shape {tuple(noise.shape)} (or 1 for all samples), got {tuple(value.shape)}; "
+            "encode_images and encode_masks make them from pictures."
+        )
+    return value.to(noise).expand(len(noise), -1, -1, -1)
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength <= 1:
+        raise UserError(f"Expected a strength in 0..1, got {strength}; 0 keeps the image, 1 forgets it.")
+
+
+def _is_inpainting(pipe: Any) -> bool:
+    return pipe.unet.config.in_channels == 2 * pipe.vae.config.latent_channels + 1
+
+
+def _check_channels(pipe: Any, channels: int, *, masked: bool) -> None:
+    found = pipe.unet.config.in_channels
+    if found != channels and not (masked and _is_inpainting(pipe)):
+        raise UserError(
+            f"Expected a denoiser of {channels} input channels, got {found}; "
+            f"an inpainting one ({2 * channels + 1}) needs start=FromMask(...)."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStart:
+    """An image to begin with, opened when its batch is sampled; see :class:`FromImage`.
+
+    Attributes:
+        image: Opens it.
+        digest: Identifies its pixels in records.
+    """
+
+    image: Callable[[], Image.Image] = dataclasses.field(compare=False)
+    digest: str
+
+
+def begin_with(pipe: Any, starts: Sequence[ImageStart], strength: float) -> FromImage:
+    """Open and encode the images of a batch, resized and cut to the pipeline's size where they have another."""
+    size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    return FromImage(encode_images(pipe, [fit_image(s.image(), size) for s in starts]), strength)
+
+
+def encode_images(pipe: Any, images: Pictures) -> Float[Tensor, "b c y x"]:
+    """Encode RGB images to scaled latents: the mean of the VAE's posterior, no random number drawn.
+
+    Args:
+        pipe: Pipeline with ``vae`` and ``unet``.
+        images: PIL images in RGB, or uint8 arrays (h, w, 3), of the pipeline's size.
+
+    Raises:
+        UserError: For transparency, 16 bits, other modes or another size.
+    """
+    return _encode(pipe, _pixels(pipe, images))
+
+
+def encode_masks(pipe: Any, masks: Pictures) -> Float[Tensor, "b 1 y x"]:
+    """Threshold masks at half and shrink them to the latents' size (nearest), as diffusers does; 1 is repainted."""
+    return _shrink(pipe, _mask_pixels(pipe, masks))
+
+
+def _encode(pipe: Any, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
+    """Encode one image after the other, so that no latent depends on the batch."""
+    return torch.cat([encode_pixels(pipe.vae, image[None]) for image in x])
+
+
+def _pixels(pipe: Any, images: Pictures) -> Float[Tensor, "b 3 h w"]:
+    return to_float(np.stack([_array(image, "RGB", pipe) for image in images]))
+
+
+def _mask_pixels(pipe: Any, masks: Pictures) -> Float[Tensor, "b 1 h w"]:
+    pixels = np.stack([_array(mask, "L", pipe) for mask in masks])
+    return (torch.from_numpy(pixels)[:, None].float() / 255 >= 0.5).float()
+
+
+def _shrink(pipe: Any, mask: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 y x"]:
+    return F.interpolate(mask, size=(pipe.unet.config.sample_size,) * 2)
+
+
+def _array(picture: Image.Image | NDArray[Any], mode: str, pipe: Any) -> NDArray[np.uint8]:
+    """One picture as a uint8 array of the mode and size the pipeline works with, or a sentence."""
+    what, depth = ("an RGB image", (3,)) if mode == "RGB" else ("a grey mask", ())
+    array = np.asarray(picture)
+    found = picture.mode if isinstance(picture, Image.Image) else f"shape {array.shape}"
+    array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+    if array.dtype != np.uint8:
+        raise UserError(f"Expected {what} of 8 bits, got {array.dtype}; scale it to 0..255 first.")
+    if found == "RGBA" or array.shape[2:] == (4,):
+        raise UserError(f"Expected {what}, got RGBA; paste it on a background first, it has transparency.")
+    if array.ndim < 2 or array.shape[2:] != depth or found in ("P", "HSV", "LAB", "YCbCr"):
+        raise UserError(f"Expected {what}, got {found}; use image.convert('{mode}').")
+    size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    if array.shape[:2] != (size, size):
+        h, w = array.shape[:2]
+        raise UserError(f"Expected {what} of {size}x{size} pixels, got {w}x{h}; resize or crop it first.")
+    return array

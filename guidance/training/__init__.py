@@ -1,0 +1,1 @@
+"""Training of heads, adapters and the testbed's networks."""
