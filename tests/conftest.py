@@ -10,6 +10,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Shapes, dtypes and protocols in signatures are checked at every call of the library that a test makes.
+install_import_hook("guidance", "typechecking.check")
 
 
 def build_tiny_pipe():

@@ -19,6 +19,7 @@ from guidance.guides import MidBlockGuide
 from guidance.guides.base import Guide, is_direct
 from guidance.models.denoiser import denoiser_of, latent_channels
 from guidance.models.inputs import build_inputs
+from guidance.models.types import Pipeline
 from guidance.runs.specs import read_guide
 from guidance.taps import capture, encode_features, watch
 from guidance.taps.features import read_output
@@ -55,7 +56,7 @@ class Bench:
         clip: The CLIP of CLIP guidance, "random" or see :func:`guidance.models.clip.load_clip`.
     """
 
-    def __init__(self, pipe: Any, batch: int, side: int | None, clip: str) -> None:
+    def __init__(self, pipe: Pipeline, batch: int, side: int | None, clip: str) -> None:
         self.pipe, self.denoiser, self.batch, self.side, self._clip = (
             pipe,
             denoiser_of(pipe),

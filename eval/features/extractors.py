@@ -21,6 +21,7 @@ from guidance.heads import Head
 from guidance.models.clip import Clip, Preprocess, load_clip
 from guidance.models.denoiser import fingerprint
 from guidance.models.pipelines import default_device
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError, nearest
 from guidance.utils.images import fit_image, to_float, to_rgb
 
@@ -373,7 +374,7 @@ _NAMED = ("clip", "vision")  # kinds that are followed by a hub id or a folder
 PROMPT = "prompt"  # in an image's info: what the denoiser is told of it
 
 
-def rating_extractor(pipe: Any, head: Head, *, batch_size: int = 64) -> Extractor:
+def rating_extractor(pipe: Pipeline, head: Head, *, batch_size: int = 64) -> Extractor:
     """Rate finished images by a head: encoded, shown to the denoiser at t = 0, read at the head's tap.
 
     The head's own default objective is its score: the expected rating, or what the head has instead.

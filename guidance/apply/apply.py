@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from guidance.apply.forward import GuidanceHandle, GuidedForward, replaced
 from guidance.apply.guider import GuidedPart, is_guided
 from guidance.guides.base import Guide
 from guidance.models.denoiser import called_denoiser
 from guidance.models.layouts import layout_of
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError
 
 
 @contextmanager
-def apply_guidance(pipe: Any, guides: Sequence[Guide]) -> Iterator[GuidanceHandle]:
+def apply_guidance(pipe: Pipeline, guides: Sequence[Guide]) -> Iterator[GuidanceHandle]:
     """Guide every denoiser call of a pipeline inside the ``with`` block; leave nothing behind.
 
     A denoiser that ``torch.compile`` compiled as a whole runs uncompiled where gradients are taken at a module; blocks

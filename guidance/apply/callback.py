@@ -24,6 +24,7 @@ from guidance.apply.forward import GuidanceHandle, GuidedForward, advised
 from guidance.guides.base import Guide, is_direct
 from guidance.models.denoiser import denoiser_of
 from guidance.models.layouts import Parts, one_part
+from guidance.models.types import Denoiser, Pipeline
 from guidance.schedule import step_position
 from guidance.utils.errors import UserError
 
@@ -56,7 +57,7 @@ class MoveLatents(PipelineCallback):
         image = pipe("a red balloon over the sea", callback_on_step_end=MoveLatents(pipe, [guide])).images[0]
     """
 
-    def __init__(self, pipe: Any, guides: Sequence[Guide]) -> None:
+    def __init__(self, pipe: Pipeline, guides: Sequence[Guide]) -> None:
         super().__init__()
         self._given = _given(pipe)
         wrong = [g.name for g in guides if g.strength.space != "x" or is_direct(g)]
@@ -94,7 +95,7 @@ class MoveLatents(PipelineCallback):
         return callback_kwargs | {"latents": forward.moved(x)}
 
 
-def _given(pipe: Any) -> list[str]:
+def _given(pipe: Pipeline) -> list[str]:
     """The tensors that a pipeline hands over and that its denoiser sees."""
     offered = getattr(pipe, "_callback_tensor_inputs", [])
     config = denoiser_of(pipe).config
@@ -110,7 +111,7 @@ def _given(pipe: Any) -> list[str]:
     return needed + [name for name in _CHANNELS if beside and name in offered]
 
 
-def _conditional(given: dict[str, Tensor], x: Tensor, denoiser: Any) -> tuple[Tensor, dict[str, Any]]:
+def _conditional(given: dict[str, Tensor], x: Tensor, denoiser: Denoiser) -> tuple[Tensor, dict[str, Any]]:
     """What the denoiser sees of the conditional part: its input, and the other arguments of its call."""
     layout = Parts.of(len(given["prompt_embeds"]) // len(x))
     own = {name: v.chunk(layout.number)[layout.conditional] for name, v in given.items() if name != "latents"}

@@ -16,6 +16,7 @@ from guidance.apply.step import DenoiserCall, Group, GuidedStep, StepRecord
 from guidance.guides.base import Guide, is_direct
 from guidance.models.denoiser import called_denoiser, denoiser_of, frozen, signature_of
 from guidance.models.layouts import Layout, Parts
+from guidance.models.types import Denoiser, Pipeline
 from guidance.schedule import NoiseSchedule, step_position
 from guidance.taps.hooks import X0, X0_THROUGH_UNET, runs_compiled, uncompiled
 from guidance.utils.errors import UserError, is_out_of_memory
@@ -60,7 +61,9 @@ class GuidedForward:
         handle: Where records go.
     """
 
-    def __init__(self, pipe: Any, guides: Sequence[Guide], layout: Layout, handle: GuidanceHandle) -> None:
+    def __init__(
+        self, pipe: Pipeline, guides: Sequence[Guide], layout: Layout, handle: GuidanceHandle
+    ) -> None:
         self.pipe, self.layout, self.handle = pipe, layout, handle
         self.called, self.denoiser = called_denoiser(pipe), denoiser_of(pipe)
         self.original: Callable[..., Any] = self.called.forward
@@ -170,7 +173,7 @@ def _kind(guide: Guide) -> tuple[bool, str, str, float, float, int]:
     return is_direct(guide), str(s.normalize), s.space, s.start, s.stop, s.every
 
 
-def _recomputes(denoiser: Any) -> bool:
+def _recomputes(denoiser: Denoiser) -> bool:
     """Whether gradient checkpointing runs blocks a second time, outside of the forward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in denoiser.modules())
 

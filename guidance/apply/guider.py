@@ -19,13 +19,14 @@ from guidance.apply.forward import GuidanceHandle, GuidedForward, advised, repla
 from guidance.apply.step import GuidedStep, add_shift
 from guidance.guides.base import Guide
 from guidance.models.layouts import one_part
+from guidance.models.types import Denoiser, Pipeline
 from guidance.utils.errors import UserError
 
 
 class GuidedPart(GuidedForward):
     """Replacement of a denoiser's forward for one call, the conditional part's; the shift waits for the others."""
 
-    def __init__(self, pipe: Any, guides: Sequence[Guide], handle: GuidanceHandle) -> None:
+    def __init__(self, pipe: Pipeline, guides: Sequence[Guide], handle: GuidanceHandle) -> None:
         super().__init__(pipe, guides, one_part, handle)
         self.step: GuidedStep | None = None
         self._placed = ExitStack()
@@ -65,11 +66,11 @@ class GuidedPart(GuidedForward):
         """Guide through any guider of diffusers."""
         prepare, cleanup, forward = guider.prepare_models, guider.cleanup_models, guider.forward
 
-        def prepare_models(denoiser: Any) -> None:
+        def prepare_models(denoiser: Denoiser) -> None:
             prepare(denoiser)
             self.before(guider._count_prepared)
 
-        def cleanup_models(denoiser: Any) -> None:
+        def cleanup_models(denoiser: Denoiser) -> None:
             self.after()
             cleanup(denoiser)
 
@@ -106,7 +107,7 @@ class GuidesGuider(ClassifierFreeGuidance):
     _guides: Sequence[Guide] = ()
     _part: GuidedPart | None = None
 
-    def attach(self, pipe: Any, guides: Sequence[Guide]) -> Self:
+    def attach(self, pipe: Pipeline, guides: Sequence[Guide]) -> GuidesGuider:
         """Guide by these from now on, instead of others.
 
         Args:
@@ -128,17 +129,17 @@ class GuidesGuider(ClassifierFreeGuidance):
         self._guides, self._part = tuple(guides), part if part.guides else None
         return self
 
-    def new(self, **kwargs: Any) -> Self:
+    def new(self, **kwargs: Any) -> GuidesGuider:
         """A copy with other options of classifier-free guidance and the same guides."""
         other: Self = super().new(**kwargs)
         return other.attach(self._part.pipe, self._guides) if self._part else other
 
-    def prepare_models(self, denoiser: Any) -> None:
+    def prepare_models(self, denoiser: Denoiser) -> None:
         super().prepare_models(denoiser)
         if self._part:
             self._part.before(self._count_prepared)
 
-    def cleanup_models(self, denoiser: Any) -> None:
+    def cleanup_models(self, denoiser: Denoiser) -> None:
         if self._part:
             self._part.after()
         super().cleanup_models(denoiser)

@@ -15,6 +15,7 @@ from guidance.apply.apply import apply_guidance
 from guidance.apply.forward import replaced
 from guidance.guides.base import Guide
 from guidance.models.denoiser import latent_channels
+from guidance.models.types import Pipeline
 from guidance.schedule import NoiseSchedule, step_position
 from guidance.taps.hooks import X0, X0_THROUGH_UNET, capture, prediction_of
 from guidance.taps.lockstep import plain
@@ -27,7 +28,7 @@ class StepScorer:
     Guidance on a GPU runs the unconditional part by itself after the conditional one: later calls are not read.
     """
 
-    def __init__(self, pipe: Any, guide: Guide, batch: int) -> None:
+    def __init__(self, pipe: Pipeline, guide: Guide, batch: int) -> None:
         self.pipe, self.guide, self.batch, self.original = pipe, guide, batch, pipe.unet.forward
         self.scores: Tensor | None = None
         self.used: list[int] = []
@@ -73,7 +74,7 @@ class StepScorer:
 
 
 @contextmanager
-def scoring(pipe: Any, guide: Guide, batch: int) -> Iterator[StepScorer]:
+def scoring(pipe: Pipeline, guide: Guide, batch: int) -> Iterator[StepScorer]:
     """Score each step of a run inside the ``with`` block; refuse a pipeline that is guided already."""
     with apply_guidance(pipe, ()):
         guide.prepare(pipe)

@@ -20,7 +20,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ MANIFEST = "manifest.json"
 _OPEN_SHARDS = 64  # memory maps kept open: each takes a file descriptor
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """Rows of features and targets, from a cache or computed on the fly."""
 

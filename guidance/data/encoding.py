@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from guidance.models.conditions import encode_prompts
+from guidance.models.types import Denoiser, Pipeline
 from guidance.schedule import NoiseSchedule
 from guidance.taps.features import MID_BLOCK, tap_channels
 from guidance.taps.hooks import encode_features
@@ -44,7 +45,7 @@ class FeatureEncoder:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         *,
         tap: str = MID_BLOCK,
         noise: Literal["random", "none"] = "random",
@@ -119,7 +120,7 @@ class FeatureEncoder:
         return encode_features(unet, x.to(unet.dtype), t, tap=self.tap, **text), t.float()
 
 
-def _known_channels(unet: Any, tap: str) -> list[int]:
+def _known_channels(unet: Denoiser, tap: str) -> list[int]:
     """The channels of each of several taps, which heads must be told; of a single tap none."""
     found = tap_channels(unet, tap)
     if len(found) == 1:

@@ -26,6 +26,7 @@ from guidance.data.encoding import FeatureEncoder
 from guidance.data.sources import column_array, decode_image, require_columns
 from guidance.models.conditions import pick
 from guidance.models.denoiser import fingerprint
+from guidance.models.types import Pipeline
 from guidance.taps.features import MID_BLOCK
 from guidance.utils.errors import UserError
 from guidance.utils.images import fit_image
@@ -111,7 +112,7 @@ class LiveFeatures:
 
 
 def cache_features(
-    pipe: Any,
+    pipe: Pipeline,
     dataset: Any,
     folder: str | os.PathLike[str],
     *,

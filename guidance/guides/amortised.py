@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch import Tensor
 from guidance.guides.base import Strength, unit_rms
 from guidance.heads.adapter import Adapter, check_adapter_fits
 from guidance.models.denoiser import denoiser_of, device_of, fingerprint_of
+from guidance.models.types import Pipeline
 from guidance.schedule import NoiseSchedule
 from guidance.utils.errors import UserError
 
@@ -69,7 +68,7 @@ class AmortisedGuide:
             every=every,
         )
 
-    def prepare(self, pipe: Any) -> None:
+    def prepare(self, pipe: Pipeline) -> None:
         """Refuse a pipeline that the adapter does not fit; move the adapter to the pipeline's device."""
         schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         check_adapter_fits(self.adapter, denoiser_of(pipe), schedule, fingerprint_of(pipe))

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.guides.phases import step_phases
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError
 
 #: Prompts of the conditional part of the batch, set by our own loop; None inside other pipelines.
@@ -110,7 +111,7 @@ class Guide(Protocol):
     tap: str
     strength: Strength
 
-    def prepare(self, pipe: Any) -> None:
+    def prepare(self, pipe: Pipeline) -> None:
         """Check that the guide fits the pipeline (UserError if not) and move to its device."""
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from guidance.guides.base import Strength, run_prompts
 from guidance.models.clip import Clip, resize
 from guidance.models.denoiser import denoiser_of, device_of, is_offloaded
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError, nearest
 
 #: ``through`` -> tap: the gradient stops at the x0 prediction, or goes on through the denoiser to its input.
@@ -189,7 +190,7 @@ class ClipGuide:
         """See :func:`~guidance.guides.base.describe_scorer`."""
         return {"networks": [self.clip.fingerprint]}
 
-    def prepare(self, pipe: Any) -> None:
+    def prepare(self, pipe: Pipeline) -> None:
         """Check that the pipeline's latents can be decoded; freeze the decoder, and move it and CLIP to the device.
 
         A decoder in half precision is copied to float32, once; others are used as they are.
@@ -266,7 +267,7 @@ def _weights(weights: float | Sequence[float] | None, targets: int | None) -> li
     return values
 
 
-def _check_decoder(decoder: Any, pipe: Any) -> None:
+def _check_decoder(decoder: Any, pipe: Pipeline) -> None:
     if decoder is None or not hasattr(decoder, "decode"):
         raise UserError(
             f"Expected a pipeline with a VAE, got {type(pipe).__name__} without one; pass ClipGuide(decoder=...)."

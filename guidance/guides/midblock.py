@@ -15,6 +15,7 @@ from guidance.guides.base import Strength
 from guidance.heads.networks import Head, check_fits
 from guidance.heads.objectives import build_objective
 from guidance.models.denoiser import denoiser_of, device_of, fingerprint, fingerprint_of
+from guidance.models.types import Pipeline
 from guidance.schedule import NoiseSchedule
 from guidance.utils.errors import UserError
 
@@ -53,7 +54,7 @@ class HeadGuide:
         """See :func:`~guidance.guides.base.describe_scorer`."""
         return {"networks": self._fingerprints}
 
-    def prepare(self, pipe: Any) -> None:
+    def prepare(self, pipe: Pipeline) -> None:
         """Refuse a pipeline that a head does not fit; move the heads to the pipeline's device."""
         schedule, weights = NoiseSchedule.from_scheduler(pipe.scheduler), fingerprint_of(pipe)
         for head in self.heads:

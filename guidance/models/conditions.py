@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from guidance.models.denoiser import denoiser_of, device_of
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError
 
 
 def encode_prompts(
-    pipe: Any, prompts: Sequence[str], negative: str = "", *, classifier_free: bool = True
+    pipe: Pipeline, prompts: Sequence[str], negative: str = "", *, classifier_free: bool = True
 ) -> dict[str, Any]:
     """Arguments of the denoiser beside its input and the timestep.
 
@@ -58,7 +59,7 @@ def encode_prompts(
     return states | {"added_cond_kwargs": added}
 
 
-def _ids(config: Any, pipe: Any) -> Tensor:
+def _ids(config: Any, pipe: Pipeline) -> Tensor:
     """Original size, top left corner of the crop, target size; in pixels, rows first."""
     side = float(config.sample_size * pipe.vae_scale_factor)
     return torch.tensor([[side, side, 0.0, 0.0, side, side]])

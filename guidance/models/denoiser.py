@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from guidance.models.layouts import SUPPORTED
+from guidance.models.types import Denoiser, Pipeline
 from guidance.utils.errors import UserError
 
 #: First argument of a denoiser's forward: UNets', transformers'.
@@ -19,7 +20,7 @@ _SAMPLES = ("sample", "hidden_states")
 
 
 # ---- the module ---------------------------------------------------------------------------------------------------
-def called_denoiser(pipe: Any) -> Any:
+def called_denoiser(pipe: Pipeline) -> Any:
     """The module that a pipeline calls as its denoiser: its UNet or transformer.
 
     Raises:
@@ -34,7 +35,7 @@ def called_denoiser(pipe: Any) -> Any:
     )
 
 
-def denoiser_of(pipe: Any) -> Any:
+def denoiser_of(pipe: Pipeline) -> Any:
     """The denoiser itself: what ``torch.compile`` wraps where :func:`called_denoiser` is compiled.
 
     Args:
@@ -47,7 +48,7 @@ def denoiser_of(pipe: Any) -> Any:
     return getattr(called, "_orig_mod", called)
 
 
-def device_of(pipe: Any) -> torch.device:
+def device_of(pipe: Pipeline) -> torch.device:
     """Where the denoiser computes: also right while offloading keeps its weights elsewhere."""
     denoiser = denoiser_of(pipe)
     return torch.device(pipe._execution_device if is_offloaded(denoiser) else denoiser.device)
@@ -58,7 +59,7 @@ def is_offloaded(module: nn.Module) -> bool:
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
-def fingerprint_of(pipe: Any) -> str | None:
+def fingerprint_of(pipe: Pipeline) -> str | None:
     """The denoiser's :func:`fingerprint`; None while its weights are out of reach, offloaded."""
     denoiser = denoiser_of(pipe)
     return None if any(p.is_meta for p in denoiser.parameters()) else fingerprint(denoiser)
@@ -92,7 +93,7 @@ def frozen(denoiser: nn.Module) -> Iterator[None]:
             denoiser.get_parameter(name).requires_grad_(True)
 
 
-def latent_channels(unet: Any) -> int:
+def latent_channels(unet: Denoiser) -> int:
     """Channels of a denoiser's latents: inpainting models take more in, learned variances come out besides."""
     return int(min(unet.config.in_channels, unet.config.out_channels))
 

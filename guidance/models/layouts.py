@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError
 
 
@@ -37,7 +38,7 @@ Layout = Callable[[Any, Tensor, Mapping[str, Any]], Parts]
 
 
 # ---- the batch ----------------------------------------------------------------------------------------------------
-def _by_property(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+def _by_property(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
     if getattr(pipe, "do_perturbed_attention_guidance", False):
         raise UserError(
             f"Expected {type(pipe).__name__} with pag_scale=0: perturbed-attention guidance works on the "
@@ -51,25 +52,25 @@ def _by_property(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
     return Parts.of(2 if getattr(pipe, "do_classifier_free_guidance", False) else 1)
 
 
-def _three(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+def _three(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
     return Parts.of(3 if getattr(pipe, "do_classifier_free_guidance", False) else 1)
 
 
-def _three_by_value(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+def _three_by_value(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
     """SDXL's InstructPix2Pix does not say; its last two parts see one prompt, its three one set of latents."""
     latents = x[:, : int(pipe.unet.config.out_channels)]
     same_prompt = _chunks_equal(arguments["encoder_hidden_states"], 3, 1)
     return Parts.of(3 if same_prompt and _chunks_equal(latents, 3, 0) else 1)
 
 
-def _class_labels(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+def _class_labels(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
     """DiT's pipeline does not say; with guidance the second half sees the same latents and no class (1000)."""
     labels = torch.as_tensor(arguments["class_labels"])
     null = len(labels) % 2 == 0 and bool((labels[len(labels) // 2 :] == 1000).all())
     return Parts(2, 0) if null and _chunks_equal(x, 2, 0) else ONE
 
 
-def one_part(pipe: Any, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+def one_part(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
     """The layout of pipelines that call their denoiser once for each part, or have one only."""
     return ONE
 
@@ -106,7 +107,7 @@ _LAYOUTS = {f"{f}{kind}Pipeline": layout for f, (layout, kinds) in _FAMILIES.ite
 SUPPORTED = (*(f"{family}*Pipeline" for family in _FAMILIES), "ModularPipeline with a guider")
 
 
-def layout_of(pipe: Any) -> Layout:
+def layout_of(pipe: Pipeline) -> Layout:
     """Find how a pipeline lays out the parts of its batch.
 
     A class of diffusers counts by its name, a class of your own by ``do_classifier_free_guidance``.

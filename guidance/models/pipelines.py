@@ -22,6 +22,7 @@ from guidance.models.checks import (
     preset_of_file,
 )
 from guidance.models.presets import PRESETS, RANDOM, TINY, find_preset
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def load_pipeline(
     return pipe
 
 
-def for_task(pipe: Any, task: str) -> Any:
+def for_task(pipe: Pipeline, task: str) -> Any:
     """The pipeline that does another task with the same parts: nothing is loaded or copied.
 
     Args:
@@ -261,7 +262,7 @@ def _known(device: str | torch.device) -> str | torch.device:
 
 
 # ---- what a pipeline is -------------------------------------------------------------------------------------------
-def freeze(pipe: Any) -> None:
+def freeze(pipe: Pipeline) -> None:
     """Put every network of a pipeline in eval mode without parameter gradients."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

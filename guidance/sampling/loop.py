@@ -27,6 +27,7 @@ from guidance.apply.step import StepRecord
 from guidance.guides.base import Guide, run_factors, run_prompts
 from guidance.models.conditions import encode_prompts, last
 from guidance.models.denoiser import device_of
+from guidance.models.types import Pipeline
 from guidance.sampling.cfg import ClassifierFree
 from guidance.sampling.start import FromNoise, Start
 from guidance.utils.errors import UserError, nearest
@@ -56,7 +57,7 @@ def build_scheduler(name: str, like: Any) -> Any:
 
 
 @contextmanager
-def using_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
+def using_scheduler(pipe: Pipeline, name: str | None) -> Iterator[None]:
     """Give a pipeline another scheduler inside the ``with`` block (None: a fresh copy of its own)."""
     own = pipe.scheduler
     pipe.scheduler = type(own).from_config(own.config) if name is None else build_scheduler(name, own)
@@ -68,7 +69,7 @@ def using_scheduler(pipe: Any, name: str | None) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_latents(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -151,7 +152,7 @@ def sample_latents(
     return x
 
 
-def initial_noise(pipe: Any, generators: Sequence[torch.Generator]) -> Float[Tensor, "b c y x"]:
+def initial_noise(pipe: Pipeline, generators: Sequence[torch.Generator]) -> Float[Tensor, "b c y x"]:
     """Unit Gaussian latents, one CPU generator per sample; the numbers diffusers draws from the same generators."""
     size = pipe.unet.config.sample_size
     shape = (1, pipe.vae.config.latent_channels, size, size)
@@ -181,7 +182,7 @@ def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: flo
 
 
 @torch.no_grad()
-def check_resampling(pipe: Any, eta: float) -> None:
+def check_resampling(pipe: Pipeline, eta: float) -> None:
     """Take one step on a dummy and refuse a sampler whose latents cannot be copied and exchanged between steps.
 
     Refused are schedulers that remember earlier steps of each sample, or draw no noise (copies stay identical).
@@ -210,7 +211,7 @@ def check_resampling(pipe: Any, eta: float) -> None:
 
 
 @torch.no_grad()
-def decode_latents(pipe: Any, latents: Float[Tensor, "b c y x"]) -> NDArray[np.uint8]:
+def decode_latents(pipe: Pipeline, latents: Float[Tensor, "b c y x"]) -> NDArray[np.uint8]:
     """Decode to RGB images, uint8 (b, h, w, 3); rounded, not floored."""
     z = latents / pipe.vae.config.scaling_factor + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)
     images = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0].float()
@@ -218,7 +219,7 @@ def decode_latents(pipe: Any, latents: Float[Tensor, "b c y x"]) -> NDArray[np.u
 
 
 def sample_images(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,

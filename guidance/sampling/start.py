@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from guidance.data.encoding import encode_pixels
+from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError
 from guidance.utils.images import fit_image, to_float
 
@@ -42,10 +43,11 @@ class Begun:
         return x
 
 
+@runtime_checkable
 class Start(Protocol):
     """Where sampling starts; None in :func:`guidance.sampling.loop.sample_latents` is :class:`FromNoise`."""
 
-    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
         """Prepare a run; ``noise`` is unit Gaussian, the scheduler has its timesteps already."""
 
     def at(self, index: slice | Tensor) -> Start:
@@ -55,7 +57,7 @@ class Start(Protocol):
 class FromNoise:
     """Start from pure noise."""
 
-    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
         _check_channels(pipe, noise.shape[1], masked=False)
         return Begun(noise * pipe.scheduler.init_noise_sigma, pipe.scheduler.timesteps)
 
@@ -81,7 +83,7 @@ class FromImage:
     def __post_init__(self) -> None:
         _check_strength(self.strength)
 
-    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
         _check_channels(pipe, noise.shape[1], masked=False)
         known = _like_noise(self.latents, noise, "latents")
         timesteps = _cut_timesteps(pipe.scheduler, self.strength, num_steps)
@@ -126,7 +128,9 @@ class FromMask:
             )
 
     @classmethod
-    def from_images(cls, pipe: Any, images: Pictures, masks: Pictures, strength: float = 1.0) -> FromMask:
+    def from_images(
+        cls, pipe: Pipeline, images: Pictures, masks: Pictures, strength: float = 1.0
+    ) -> FromMask:
         """Encode images and masks (white is repainted), one mask per image."""
         if len(images) != len(masks):
             raise UserError(f"Expected one mask per image, got {len(images)} images and {len(masks)} masks.")
@@ -134,7 +138,7 @@ class FromMask:
         masked = _encode(pipe, x * (m < 0.5)) if _is_inpainting(pipe) else None
         return cls(_encode(pipe, x), _shrink(pipe, m), strength, masked)
 
-    def begin(self, pipe: Any, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
         _check_channels(pipe, noise.shape[1], masked=True)
         known = _like_noise(self.latents, noise, "latents")
         mask = _like_noise(self.mask, noise[:, :1], "mask")
@@ -229,11 +233,11 @@ def _check_strength(strength: float) -> None:
         raise UserError(f"Expected a strength in 0..1, got {strength}; 0 keeps the image, 1 forgets it.")
 
 
-def _is_inpainting(pipe: Any) -> bool:
+def _is_inpainting(pipe: Pipeline) -> bool:
     return pipe.unet.config.in_channels == 2 * pipe.vae.config.latent_channels + 1
 
 
-def _check_channels(pipe: Any, channels: int, *, masked: bool) -> None:
+def _check_channels(pipe: Pipeline, channels: int, *, masked: bool) -> None:
     found = pipe.unet.config.in_channels
     if found != channels and not (masked and _is_inpainting(pipe)):
         raise UserError(
@@ -255,13 +259,13 @@ class ImageStart:
     digest: str
 
 
-def begin_with(pipe: Any, starts: Sequence[ImageStart], strength: float) -> FromImage:
+def begin_with(pipe: Pipeline, starts: Sequence[ImageStart], strength: float) -> FromImage:
     """Open and encode the images of a batch, resized and cut to the pipeline's size where they have another."""
     size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
     return FromImage(encode_images(pipe, [fit_image(s.image(), size) for s in starts]), strength)
 
 
-def encode_images(pipe: Any, images: Pictures) -> Float[Tensor, "b c y x"]:
+def encode_images(pipe: Pipeline, images: Pictures) -> Float[Tensor, "b c y x"]:
     """Encode RGB images to scaled latents: the mean of the VAE's posterior, no random number drawn.
 
     Args:
@@ -274,30 +278,30 @@ def encode_images(pipe: Any, images: Pictures) -> Float[Tensor, "b c y x"]:
     return _encode(pipe, _pixels(pipe, images))
 
 
-def encode_masks(pipe: Any, masks: Pictures) -> Float[Tensor, "b 1 y x"]:
+def encode_masks(pipe: Pipeline, masks: Pictures) -> Float[Tensor, "b 1 y x"]:
     """Threshold masks at half and shrink them to the latents' size (nearest), as diffusers does; 1 is repainted."""
     return _shrink(pipe, _mask_pixels(pipe, masks))
 
 
-def _encode(pipe: Any, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
+def _encode(pipe: Pipeline, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
     """Encode one image after the other, so that no latent depends on the batch."""
     return torch.cat([encode_pixels(pipe.vae, image[None]) for image in x])
 
 
-def _pixels(pipe: Any, images: Pictures) -> Float[Tensor, "b 3 h w"]:
+def _pixels(pipe: Pipeline, images: Pictures) -> Float[Tensor, "b 3 h w"]:
     return to_float(np.stack([_array(image, "RGB", pipe) for image in images]))
 
 
-def _mask_pixels(pipe: Any, masks: Pictures) -> Float[Tensor, "b 1 h w"]:
+def _mask_pixels(pipe: Pipeline, masks: Pictures) -> Float[Tensor, "b 1 h w"]:
     pixels = np.stack([_array(mask, "L", pipe) for mask in masks])
     return (torch.from_numpy(pixels)[:, None].float() / 255 >= 0.5).float()
 
 
-def _shrink(pipe: Any, mask: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 y x"]:
+def _shrink(pipe: Pipeline, mask: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 y x"]:
     return F.interpolate(mask, size=(pipe.unet.config.sample_size,) * 2)
 
 
-def _array(picture: Image.Image | NDArray[Any], mode: str, pipe: Any) -> NDArray[np.uint8]:
+def _array(picture: Image.Image | NDArray[Any], mode: str, pipe: Pipeline) -> NDArray[np.uint8]:
     """One picture as a uint8 array of the mode and size the pipeline works with, or a sentence."""
     what, depth = ("an RGB image", (3,)) if mode == "RGB" else ("a grey mask", ())
     array = np.asarray(picture)

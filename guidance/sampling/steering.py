@@ -31,6 +31,7 @@ from torch import Tensor
 from guidance.apply.scoring import scoring
 from guidance.apply.step import StepRecord
 from guidance.guides.base import Guide
+from guidance.models.types import Pipeline
 from guidance.sampling.loop import (
     Callback,
     check_resampling,
@@ -174,7 +175,7 @@ class Steered:
 
 
 def steer_latents(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     guide: Guide,
@@ -230,7 +231,13 @@ def steer_latents(
 
 
 def best_of_n(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], guide: Guide, *, eta: float = 0.0, **options: Any
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guide: Guide,
+    *,
+    eta: float = 0.0,
+    **options: Any,
 ) -> Steered:
     """Sample ``particles`` times per prompt and keep the one that scores best; any scheduler will do.
 
@@ -277,7 +284,7 @@ class _Steering:
         return Steered(latents, chosen, self.scores, weights, history, ess, ancestors)
 
 
-def check_copies(pipe: Any, guides: Sequence[Guide], eta: float) -> None:
+def check_copies(pipe: Pipeline, guides: Sequence[Guide], eta: float) -> None:
     """Refuse a sampler, or guides, under which copies of particles would not go their own ways.
 
     Raises:

@@ -45,6 +45,7 @@ from guidance.heads.config import NUM_BINS, timestep_bins
 from guidance.heads.networks import load_head
 from guidance.heads.objectives import Target
 from guidance.models.denoiser import device_of, fingerprint
+from guidance.models.types import Pipeline
 from guidance.sampling.loop import sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
 from guidance.training.loop import FitResult, Stage, batch_indices, fit, world
@@ -61,7 +62,7 @@ _STATISTICS_ROWS = 2048
 
 
 @contextmanager
-def recording(pipe: Any, teacher: Sequence[Guide], recorder: PairRecorder) -> Iterator[None]:
+def recording(pipe: Pipeline, teacher: Sequence[Guide], recorder: PairRecorder) -> Iterator[None]:
     """Record every denoiser call in the ``with`` block; leave nothing behind."""
     guides: list[Any] = [*teacher, recorder]
     with apply_guidance(pipe, guides):
@@ -93,7 +94,13 @@ class SampledStates:
         return {"source": "sampling"} | dataclasses.asdict(self) | {"prompts": texts}
 
     def record(
-        self, pipe: Any, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
+        self,
+        pipe: Pipeline,
+        teacher: Sequence[Guide],
+        split: str,
+        n: int,
+        calls: int,
+        rng: np.random.Generator,
     ) -> PairRecorder:
         """Record a random ``calls`` of the steps of one sampling run in which the teacher guides."""
         low, high = self.num_steps
@@ -137,7 +144,13 @@ class NoisedLatents:
 
     @torch.no_grad()
     def record(
-        self, pipe: Any, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
+        self,
+        pipe: Pipeline,
+        teacher: Sequence[Guide],
+        split: str,
+        n: int,
+        calls: int,
+        rng: np.random.Generator,
     ) -> PairRecorder:
         """Noise ``n`` random images at ``calls`` timesteps in which the teacher guides."""
         from guidance.data.encoding import FeatureEncoder
@@ -170,7 +183,7 @@ PairSource = SampledStates | NoisedLatents
 
 
 def cache_pairs(
-    pipe: Any,
+    pipe: Pipeline,
     teacher: Sequence[Guide],
     source: PairSource,
     folder: str | os.PathLike[str],
@@ -343,7 +356,7 @@ class PairRecorder:
         self.pairs: list[Tensor] = []
         self.times: list[Tensor] = []
 
-    def prepare(self, pipe: Any) -> None:
+    def prepare(self, pipe: Pipeline) -> None:
         """Read the noise schedule."""
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         self.scales = self.scales.to(device_of(pipe))

@@ -25,6 +25,7 @@ from guidance.data.cache import FeatureCache, FeatureSource, first_difference, s
 from guidance.data.features import cache_features, write_manifest
 from guidance.data.sources import SPLITS
 from guidance.models.denoiser import fingerprint
+from guidance.models.types import Pipeline
 from guidance.sampling.loop import sample_latents
 from guidance.training.caching import RECORDED, encoding_options, load_model, load_split
 from guidance.training.recipes import FeatureRecipe, GenerationRecipe
@@ -226,7 +227,7 @@ def _generate(
 
 
 def generate_latents(
-    pipe: Any,
+    pipe: Pipeline,
     captions: Sequence[str],
     folder: str | os.PathLike[str],
     recipe: GenerationRecipe,
@@ -273,7 +274,7 @@ def generate_latents(
 
 
 def _sample(
-    pipe: Any, captions: Sequence[str], rows: range, recipe: GenerationRecipe, split: str
+    pipe: Pipeline, captions: Sequence[str], rows: range, recipe: GenerationRecipe, split: str
 ) -> Float[Tensor, "b c y x"]:
     salt = zlib.crc32(f"generated {split}".encode())  # another than that of the noise of the features
     states = [np.random.SeedSequence([recipe.seed, salt, i]).generate_state(1, np.uint64)[0] for i in rows]
