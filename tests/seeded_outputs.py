@@ -53,8 +53,8 @@ COMMANDS = {
     "sweep evaluated": "eval.images sweep reference_size=64 permutations=19 cache=eval-cache",
     "recommendation": "eval.recommend sweep",
     "head metrics": "eval.heads rating cache=cache output=head-metrics",
-    "null": "eval.null comparisons=40 sets=4 prompts=[20] permutations=19",
-    "taps": "guidance.taps --model random:sd-2.1-base-tiny",
+    "null": "eval.null comparisons=40 sets=8 prompts=[20] permutations=19",
+    "taps": "guidance.taps random:sd-2.1-base-tiny",
 }
 #: Names of records that no two runs share, anywhere in JSON.
 _VOLATILE = {
@@ -207,7 +207,7 @@ def hash_pipelines() -> dict[str, str]:
         "pipeline: SD 1.5": draw("random:sd-1.5-tiny", "mid_block", 40, "epsilon", **text),
         "pipeline: SDXL": draw("random:sdxl-tiny", "mid_block", 40, "epsilon", **text),
         "pipeline: DiT": draw(
-            "random:dit-xl-2-256-tiny", "transformer_blocks.1", 36, "epsilon", class_labels=[1]
+            "random:dit-xl-2-256-tiny", "transformer_blocks.1", 32, "epsilon", class_labels=[1]
         ),
         "pipeline: SD3": draw(
             "random:sd3-medium-tiny", "transformer_blocks.0", 48, "flow_prediction", **text
