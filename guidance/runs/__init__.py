@@ -1,0 +1,1 @@
+"""Folders of sampled images: records, arms, guides by name, runs and sweeps."""

@@ -1,0 +1,196 @@
+"""The folder of a sampling run: whose it is, what it shows at a glance, and a summary of it."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from guidance.runs.records import UNGUIDED, Record, RecordStore
+from guidance.utils.errors import UserError
+from guidance.utils.images import labelled_grid
+from guidance.utils.io import atomic_path
+
+CONFIG_FILE, GRID_FILE, SHEETS_FOLDER = "config.yaml", "grid.png", "sheets"
+
+CLAIMS_FOLDER = ".claims"  # of processes at work
+
+MAX_COLUMNS, MAX_SEEDS = 24, 32  # of a page, which is held in memory
+
+
+def read_settings(
+    folder: str | os.PathLike[str], settings: Mapping[str, Any], *, free: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """Return the settings a folder was made with, or None if it is new or empty.
+
+    Args:
+        folder: Folder of a run.
+        settings: Those it is to be continued with.
+        free: Keys that may differ.
+
+    Raises:
+        UserError: If the folder holds something else, or was made with other settings; names each difference.
+    """
+    made = load_settings(folder)
+    if made is None:
+        return None
+    keys = [key for key in {**made, **settings} if key not in free]
+    differing = [k for k in keys if (k in made) != (k in settings) or made.get(k) != settings.get(k)]
+    if differing:
+        shown = ", ".join(f"{k}={made.get(k)!r} (now {settings.get(k)!r})" for k in differing[:6])
+        more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
+        raise UserError(
+            f"Expected '{folder}' to be a run of the same settings, but it was made with {shown}{more}; choose "
+            "another output, or set fresh=true to move it aside."
+        )
+    return made
+
+
+def load_settings(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the settings a folder was made with, or None if it is new or empty.
+
+    Raises:
+        UserError: If the folder holds something else.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"Expected a folder at '{path}', found a file; choose another output.")
+    # hidden: claims, and what a run that was killed at its start has left half-written
+    if not path.is_dir() or all(inside.name.startswith(".") for inside in path.iterdir()):
+        return None
+    try:
+        made = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        made = None
+    if not isinstance(made, dict):
+        raise UserError(
+            f"Expected '{path}' to be new, empty or a run with a {CONFIG_FILE}, but it has other files; "
+            "choose another output, or set fresh=true to move it aside."
+        )
+    return made
+
+
+def write_settings(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    """Write the settings of a run into its folder; a new run's first file."""
+    with atomic_path(Path(folder) / CONFIG_FILE) as temporary:
+        text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def move_aside(folder: str | os.PathLike[str]) -> Path | None:
+    """Rename a folder to ``NAME.old-1`` (or the next free number); None if there is nothing to move."""
+    path = Path(folder)
+    if not path.is_dir() or not any(path.iterdir()):
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def write_grid(
+    store: RecordStore, records: Sequence[Record], arms: Sequence[str], *, max_rows: int = 12
+) -> Path:
+    """Write ``grid.png``: a row per prompt with its first seed, a column per arm; of many arms ``grid-2.png`` has more.
+
+    Args:
+        store: Where the images are.
+        records: Those to show, in the order of the rows.
+        arms: Columns.
+        max_rows: The first so many prompts.
+
+    Returns:
+        The path of the grid.
+    """
+    by_key = {record.key: record for record in records}
+    first: dict[str, Record] = {}
+    for record in records:
+        first.setdefault(record.prompt_id, record)
+    shown = list(first.values())[:max_rows]
+    found = [[by_key.get((arm, row.prompt_id, row.seed)) for arm in arms] for row in shown]
+    _write_images(store.folder / GRID_FILE, store, shown, found, arms)
+    return store.folder / GRID_FILE
+
+
+def write_sheets(store: RecordStore, records: Sequence[Record], arms: Sequence[str]) -> Path:
+    """Write a contact sheet per prompt, ``sheets/PROMPT.png``: a row per seed, a column per arm, pages as the grid.
+
+    Args:
+        store: Where the images are.
+        records: Those to show, of a prompt the first :data:`MAX_SEEDS`; a sheet that is newer than its images stays.
+        arms: Columns.
+
+    Returns:
+        The folder of the sheets.
+    """
+    prompts: dict[str, dict[int, dict[str, Record]]] = {}
+    for record in records:
+        prompts.setdefault(record.prompt_id, {}).setdefault(record.seed, {})[record.arm] = record
+    for prompt_id, seeds in prompts.items():
+        sheet, rows = store.folder / SHEETS_FOLDER / f"{prompt_id}.png", list(seeds.values())[:MAX_SEEDS]
+        if not _is_newer(sheet, [store.folder / r.image for row in rows for r in row.values()]):
+            found = [[row.get(arm) for arm in arms] for row in rows]
+            _write_images(
+                sheet, store, [next(iter(row.values())) for row in rows], found, arms, compress_level=2
+            )
+    return store.folder / SHEETS_FOLDER
+
+
+def _write_images(
+    file: Path,
+    store: RecordStore,
+    rows: Sequence[Record],
+    images: Sequence[Sequence[Record | None]],
+    arms: Sequence[str],
+    **options: Any,
+) -> None:
+    """Write the pages of a grid, the first of which, written last, has the name; each begins with the first arm."""
+    wide = range(1, max(2, len(arms)), MAX_COLUMNS - 1)
+    pages = [[0, *range(i, min(i + MAX_COLUMNS - 1, len(arms)))] for i in wide]
+    for number, columns in reversed(list(enumerate(pages, start=1))):
+        found = [[row[c] for c in columns] for row in images]
+        page = labelled_grid(
+            [[None if r is None else _open(store.folder / r.image) for r in row] for row in found],
+            rows=[row.prompt for row in rows],
+            columns=[arms[c].replace("=", " ") for c in columns],
+            notes=[f"seed {row.seed}" for row in rows],
+        )
+        with atomic_path(file if number == 1 else file.with_stem(f"{file.stem}-{number}")) as temporary:
+            page.save(temporary, format="PNG", **options)
+
+
+def _is_newer(file: Path, others: Sequence[Path]) -> bool:
+    return file.is_file() and file.stat().st_mtime_ns > max(other.stat().st_mtime_ns for other in others)
+
+
+def _open(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def summarise(records: Sequence[Record]) -> str:
+    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean head score."""
+    arms: dict[str, list[Record]] = {}
+    for record in records:
+        arms.setdefault(record.arm, []).append(record)
+    seconds = {arm: statistics.median(r.seconds for r in rows) for arm, rows in arms.items()}
+    width = max(13, *map(len, arms)) + 1 if arms else 14
+    lines = [f"{'arm':<{width}}{'images':>8}{'s/image':>10}{'x unguided':>12}{'head score':>12}"]
+    for arm, rows in arms.items():
+        ratio = f"{seconds[arm] / seconds[UNGUIDED]:.2f}" if seconds.get(UNGUIDED) else "-"
+        scores = [r.score for r in rows if r.score is not None]
+        score = f"{statistics.fmean(scores):.3f}" if scores else "-"
+        lines.append(f"{arm:<{width}}{len(rows):>8}{seconds[arm]:>10.3f}{ratio:>12}{score:>12}")
+    skipped = sum(r.nan_skipped for r in records)
+    if skipped:
+        lines.append(f"{skipped} guided steps were skipped because their gradient was not finite.")
+    truncated = len({r.prompt_id for r in records if r.truncated})
+    if truncated:
+        lines.append(f"{truncated} prompts are longer than the model reads; they were cut.")
+    return "\n".join(lines)

@@ -1,0 +1,357 @@
+"""The plan of a sweep: axes become cells, each of which is an arm with sampling options of its own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from guidance.runs.arms import Arm, arm_name, guide_arms
+from guidance.runs.records import UNGUIDED
+from guidance.runs.run import Sampling
+from guidance.runs.specs import GuideSpec, MidBlockSpec, read_guide
+from guidance.sampling.loop import SCHEDULERS
+from guidance.utils.errors import UserError, nearest
+
+#: What may vary, in the order in which a name says it.
+AXES = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler", "strength")
+
+GUIDE_AXES = AXES[:5]
+
+SAMPLING_AXES = AXES[5:]
+
+Kind = Literal["guided", "unguided", "matched"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A point of the grid.
+
+    Attributes:
+        name: Says what varies; the arm's name.
+        scale: Guidance scale; 0 samples without guidance, and then there is no guide, head, start and stop.
+        guide: Guides that push together, see :func:`guidance.runs.specs.read_guide`; empty: the head.
+        head: Folder of the head; None where there are guides.
+        start, stop: Fractions of the steps; None takes the guide's own.
+        cfg_scale, num_steps, scheduler: See :func:`guidance.sampling.loop.sample_latents`.
+        strength: Of jobs that start from an image: fraction of the steps to take, above 0 and up to 1.
+    """
+
+    name: str
+    scale: float = 0.0
+    guide: tuple[str, ...] = ()
+    head: str | None = None
+    start: float | None = None
+    stop: float | None = None
+    cfg_scale: float = 4.0
+    num_steps: int = 25
+    scheduler: str | None = None
+    strength: float = 0.6
+
+    @property
+    def sampling(self) -> Sampling:
+        """The options of the sampler."""
+        return Sampling(self.num_steps, self.cfg_scale, self.scheduler, self.strength)
+
+    @property
+    def cost_key(self) -> tuple[Any, ...]:
+        """The same for cells that can share a batch: all but the scale and the weight of CFG, where they are used."""
+        own = {axis: getattr(self, axis) for axis in AXES if axis not in ("scale", "cfg_scale")}
+        return self.scale != 0, self.cfg_scale != 1, *own.values()
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """What the cell is, whatever its name."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML."""
+        return dataclasses.asdict(self) | {"guide": list(self.guide)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """Read what :meth:`to_dict` gave."""
+        return cls(**{**values, "guide": tuple(values["guide"])})
+
+
+def combine_axes(axes: Mapping[str, Sequence[Any]], combine: str = "product") -> list[dict[str, Any]]:
+    """Combine the values of axes, each with each (product) or first with first (zip; single values repeat).
+
+    Raises:
+        UserError: If an axis is empty, or zipped axes differ in length.
+
+    >>> combine_axes({"scale": [1, 2], "num_steps": [15, 25]}, "zip")
+    [{'scale': 1, 'num_steps': 15}, {'scale': 2, 'num_steps': 25}]
+    """
+    for name, values in axes.items():
+        if not values:
+            raise UserError(
+                f"Expected one value or more for the axis '{name}', got an empty list; write {name}=[1]."
+            )
+    if combine == "product":
+        return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+    lengths = {name: len(values) for name, values in axes.items() if len(values) > 1}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        raise UserError(f"Expected zipped axes of one length, but {shown}; or set combine=product.")
+    n = max(lengths.values(), default=1)
+    return [{k: v[i % len(v)] for k, v in axes.items()} for i in range(n)]
+
+
+def plan_cells(
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    combine: str = "product",
+    baseline: bool = True,
+    matched: Sequence[float] = (),
+    known: Sequence[Cell] = (),
+    unnamed: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """Make the cells of a sweep.
+
+    Args:
+        axes: The values of each of :data:`AXES`.
+        combine: "product" or "zip".
+        baseline: Add an unguided cell for each way of sampling.
+        matched: Weights of classifier-free guidance at which to add unguided cells for each scheduler and number of
+            steps.
+        known: Cells that are there already; they come first and keep their names.
+        unnamed: Axis -> the value that names do not mention; None takes that of each axis with a single one.
+
+    Returns:
+        The cells, in the order of columns: unguided, guided, plain classifier-free guidance.
+
+    Raises:
+        UserError: See :func:`combine_axes`.
+    """
+    points = combine_axes(axes, combine)
+    quiet = single_values(axes) if unnamed is None else unnamed
+    found: list[tuple[Kind, dict[str, Any]]] = []
+    for point in points:
+        own = point | ({} if point["scale"] else {"guide": (), "head": None, "start": None, "stop": None})
+        plain = own | {"scale": 0.0, "guide": (), "head": None, "start": None, "stop": None}
+        found += [("unguided", plain)] if baseline else []
+        found += [("guided" if own["scale"] else "unguided", own)]
+        found += [("matched", plain | {"cfg_scale": float(weight)}) for weight in matched]
+    cells = {cell.values: cell for cell in known}
+    labels = _Labels([cell.values for cell in known])
+    for kind in ("unguided", "guided", "matched"):  # one that is both is called unguided
+        for point in (p for k, p in found if k == kind):
+            values = tuple(point[axis] for axis in AXES)
+            if values not in cells:
+                cells[values] = Cell(_name(kind, point, quiet, labels), **point)
+    names = [cell.name for cell in cells.values()]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(
+            f"Expected cells of different names, got two called '{again}'; rename a head or guide."
+        )
+    return sorted(cells.values(), key=_order)
+
+
+def single_values(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The axes that have one value, and that value: names need not mention it."""
+    return {axis: values[0] for axis, values in axes.items() if len(set(values)) == 1 and axis != "scale"}
+
+
+def matched_scales(cfg_scale: float) -> list[float]:
+    """Weights of classifier-free guidance to compare guidance at one weight with.
+
+    >>> matched_scales(4.0)
+    [5.0, 6.0, 8.0, 12.0]
+    """
+    return [float(f"{cfg_scale + part * max(cfg_scale, 2.0):.4g}") for part in (0.25, 0.5, 1, 2)]
+
+
+def varied_fields(cells: Sequence[Cell]) -> list[str]:
+    """The record fields in which guided cells differ from their baseline on purpose, for ``eval.images``."""
+    guided = [cell for cell in cells if cell.scale]  # plain sampling may always differ in cfg_scale
+    varied = {axis: guided if axis == "cfg_scale" else cells for axis in SAMPLING_AXES}
+    found = [axis for axis, own in varied.items() if len({getattr(cell, axis) for cell in own}) > 1]
+    return [
+        "start" if axis == "strength" else axis for axis in found
+    ]  # a record has image and strength there
+
+
+class _Labels:
+    """Short texts for the values of axes, different for different values of an axis."""
+
+    def __init__(self, known: Sequence[tuple[Any, ...]]) -> None:
+        self._of: dict[tuple[str, Any], str] = {}
+        for values in known:
+            for axis, value in zip(AXES, values, strict=True):
+                self.of(axis, value)
+
+    def of(self, axis: str, value: Any) -> str:
+        if (axis, value) not in self._of:
+            taken = {label for (other, _), label in self._of.items() if other == axis}
+            label, number = _label(axis, value), 2
+            while label in taken:
+                label, number = f"{_label(axis, value)}~{number}", number + 1
+            self._of[axis, value] = label
+        return self._of[axis, value]
+
+
+def _label(axis: str, value: Any) -> str:
+    if isinstance(value, float | int):
+        return f"{value:.10g}"
+    if axis == "guide":
+        value = "+".join(text.partition(":")[0] for text in value) if value else None
+    if axis == "head" and value is not None:
+        value = Path(value).name
+    return "own" if value is None else re.sub(r"[^\w.+-]+", "-", str(value)).strip("-.")[:40]
+
+
+def _name(kind: str, point: Mapping[str, Any], unnamed: Mapping[str, Any], labels: _Labels) -> str:
+    first = {"guided": arm_name(point["scale"]), "unguided": UNGUIDED, "matched": ""}[kind]
+    axes = [axis for axis in (AXES[1:] if kind == "guided" else SAMPLING_AXES)]
+    shown = [
+        a for a in axes if (kind, a) == ("matched", "cfg_scale") or a not in unnamed or unnamed[a] != point[a]
+    ]
+    shown = [
+        a for a in shown if not (a in ("guide", "head") and not point[a])
+    ]  # the other of the two is named
+    return ", ".join(filter(None, [first, *(f"{axis}={labels.of(axis, point[axis])}" for axis in shown)]))
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    kind = 1 if cell.scale else 0 if cell.name.startswith(UNGUIDED) else 2
+    texts = [str(value or "") for value in (cell.scheduler, cell.guide, cell.head)]
+    ends = [-math.inf if value is None else value for value in (cell.start, cell.stop)]
+    return kind, *texts, *ends, cell.num_steps, cell.cfg_scale, cell.scale
+
+
+class ArmBuilder:
+    """Makes the arms of cells; cells of the same head or guides share them, loaded once.
+
+    Args:
+        head_options: Options of :class:`guidance.runs.specs.MidBlockSpec` for cells with a head.
+    """
+
+    def __init__(self, head_options: Mapping[str, Any] | None = None) -> None:
+        self._options = dict(head_options or {})
+        self._specs: dict[tuple[tuple[str, ...], str | None], list[GuideSpec]] = {}
+
+    def build(self, cell: Cell) -> Arm:
+        """The arm of a cell.
+
+        Raises:
+            UserError: If it has a scale and neither head nor guide, or these cannot be loaded.
+        """
+        if cell.scale == 0:
+            return Arm(cell.name)
+        arm = guide_arms(self.specs(cell), [cell.scale])[-1]
+        return dataclasses.replace(arm, name=cell.name)
+
+    def specs(self, cell: Cell) -> list[GuideSpec]:
+        """The guides of a cell, with its start and stop; none for scale 0."""
+        if cell.scale == 0:
+            return []
+        key = cell.guide, cell.head
+        if key not in self._specs:
+            self._specs[key] = self._load(cell)
+        own = [copy.copy(spec) for spec in self._specs[key]]  # shares what is loaded
+        for spec in own:
+            spec.start = spec.start if cell.start is None else cell.start
+            spec.stop = spec.stop if cell.stop is None else cell.stop
+        return own
+
+    def _load(self, cell: Cell) -> list[GuideSpec]:
+        if cell.guide:
+            specs = [read_guide(text) for text in cell.guide]
+        elif cell.head:
+            specs = [MidBlockSpec(head=cell.head, **self._options)]
+        else:
+            raise UserError(
+                f"Expected a head for scale {cell.scale:g}, got none; give one with head=FOLDER (train it with "
+                "'accelerate launch train/head.py'), or guide=NAME, or set scale=[0]."
+            )
+        for spec in specs:
+            spec.build(1.0)  # loads the heavy parts, which copies then share
+        return specs
+
+
+def read_axes(given: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Read the values of all axes.
+
+    Args:
+        given: Axis -> one value or a list of them.
+
+    Raises:
+        UserError: If a list is empty, or a value is of another kind.
+
+    >>> read_axes({"scale": [1, -2], "guide": None})
+    {'scale': [1.0, -2.0], 'guide': [()]}
+    """
+    return {name: _read(name, given[name]) for name in AXES if name in given}
+
+
+def _read(name: str, value: Any) -> list[Any]:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise UserError(
+            f"Expected one value or more for '{name}', got an empty list; leave it out for its default."
+        )
+    return list(dict.fromkeys(_READERS[name](name, item) for item in values))  # each once
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(
+            f"Expected a number or a list of numbers for '{name}', got {value!r}; write {name}=[1, 2]."
+        )
+    if not math.isfinite(value):
+        raise UserError(f"Expected a finite number for '{name}', got {value}; give another value.")
+    return float(value)
+
+
+def _fraction(name: str, value: Any) -> float | None:
+    return None if value is None else _number(name, value)
+
+
+def _strength(name: str, value: Any) -> float:
+    return Sampling(strength=_number(name, value)).strength
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"Expected whole numbers for '{name}', got {value!r}; write {name}=[15, 25].")
+    return value
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise UserError(f"Expected text or a list of texts for '{name}', got {value!r}.")
+
+
+def _scheduler(name: str, value: Any) -> str | None:
+    text = _text(name, value)
+    if text is not None and text not in SCHEDULERS:
+        raise UserError(f"Expected a scheduler's name, got '{text}'.{nearest(text, SCHEDULERS)}")
+    return text
+
+
+def _guides(name: str, value: Any) -> tuple[str, ...]:
+    """One guide, or several that push together; none for the head."""
+    texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"Expected guides as NAME:key=value,... for '{name}', got {value!r}.")
+    return tuple(texts)
+
+
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "scale": _number,
+    "guide": _guides,
+    "head": _text,
+    "start": _fraction,
+    "stop": _fraction,
+    "cfg_scale": _number,
+    "num_steps": _count,
+    "scheduler": _scheduler,
+    "strength": _strength,
+}
