@@ -68,7 +68,8 @@ class Record:
         version: Of this toolkit.
         conditioning: What the denoiser was told instead of the prompt; None: the prompt.
         steering: Particles, their potential, and what scores them; None: one sample an image.
-        cfg: What :class:`guidance.sampling.cfg.ClassifierFree` does beside its weight, and what modulates it; None: nothing.
+        cfg: What :class:`guidance.sampling.cfg.ClassifierFree` does beside its weight, and what modulates it;
+            None: nothing.
         start: Image that sampling began with (its digest) and the strength; None: noise.
     """
 

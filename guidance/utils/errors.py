@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 _MAX_LISTED = 12
 
 _DISK_ADVICE = {
@@ -106,7 +104,9 @@ _SIGNS = ("out of memory", "defaultcpuallocator", "not enough memory", "allocate
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that memory is out, on any device."""
+    """Detect out-of-memory errors of any device, also behind the error that they caused."""
+    import torch
+
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             return True
