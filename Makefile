@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo   set up, train a head on the testbed, sample with and without guidance, compare"
 	@echo "make test   set up, run all tests, one process a core"
-	@echo "make lint   set up, check style, format and types"
+	@echo "make lint   set up, check style, format, types and the direction of imports"
 	@echo "make clean  remove the virtual environment and caches (runs/ stays)"
 	@echo ""
 	@echo "Set-up makes .venv here and installs into it; it is done once, and again when pyproject.toml or"
@@ -28,6 +28,7 @@ lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command as run; run()"
 
 # The stamp comes last: an installation that was interrupted is taken up again by the next make.
 $(STAMP): pyproject.toml constraints.txt
@@ -41,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -m venv $(VENV) || { \
 	  echo "error: Python could not make a virtual environment in $(VENV);" \
 	       "on Debian and Ubuntu install python3-venv, then try again" >&2; exit 1; }
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -c constraints.txt -e '.[dev]'
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip install -c constraints.txt -e '.[all]'
 	@touch $(STAMP)
 
 clean:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from guidance.utils.lazy import lazy_names
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from guidance.apply.apply import apply_guidance as apply_guidance
     from guidance.apply.callback import MoveLatents as MoveLatents

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from guidance.utils.extras import explain_missing
+
 _MAX_LISTED = 12
 
 _DISK_ADVICE = {
@@ -52,12 +54,17 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return hint or f" There are {len(names)} choices, from '{names[0]}' to '{names[-1]}'."
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def friendly_errors(prog: str) -> Iterator[None]:
     """Turn the errors a user can fix into one line on stderr and an exit code; let all others pass.
 
-    Works as a context manager and as a decorator of `main`. A `UserError` and a disk that is full, read-only
-    or forbidden exit with 2; Ctrl-C exits with 130. Everything else keeps its traceback: it is a bug.
+    Works as a context manager and as a decorator of `main`. A `UserError`, a missing optional package and a disk that is
+    full, read-only or forbidden exit with 2; Ctrl-C exits with 130. Everything else keeps its traceback: it is a bug.
 
     Args:
         prog: Name of the program as the user called it, put before the message.
@@ -72,7 +79,7 @@ def friendly_errors(prog: str) -> Iterator[None]:
     except KeyboardInterrupt as error:
         raise _stop(prog, "interrupted", code=130) from error
     except Exception as error:
-        message = _disk_message(error)
+        message = explain_missing(error) if isinstance(error, ModuleNotFoundError) else _disk_message(error)
         if message is None:
             raise
         raise _stop(prog, message, code=2) from error
@@ -104,7 +111,7 @@ _SIGNS = ("out of memory", "defaultcpuallocator", "not enough memory", "allocate
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Detect out-of-memory errors of any device, also behind the error that they caused."""
+    """Detect out-of-memory errors of any device, also as the cause of another error."""
     import torch
 
     while error is not None:

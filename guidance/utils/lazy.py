@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from guidance.utils.extras import explain_missing
+
 
 def lazy_names(
     package: str, homes: Mapping[str, Sequence[str]]
@@ -21,6 +23,11 @@ def lazy_names(
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
-        return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        try:
+            return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+        except ModuleNotFoundError as error:
+            if (sentence := explain_missing(error)) is None:
+                raise
+            raise ModuleNotFoundError(sentence, name=error.name) from error
 
     return get, lambda: sorted(home), sorted(home)
