@@ -123,14 +123,14 @@ def test_reset_keeps_the_reference_on_demand() -> None:
     assert metric.name == "FD-judge"
     value = metric.compute()
     metric.reset()
-    with pytest.raises(UserError, match="generated samples"):
+    with pytest.raises(UserError, match="real=False"):
         metric.compute()
     metric.update(y, real=False)
     assert metric.compute() == value
     forgets = filled(x, y)
     forgets.reset()
     forgets.update(y, real=False)
-    with pytest.raises(UserError, match="real samples"):
+    with pytest.raises(UserError, match="real=True"):
         forgets.compute()
 
 
@@ -159,8 +159,6 @@ def test_bad_reference_files(tmp_path) -> None:
     for name in ("cut.npz", "other.npz"):
         with pytest.raises(UserError, match="got something else"):
             metric.load_reference(tmp_path / name)
-    with pytest.raises(UserError, match="npz"):
-        metric.save_reference(tmp_path / "ref.txt")
 
 
 def test_warns_below_twice_as_many_samples_as_features() -> None:
@@ -172,15 +170,13 @@ def test_warns_below_twice_as_many_samples_as_features() -> None:
         filled(x, gaussian(20, 10, 20)).compute()
 
 
-def test_bad_features_are_refused() -> None:
+def test_features_of_another_width_or_not_finite_are_refused() -> None:
     metric = FrechetDistance(3)
-    for bad in (torch.zeros(4, 2), torch.zeros(3), torch.tensor([[0.0, 1.0, float("nan")]])):
+    for bad in (torch.zeros(4, 2), torch.tensor([[0.0, 1.0, float("nan")]])):
         with pytest.raises(UserError, match="Expected"):
             metric.update(bad, real=True)
-    with pytest.raises(UserError, match="one d"):
+    with pytest.raises(UserError, match="same features"):
         frechet_distance(torch.zeros(2), torch.eye(2), torch.zeros(3), torch.eye(3))
-    with pytest.raises(UserError, match="width"):
-        FrechetDistance(0)
 
 
 def test_clip_score_in_closed_form() -> None:
@@ -210,15 +206,3 @@ def test_clip_score_agrees_with_torchmetrics(sign: int) -> None:
     for rows in (slice(5), slice(5, None)):
         streamed.update(images[rows], texts[rows])
     assert float(streamed.compute()["mean"]) == pytest.approx(expected, abs=1e-4)
-
-
-def test_bad_clip_score_input() -> None:
-    x = np.eye(3)
-    for a, b, variant in (
-        (x, x[:2], "cosine"),
-        (x, 0 * x, "cosine"),
-        (x[0], x[0], "cosine"),
-        (x, x, "hesel"),
-    ):
-        with pytest.raises(UserError, match="Expected"):
-            clip_score(a, b, variant=variant)

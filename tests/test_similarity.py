@@ -7,13 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from eval.metrics.clip import (
-    ClipScore,
-    DirectionalSimilarity,
-    ImageSimilarity,
-    directional_similarity,
-    image_similarity,
-)
+from eval.metrics.clip import ClipScore, DirectionalSimilarity, directional_similarity, image_similarity
 from guidance.utils.errors import UserError
 
 I1, I2, T1, T2 = torch.randn(4, 30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -52,7 +46,7 @@ def test_pairs_without_a_direction_are_nan_and_counted() -> None:
     assert float(found["mean"]) == pytest.approx(np.nanmean(values))
 
 
-@pytest.mark.parametrize("build", [ImageSimilarity, DirectionalSimilarity, ClipScore])
+@pytest.mark.parametrize("build", [DirectionalSimilarity, ClipScore])
 def test_batches_merging_and_processes_change_nothing(build) -> None:
     def filled(rows: slice, batch: int):
         metric = build()
@@ -71,16 +65,9 @@ def test_batches_merging_and_processes_change_nothing(build) -> None:
         assert float(metric.compute()["mean"]) == pytest.approx(whole, rel=1e-12)
 
 
-def test_bad_embeddings_get_one_sentence() -> None:
-    for bad, message in (
-        (I2[:5], "one shape"),
-        (I2[0], "shape"),
-        (0 * I2, "zero"),
-        (I2 * np.nan, "finite"),
-    ):
-        with pytest.raises(UserError, match=message):
-            image_similarity(I1, bad)
-        with pytest.raises(UserError, match=message):
-            directional_similarity(I1, I2, T1, bad)
-    with pytest.raises(UserError, match="one row or more"):
-        image_similarity(I1[:0], I2[:0])
+@pytest.mark.parametrize("bad", [I2[:5], I2[0], 0 * I2, I2 * np.nan, I2[:0]])
+def test_embeddings_without_a_partner_or_a_direction_are_refused(bad: torch.Tensor) -> None:
+    with pytest.raises(UserError):
+        image_similarity(I1, bad)
+    with pytest.raises(UserError):
+        directional_similarity(I1, I2, T1, bad)

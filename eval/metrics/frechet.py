@@ -1,6 +1,6 @@
 """Frechet distance between two sets of features, as a function and as a streaming torchmetrics metric.
 
-Name it after its features: "FID" is the distance on the real Inception's features only; else "FD-<features>".
+Name it after its features: "FID" is the distance on the real Inception's features only, "FD-<features>" on others.
 """
 
 from __future__ import annotations
@@ -16,34 +16,32 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from eval.metrics.feature_sets import feature_rows
+from eval.metrics.feature_sets import Features, feature_rows
 from guidance.utils.errors import UserError
 from guidance.utils.io import atomic_path
 
-_WELL_CONDITIONED = 1e-10  # least pivot against the largest
+Mean = Float[np.ndarray, " d"] | Float[Tensor, " d"]
+Covariance = Float[np.ndarray, "d d"] | Float[Tensor, "d d"]
+
+_WELL_CONDITIONED = 1e-10  # least pivot relative to the largest
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (d,) and covariance (d, d), ddof 1, of features (n, d), in float64."""
+    """Return the mean (d,) and covariance (d, d), ddof 1, of features (n, d), in float64."""
     wide = features.astype(np.float64)
     return wide.mean(0), np.cov(wide, rowvar=False)
 
 
-def frechet_distance(
-    mu1: Float[Tensor, " d"], s1: Float[Tensor, "d d"], mu2: Float[Tensor, " d"], s2: Float[Tensor, "d d"]
-) -> float:
+def frechet_distance(mu1: Mean, s1: Covariance, mu2: Mean, s2: Covariance) -> float:
     """Return the squared Frechet (2-Wasserstein) distance of two Gaussians.
 
     ``|mu1 - mu2|^2 + tr S1 + tr S2 - 2 sum sqrt(lambda)``, ``lambda`` the eigenvalues of ``R^T S2 R`` with ``S1 = R
     R^T``, clipped at 0: those of ``S1^1/2 S2 S1^1/2``, which the root chosen does not change.  All in float64, by
-    symmetric eigenproblems: an order of magnitude faster than the matrix square root, and never complex.
+    symmetric eigenproblems: an order of magnitude faster than a matrix square root, and never complex.
 
     Args:
         mu1, mu2: Means (tensors or arrays).
         s1, s2: Covariances, symmetric and positive semi-definite.
-
-    Raises:
-        UserError: If shapes do not match or a value is not finite.
 
     Reference:
         Dowson and Landau 1982; Heusel et al. 2017.
@@ -53,12 +51,11 @@ def frechet_distance(
     27.0
     """
     mu1, s1, mu2, s2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, s1, mu2, s2))
-    d = len(mu1) if mu1.ndim else 0
-    if any(m.shape != (d,) for m in (mu1, mu2)) or any(s.shape != (d, d) for s in (s1, s2)):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (mu1, s1, mu2, s2))
-        raise UserError(f"Expected means (d,) and covariances (d, d) of one d, got {shapes}.")
-    if not all(torch.isfinite(x).all() for x in (mu1, s1, mu2, s2)):
-        raise UserError("Expected finite means and covariances, got NaN or infinity; check the features.")
+    d = len(mu1)
+    if mu2.shape != (d,) or s1.shape != (d, d) or s2.shape != (d, d):
+        raise UserError(
+            f"Expected statistics of the same features, got means of {d} and {len(mu2)}; name the reference's network."
+        )
     root = _root(s1)
     eigenvalues = torch.linalg.eigvalsh(root.T @ s2 @ root).clamp(min=0)
     return float((mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * eigenvalues.sqrt().sum())
@@ -70,13 +67,8 @@ def save_statistics(
     sigma: Float[np.ndarray, "d d"],
     n: int | None = None,
 ) -> None:
-    """Write ``mu``, ``sigma`` and, where known, ``n`` into an ``.npz``, which pytorch-fid and clean-fid read too.
-
-    Raises:
-        UserError: If the name ends in anything else.
-    """
-    if not os.fspath(path).endswith(".npz"):
-        raise UserError(f"Expected a file name that ends in .npz, got '{path}'.")
+    """Write ``mu``, ``sigma`` and, where known, ``n`` into an ``.npz``, which pytorch-fid and clean-fid read too."""
+    assert os.fspath(path).endswith(".npz"), path
     arrays: dict[str, Any] = {"mu": mu, "sigma": sigma} | ({} if n is None else {"n": np.int64(n)})
     with atomic_path(path) as temporary:
         np.savez(temporary, **arrays)
@@ -85,7 +77,7 @@ def save_statistics(
 def load_statistics(
     path: str | os.PathLike[str],
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"], int | None]:
-    """Read ``mu``, ``sigma`` (float64) and ``n`` of an ``.npz``; None for n where another package left it out.
+    """Read ``mu``, ``sigma`` (float64) and ``n`` from an ``.npz``; n is None where another package left it out.
 
     Raises:
         UserError: If the file is missing or is no such file.
@@ -94,14 +86,14 @@ def load_statistics(
         with np.load(path, allow_pickle=False) as file:
             mu, sigma = (np.asarray(file[key], np.float64) for key in ("mu", "sigma"))
             n = int(file["n"]) if "n" in file else None
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-            raise ValueError(f"shapes {mu.shape} and {sigma.shape}")
+        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not np.isfinite(mu.sum() + sigma.sum()):
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"Expected reference statistics at '{path}', found none; check the path.") from None
-    # what a text file, a cut file and a bare array raise; OSError: a folder
+    # raised by a text file, a truncated file, a bare array; OSError by a folder
     except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"Expected reference statistics, mu (d,) and sigma (d, d), in '{path}', got something else; write "
+            f"Expected reference statistics, finite mu (d,) and sigma (d, d), in '{path}', got something else; write "
             "them with save_reference or save_statistics."
         ) from error
     return mu, sigma, n
@@ -119,15 +111,15 @@ def _root(s: Float[Tensor, "d d"]) -> Float[Tensor, "d k"]:
 
 
 class FrechetDistance(Metric):
-    """Frechet distance from streamed sums: features are never kept, processes merge by addition.
+    """Frechet distance from streamed sums: features are not kept, and processes merge by addition.
 
     The state of each side is ``n``, ``sum x`` and ``sum x x^T`` in float64; the covariance has ddof 1.  The
     distance is biased upwards at small n, strongly below ``n = 2 d``, where `compute` warns.
 
     Args:
         num_features: Width d of the features.
-        features: What they are, for `name`: "judge" gives "FD-judge".
-        reset_real: Whether `reset` also forgets the real side; False keeps a reference over many comparisons.
+        features: Their network, for `name`: "judge" gives "FD-judge".
+        reset_real: Let `reset` clear the real side too; False keeps a reference over many comparisons.
 
     >>> fd = FrechetDistance(2, reset_real=False)
     >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -145,8 +137,6 @@ class FrechetDistance(Metric):
         self, num_features: int, *, features: str = "features", reset_real: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if num_features < 1:
-            raise UserError(f"Expected a width of the features from 1, got {num_features}.")
         self.num_features, self.features, self.reset_real = num_features, features, reset_real
         for side in ("real", "fake"):
             self.add_state(f"{side}_n", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -158,10 +148,10 @@ class FrechetDistance(Metric):
 
     @property
     def name(self) -> str:
-        """The name to report it under."""
+        """Name under which to report the value."""
         return f"FD-{self.features}"
 
-    def update(self, features: Float[Tensor, "n d"], real: bool) -> None:
+    def update(self, features: Features, real: bool) -> None:
         """Add features (tensor or array) to the real or the generated side.
 
         Raises:
@@ -196,14 +186,13 @@ class FrechetDistance(Metric):
         n, total, outer = (getattr(self, f"{side}_{part}") for part in ("n", "sum", "outer"))
         if n < 2:
             raise UserError(
-                f"Expected two or more {'real' if real else 'generated'} samples, got {int(n)}; call "
-                f"update(features, real={real}) first."
+                f"Expected two or more samples, got {int(n)}; call update(features, real={real}) first."
             )
         mean = total / n
         return mean, (outer - n * torch.outer(mean, mean)) / (n - 1)
 
     def reset(self) -> None:
-        """Forget the samples; those of the real side too unless ``reset_real=False``."""
+        """Clear the generated side, and the real side too unless ``reset_real=False``."""
         kept = {name: getattr(self, name) for name in ("real_n", "real_sum", "real_outer")}
         super().reset()
         if not self.reset_real:
@@ -222,22 +211,17 @@ class FrechetDistance(Metric):
             UserError: If the file is missing, is not such a file, or has another width or no n.
         """
         mu, sigma, n = load_statistics(path)
-        if n is None:
+        if mu.shape != (self.num_features,) or n is None or n < 2:
             raise UserError(
-                f"Expected the number of samples, n, beside mu and sigma in '{path}', found none; write it with "
-                "save_reference, or take frechet_distance, which needs no n."
-            )
-        d = self.num_features
-        if mu.shape != (d,) or n < 2:
-            raise UserError(
-                f"Expected reference statistics of {d} features in '{path}', got {mu.shape} and "
-                f"{sigma.shape} of n={n}; use those of the same features."
+                f"Expected reference statistics of {self.num_features} features, with their number n, in '{path}', got "
+                f"{len(mu)} features and n={n}; write them with save_reference, or call frechet_distance, which needs "
+                "no n."
             )
         outer = (n - 1) * sigma + n * np.outer(mu, mu)
         for part in ("n", "sum", "outer"):
             setattr(self, f"real_{part}", torch.zeros_like(getattr(self, f"real_{part}")))
         self._add("real", *(torch.as_tensor(x).to(self.real_sum) for x in (n, n * mu, outer)))
-        self._computed = None  # torchmetrics keeps the last result until the next update
+        self._computed = None  # torchmetrics caches the last result until the next update
 
     def _add(self, side: str, n: Tensor | int, total: Tensor, outer: Tensor) -> None:
         for part, value in (("n", n), ("sum", total), ("outer", outer)):

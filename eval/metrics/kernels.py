@@ -1,17 +1,16 @@
-"""Kernel distances of two feature sets: the maximum mean discrepancy (MMD), KID and CMMD."""
+"""Kernel distances between two feature sets: maximum mean discrepancy (MMD), KID and CMMD."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eval.metrics.feature_sets import Features, FeatureSets, MeanSd, sorted_rows, two_sets, unit_rows
+from eval.metrics.feature_sets import Features, MeanSd, sorted_rows, two_sets, unit_rows
 from guidance.utils.errors import UserError
 
 Kernel = Callable[[Float[Tensor, "n d"], Float[Tensor, "m d"]], Float[Tensor, "n m"]]
@@ -49,7 +48,7 @@ def mmd_squared(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel
 
     Args:
         x, y: Features, float64, two rows or more each.
-        kernel: Of two sets, all pairs.
+        kernel: Maps two sets to the matrix of all pairs.
 
     Reference:
         Gretton et al. 2012, A kernel two-sample test, equations 3 (unbiased) and 5 (biased).
@@ -74,15 +73,15 @@ def mmd_squared(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel
 def kid(
     real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> MeanSd:
-    """Estimate the squared MMD with kernel ``(x.y / d + 1)^3``, without bias.
+    """Estimate the squared MMD with kernel ``(x.y / d + 1)^3`` (KID, kernel distance), without bias.
 
-    Each subset takes ``subset_size`` rows of either set, without replacement.  Subsets overlap, so the standard
+    Each subset takes ``subset_size`` rows of each set, without replacement.  Subsets overlap, so the standard
     deviation over them is no standard error; compare two methods with `eval.stats.permutation`.
 
     Args:
         real, generated: Features (tensors or arrays); the order of rows does not matter.
-        subsets: How many are drawn.
-        subset_size: Rows of each; the number of rows of equal sets, with ``subsets=1``, takes all pairs once.
+        subsets: Number of draws.
+        subset_size: Rows of a subset; with ``subsets=1`` and all rows of sets of equal size, every pair counts once.
         seed: Of the draws.
 
     Returns:
@@ -99,50 +98,18 @@ def kid(
     >>> round(kid(x, x + 4, subsets=1, subset_size=6).mean, 6)
     79010.366667
     """
-    if subsets < 1 or subset_size < 2:
-        raise UserError(f"Expected subsets from 1 of size from 2, got {subsets} of {subset_size}.")
-    a, b = two_sets(real, generated)
-    if min(len(a), len(b)) < subset_size:
+    a, b = map(sorted_rows, two_sets(real, generated))
+    if not 2 <= subset_size <= min(len(a), len(b)) or subsets < 1:
         raise UserError(
-            f"Expected {subset_size} or more rows in each set, the size of a subset, got {len(a)} and {len(b)}; "
-            "pass a smaller subset_size, the same in all comparisons."
+            f"Expected a subset_size from 2 to the rows of the smaller set, {min(len(a), len(b))}, got {subset_size} "
+            f"in {subsets} subsets; keep it the same in all comparisons."
         )
-    a, b = sorted_rows(a), sorted_rows(b)
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
         i, j = (torch.randperm(len(x), generator=generator)[:subset_size].to(x.device) for x in (a, b))
         values.append(mmd_squared(a[i], b[j], cubic_kernel).unbiased)
     return MeanSd(float(np.mean(values)), float(np.std(values)))
-
-
-class KernelDistance(FeatureSets):
-    """`kid` of streamed features: `compute` gives ``mean`` and ``sd``.
-
-    Args:
-        subsets, subset_size, seed: As of `kid`.
-        **kwargs: ``features`` and ``reset_real`` of `FeatureSets`, and what `torchmetrics.Metric` takes.
-
-    >>> metric = KernelDistance(subsets=1, subset_size=6, features="judge")
-    >>> metric.update(torch.arange(6.0)[:, None], real=True)
-    >>> metric.update(torch.arange(4.0, 10.0)[:, None], real=False)
-    >>> metric.name, round(float(metric.compute()["mean"]), 6)
-    ('KD-judge', 79010.366667)
-    """
-
-    higher_is_better = False
-    short = "KD"
-
-    def __init__(self, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.options = {"subsets": subsets, "subset_size": subset_size, "seed": seed}
-
-    def measure(self, real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]) -> MeanSd:
-        """Return `kid` of the two sides."""
-        return kid(real, generated, **self.options)
-
-
-_SCALE = 1000  # of the published code, to be readable
 
 
 def cmmd(real: Features, generated: Features) -> MMD:
@@ -168,23 +135,4 @@ def cmmd(real: Features, generated: Features) -> MMD:
     """
     a, b = two_sets(unit_rows(real), unit_rows(generated))
     value = mmd_squared(a, b, rbf_kernel)
-    return MMD(_SCALE * value.biased, _SCALE * value.unbiased)
-
-
-class CMMD(FeatureSets):
-    """`cmmd` of streamed embeddings: `compute` gives ``biased``, the published value, and ``unbiased``.
-
-    >>> import torch
-    >>> metric = CMMD(features="judge")
-    >>> metric.update(torch.eye(4)[:2], real=True)
-    >>> metric.update(torch.eye(4)[2:], real=False)
-    >>> metric.name, round(float(metric.compute()["biased"]), 6)
-    ('CMMD-judge', 9.950166)
-    """
-
-    higher_is_better = False
-    short = "CMMD"
-
-    def measure(self, real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]) -> MMD:
-        """Return `cmmd` of the two sides."""
-        return cmmd(real, generated)
+    return MMD(1000 * value.biased, 1000 * value.unbiased)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from eval.metrics.feature_sets import Features, FeatureSets, two_sets
+from eval.metrics.feature_sets import Features, two_sets
 from guidance.utils.errors import UserError
 
 _BLOCK = 1024  # rows of a distance matrix held at once
-
 _EXACT = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # else equal points are not at distance 0
 
 
@@ -31,7 +29,7 @@ class PrecisionRecall:
 
 
 def precision_recall(real: Features, generated: Features, k: int = 3) -> PrecisionRecall:
-    """Estimate both manifolds as unions of balls that reach each point's k-th nearest neighbour of its own set.
+    """Estimate both manifolds as unions of balls that reach each point's k-th nearest neighbour in its own set.
 
     Args:
         real, generated: Features (tensors or arrays); sets of equal size make values of different runs comparable.
@@ -56,39 +54,11 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
     return PrecisionRecall(*map(float, shares))
 
 
-class PrecisionRecallMetric(FeatureSets):
-    """`precision_recall` of streamed features: `compute` gives ``precision`` and ``recall``.
-
-    Args:
-        k: As of `precision_recall`.
-        **kwargs: ``features`` and ``reset_real`` of `FeatureSets`, and what `torchmetrics.Metric` takes.
-
-    >>> metric = PrecisionRecallMetric(k=1, features="judge")
-    >>> metric.update(torch.arange(8.0)[:, None], real=True)
-    >>> metric.update(torch.arange(4.0)[:, None] + 0.1, real=False)
-    >>> metric.name, float(metric.compute()["recall"])
-    ('PR-judge', 0.625)
-    """
-
-    higher_is_better = True
-    short = "PR"
-
-    def __init__(self, *, k: int = 3, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.k = k
-
-    def measure(self, real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"]) -> PrecisionRecall:
-        """Return `precision_recall` of the two sides."""
-        return precision_recall(real, generated, self.k)
-
-
 def radii(centres: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
-    """Distance of each centre to its k-th nearest neighbour among the others."""
-    own = [torch.cdist(part, centres, **_EXACT) for part in centres.split(_BLOCK)]
-    nearest = [
-        d.topk(k + 1, dim=1, largest=False).values[:, -1] for d in own
-    ]  # the first is the point itself
-    return torch.cat(nearest)
+    """Return the distance of each centre to its k-th nearest neighbour among the others."""
+    distances = (torch.cdist(part, centres, **_EXACT) for part in centres.split(_BLOCK))
+    # the first neighbour is the point itself
+    return torch.cat([d.topk(k + 1, dim=1, largest=False).values[:, -1] for d in distances])
 
 
 def covered(
