@@ -1,4 +1,4 @@
-"""What guidance costs: seconds, memory and FLOPs of a denoiser step under each method, against an unguided one.
+"""Measure what guidance costs: time, memory and FLOPs of a denoiser step, against an unguided one.
 
     python -m eval.cost                       # Stable Diffusion 2.1's shape, random weights, 512 px: 20 minutes
     python -m eval.cost latent_size=32 repeats=9 'methods=[mid-u, amortised]'                             # 256 px
@@ -6,19 +6,16 @@
     python -m eval.cost model=testbed batch_size=32 'guides=[aesthetic, "aesthetic:every=2"]' methods=[mid-u]
     python -m eval.cost device=cuda dtype=bfloat16 channels_last=true compile=true batch_size=4    # untested
 
-Runs alternate, and each is compared with the mean of the unguided runs before and after it, so that a drifting machine
-hits all of them alike; seconds are CPU time of the process on a CPU and wall time on an accelerator.  The floor is
-counted: FLOPs of the guided step over those of the unguided one.  A guide with an interval or every=k is charged what
-its steps cost on average over a run of 25.
+Methods take turns, and each run is compared with the mean of the baseline's runs before and after it, so that a
+drifting machine affects all of them alike.  Times are CPU time of the process on a CPU and wall time on an accelerator.
+The floor is counted: FLOPs of the guided step over those of its baseline.  A guide with an interval or every=k is
+charged the average cost of its steps over a run of 25.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,27 +23,24 @@ from guidance.utils.config import option, parse_config
 from guidance.utils.errors import UserError, friendly_errors, nearest
 
 if TYPE_CHECKING:
-    Built = Mapping[str, tuple[str | None, Callable[[Bench], Method]]]
-    from eval.cost.methods import Bench, Method
+    from eval.cost.methods import Builder, CostBench
 
 
 @dataclasses.dataclass
 class CostConfig:
-    """What is timed."""
+    """Options of the measurement."""
 
-    model: str = option(
-        "random:sd-2.1-base", "random:NAME for random weights, the testbed, a folder or a hub id"
+    model: str = option("random:sd-2.1-base", "random:NAME for random weights, testbed, a folder or a hub id")
+    latent_size: int = option(
+        0, "side of the latents, 64 for 512 px in Stable Diffusion; 0: the model's default"
     )
-    latent_size: int = option(0, "side of the latents, 64 for 512 px in Stable Diffusion; 0: the model's own")
-    batch_size: int = option(1, "images a step; each is two samples with classifier-free guidance")
-    methods: list[str] = option([], "those to time, and what they are compared with; empty: all")
-    guides: list[str] = option(
-        [], "guides NAME:key=value,... to time beside them, as sample.guided takes them"
-    )
+    batch_size: int = option(1, "images per step; each is two samples with classifier-free guidance")
+    methods: list[str] = option([], "methods to time; their baselines are added; empty: all")
+    guides: list[str] = option([], "guides NAME:key=value,... to time as well, as sample.guided takes them")
     clip: str = option(
         "random", "CLIP of the methods that need one: random (ViT-B/32), testbed, a folder or id"
     )
-    repeats: int = option(5, "alternating repeats of each method, after warm-ups")
+    repeats: int = option(5, "repeats of each method, in turns, after a warm-up")
     device: str = option("cpu", "cpu or cuda")
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
     channels_last: bool = option(False, "keep the denoiser's weights channels-last")
@@ -61,54 +55,25 @@ class CostConfig:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a step takes under a method.
-
-    Attributes:
-        median, min, max: Seconds of a step over the repeats.
-        tflop: Counted.
-        peak_gb: Most memory in use during a step, weights included; None where that cannot be told.
-        saved_gb: Activations kept for a backward pass, over all of a step.
-        against: The method it is compared with.
-        ratio, ratio_min, ratio_max: Seconds over the mean of that method's runs before and after: median and range.
-        floor: FLOPs over its FLOPs.
-        peak_ratio: Peak memory over its peak memory.
-        runs: Seconds of each run, in their order.
-    """
-
-    median: float
-    min: float
-    max: float
-    tflop: float
-    peak_gb: float | None
-    saved_gb: float
-    against: str | None = None
-    ratio: float | None = None
-    ratio_min: float | None = None
-    ratio_max: float | None = None
-    floor: float | None = None
-    peak_ratio: float | None = None
-    runs: Sequence[float] = ()
-
-
 def measure_cost(config: CostConfig) -> dict[str, Any]:
-    """Measure a denoiser step under every method that is asked for.
+    """Measure a denoiser step under every selected method.
 
     Returns:
-        ``{"config": ..., "threads": ..., "rows": {method: fields of a Cost}}``; the same is written as JSON, and a plot
-        beside it.
+        ``{"config": ..., "threads": ..., "rows": {method: fields of a Cost}}``; the same is written as JSON, with a
+        plot beside it.
 
     Raises:
-        UserError: If there is no such method, guide or model.
+        UserError: If a method, guide or model is unknown.
     """
     import torch
 
+    from eval.cost.measure import measure_steps
     from guidance.utils.io import write_json
 
-    built = _choose(config)
-    bench = _bench(config)
-    rows = {name: dataclasses.asdict(cost) for name, cost in _measure(bench, built, config).items()}
+    methods = _select(config)
+    bench = _build_bench(config)
+    costs = measure_steps(bench, methods, config.repeats, config.device)
+    rows = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
     side = config.latent_size or bench.denoiser.config.sample_size
     result = {"config": dataclasses.asdict(config), "threads": torch.get_num_threads(), "rows": rows}
     file = Path(config.output) / f"{Path(config.model).name.replace(':', '-')}-{side}.json"
@@ -117,31 +82,30 @@ def measure_cost(config: CostConfig) -> dict[str, Any]:
     return result
 
 
-def _choose(config: CostConfig) -> Built:
-    """The methods that are asked for, with what they are compared with before them."""
-    from eval.cost.methods import METHODS, given_method
+def _select(config: CostConfig) -> dict[str, tuple[str | None, Builder]]:
+    """Select methods and their baselines, which come first."""
+    from eval.cost.methods import METHODS, guide_method
 
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise UserError(f"Expected methods, got '{unknown[0]}'.{nearest(unknown[0], METHODS)}")
-    wanted = set(config.methods or METHODS)
-    wanted |= {against for name in wanted if (against := METHODS[name][0])}
-    wanted |= {"unguided"} if config.guides else set()
-    return {name: METHODS[name] for name in METHODS if name in wanted} | {
-        text: given_method(text) for text in config.guides
-    }
+    names = set(config.methods or METHODS)
+    names |= {baseline for name in names if (baseline := METHODS[name][0])}
+    names |= {"unguided"} if config.guides else set()
+    methods = {name: method for name, method in METHODS.items() if name in names}
+    return methods | {text: guide_method(text) for text in config.guides}
 
 
-def _bench(config: CostConfig) -> Bench:
+def _build_bench(config: CostConfig) -> CostBench:
     import torch
 
-    from eval.cost.methods import Bench
+    from eval.cost.methods import CostBench
     from guidance.models.pipelines import DENOISER, load_pipeline
 
     needs_vae = not config.methods or any("VAE" in name for name in config.methods)
     parts = None if config.guides else (*DENOISER, "vae") if needs_vae else DENOISER
     dtype = getattr(torch, config.dtype)
     pipe = load_pipeline(config.model, device=config.device, dtype=dtype, parts=parts)
-    bench = Bench(pipe, config.batch_size, config.latent_size or None, config.clip)
+    bench = CostBench(pipe, config.batch_size, config.latent_size or None, config.clip)
     if config.channels_last:
         bench.denoiser.to(memory_format=torch.channels_last)
     if config.compile:
@@ -149,103 +113,26 @@ def _bench(config: CostConfig) -> Bench:
     return bench
 
 
-def _measure(bench: Bench, built: Built, config: CostConfig) -> dict[str, Cost]:
-    from tqdm.auto import tqdm
-
-    from eval.cost.meters import count_flops, count_saved, peak_memory, time_run
-
-    methods, counted, saved, peaks = {}, {}, {}, {}
-    for name in tqdm(
-        built, desc="count FLOPs and memory"
-    ):  # what is heavy is built late: earlier peaks lack it
-        methods[name] = method = built[name][1](bench)
-        counted[name] = _over(method, count_flops)  # warms up, too
-        saved[name] = 0.0
-        if method.gradient:
-            saved[name] = max(_each(method, lambda run: count_saved(run, list(bench.networks()))))
-        peaks[name] = _each(method, lambda run: peak_memory(run, config.device))
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-
-    def time(name: str) -> None:
-        seconds[name].append(_over(methods[name], lambda run: time_run(run, config.device)))
-
-    for _ in tqdm(range(config.repeats), desc="repeat"):
-        for name in methods:
-            time(name)
-    for name in {base for base, _ in built.values() if base is not None}:
-        time(name)  # the run after the last ones
-    costs: dict[str, Cost] = {}
-    for name in methods:
-        known = [peak for peak in peaks[name] if peak is not None]
-        own = Cost(
-            statistics.median(seconds[name]),
-            min(seconds[name]),
-            max(seconds[name]),
-            counted[name] / 1e12,
-            max(known) / 1e9 if known else None,
-            saved[name] / 1e9,
-            runs=seconds[name],
-        )
-        base = built[name][0]
-        if base is not None:
-            around = itertools.pairwise(seconds[base])
-            ratios = [
-                2 * run / (before + after) for run, (before, after) in zip(seconds[name], around, strict=True)
-            ]
-            own = dataclasses.replace(
-                own,
-                against=base,
-                ratio=statistics.median(ratios),
-                ratio_min=min(ratios),
-                ratio_max=max(ratios),
-                floor=counted[name] / counted[base],
-                peak_ratio=_quotient(own.peak_gb, costs[base].peak_gb),
-            )
-        costs[name] = own
-    return costs
-
-
-def _quotient(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
-def _each(method: Method, meter: Callable[[Callable[[], Any]], Any]) -> list[Any]:
-    """What a meter says of every phase of a run."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(method.context())
-        return [meter(run) for run, _ in method.phases]
-
-
-def _over(method: Method, meter: Callable[[Callable[[], Any]], float]) -> float:
-    """The average step of a run, by a meter."""
-    found = _each(method, meter)
-    return sum(value * share for value, (_, share) in zip(found, method.phases, strict=True))
-
-
 def cost_table(result: Mapping[str, Any]) -> str:
-    """Markdown of :func:`measure_cost`."""
+    """Format the result of :func:`measure_cost` as a Markdown table."""
     lines = [
         "| method | seconds (min .. max) | against | ratio (range) | floor | TFLOP | peak GB | ratio | saved GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in result["rows"].items():
-        span = f"{r['median']:.3g} ({r['min']:.3g} .. {r['max']:.3g})"
+        seconds = f"{r['median']:.3g} ({r['min']:.3g} .. {r['max']:.3g})"
         ratio = "-"
         if r["ratio"] is not None:
             ratio = f"{r['ratio']:.3f} ({r['ratio_min']:.3f} .. {r['ratio_max']:.3f})"
-        floor, peak, more = (_number(r[k]) for k in ("floor", "peak_gb", "peak_ratio"))
+        floor, *peak = ("-" if r[k] is None else f"{r[k]:.3f}" for k in ("floor", "peak_gb", "peak_ratio"))
         saved = f"{r['saved_gb']:.3g}" if r["saved_gb"] else "-"
-        cells = (name, span, r["against"] or "-", ratio, floor, f"{r['tflop']:.3g}", peak, more, saved)
+        cells = (name, seconds, r["against"] or "-", ratio, floor, f"{r['tflop']:.3g}", *peak, saved)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
 def plot_cost(result: Mapping[str, Any], file: Path) -> None:
-    """Bars of the measured ratios with their range, and the counted floor of each."""
+    """Plot the measured ratios as bars with their ranges, and the counted floors as marks."""
     from matplotlib.figure import Figure
 
     from guidance.utils.io import atomic_path
@@ -272,7 +159,7 @@ def plot_cost(result: Mapping[str, Any], file: Path) -> None:
 
 @friendly_errors("eval.cost")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this script."""
+    """Run the command line."""
     config = parse_config(CostConfig, argv, prog="eval.cost", description=__doc__ or "")
     print(cost_table(measure_cost(config)))
     return 0

@@ -1,4 +1,4 @@
-"""What a step takes: FLOPs, seconds, peak memory, and the activations that wait for a backward pass."""
+"""Meters of a step: FLOPs, seconds, peak memory, and activations saved for a backward pass."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Run = Callable[[], Any]
 _packing: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("packing", default=None)
 
 
-class _Whole:
-    """Module tracker that puts everything under one name: the real one cannot follow gradients of an input."""
+class _GlobalTracker:
+    """Module tracker that puts everything under one name: torch's cannot follow gradients of an input."""
 
     parents: ClassVar[set[str]] = {"Global"}
 
-    def __enter__(self) -> _Whole:
+    def __enter__(self) -> _GlobalTracker:
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -42,7 +42,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: 
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-#: Fused attention on a CPU, which torch's counter leaves out.
+#: Fused attention on a CPU, which torch's counter ignores.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -50,18 +50,18 @@ _CPU_ATTENTION = {
 
 
 def count_flops(run: Run) -> int:
-    """Floating point operations of one call, a multiplication and an addition counted as two (torch's counter)."""
+    """Count the floating point operations of a call; a multiply-add is two."""
     counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-    counter.mod_tracker = _Whole()
+    counter.mod_tracker = _GlobalTracker()
     with counter:
         run()
     return counter.get_total_flops()
 
 
 def count_saved(run: Run, networks: Iterable[nn.Module]) -> int:
-    """Bytes of activations that one call keeps for its backward pass, each storage once; weights are not counted."""
+    """Count the bytes of activations that a call saves for its backward pass: each storage once, no weights."""
     weights = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
-    kept: dict[int, Any] = {}  # the storages themselves, so that no address is used twice
+    kept: dict[int, Any] = {}  # the storages themselves, so that no address is reused
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -80,44 +80,45 @@ def count_saved(run: Run, networks: Iterable[nn.Module]) -> int:
 
 @contextlib.contextmanager
 def counted() -> Iterator[None]:
-    """Let :func:`count_saved` see what is saved here, where hooks around it are switched off."""
+    """Restore the hooks of :func:`count_saved` inside a region that replaces them."""
     pack = _packing.get()
     with contextlib.nullcontext() if pack is None else saved_tensors_hooks(pack, lambda x: x):
         yield
 
 
 def time_run(run: Run, device: str) -> float:
-    """Seconds of one call: of all threads of the process together on a CPU, by the wall on an accelerator."""
+    """Time a call in seconds: CPU time of all threads on a CPU, wall time on an accelerator."""
     if device == "cpu":
-        begun = time.process_time()
+        start = time.process_time()
         run()
-        return time.process_time() - begun
+        return time.process_time() - start
     torch.accelerator.synchronize()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run()
     torch.accelerator.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def peak_memory(run: Run, device: str) -> int | None:
-    """Most bytes in use during one call, weights included: of the process on Linux, of the allocator on CUDA.
+    """Measure the peak memory of a call in bytes, weights included: of the process on Linux, of the allocator on CUDA.
 
-    None where that cannot be told.
+    Returns:
+        None on other platforms.
     """
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated()
-    if device != "cpu" or not _forget_peak():
+    if device != "cpu" or not _reset_peak():
         return None
     run()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def _forget_peak() -> bool:
-    """Give freed memory back and let the kernel begin to look for a new peak; False where it does not."""
+def _reset_peak() -> bool:
+    """Return freed memory to the kernel and reset its peak counter; False where that is unsupported."""
     if not sys.platform.startswith("linux"):
         return False
     try:

@@ -1,4 +1,4 @@
-"""The methods whose cost is compared: guided steps of this toolkit, and rivals after their published formulas."""
+"""Methods whose cost is compared: guided steps of this toolkit, and rivals by their published formulas."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,16 @@ from guidance.utils.errors import UserError
 
 NUM_STEPS = 25  # of the run whose steps are timed
 
-RANDOM_CLIP = "random"  # the shape of OpenAI's ViT-B/32
+RANDOM_CLIP = "random"  # random weights in the shape of OpenAI's ViT-B/32
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is timed.
+    """The kinds of denoiser steps that a run takes under a method.
 
     Attributes:
-        phases: (one denoiser step, its share of a run), in order; steps of a guide differ where it has an interval or
-            ``every``.
-        context: What is around a run.
+        phases: (one step, its share of a run), in order; there are several where a guide has an interval or ``every``.
+        context: Entered around the steps.
         gradient: Whether activations are kept for a backward pass.
     """
 
@@ -45,25 +44,30 @@ class Method:
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     gradient: bool = False
 
+    def measure(self, meter: Callable[[Callable[[], Any]], Any]) -> list[Any]:
+        """Apply a meter to a step of each phase."""
+        with self.context():
+            return [meter(step) for step, _ in self.phases]
 
-class Bench:
-    """A pipeline with random inputs, and what guides it; heavy parts are made when they are first asked for.
+    def average(self, meter: Callable[[Callable[[], Any]], float]) -> float:
+        """Average a meter over the steps of a run."""
+        values = self.measure(meter)
+        return sum(value * share for value, (_, share) in zip(values, self.phases, strict=True))
+
+
+class CostBench:
+    """A pipeline with random inputs and guides; heavy parts are built on first use.
 
     Args:
-        pipe: As much of a pipeline as guidance needs.
-        batch: Images a step.
-        side: Side of the latents; None: the model's own.
-        clip: The CLIP of CLIP guidance, "random" or see :func:`guidance.models.clip.load_clip`.
+        pipe: Pipeline with a denoiser and a scheduler; methods that decode need its VAE, too.
+        batch: Images per step.
+        side: Side of the latents; None: the model's default.
+        clip: CLIP model of CLIP guidance: "random", or a name for :func:`guidance.models.clip.load_clip`.
     """
 
     def __init__(self, pipe: Pipeline, batch: int, side: int | None, clip: str) -> None:
-        self.pipe, self.denoiser, self.batch, self.side, self._clip = (
-            pipe,
-            denoiser_of(pipe),
-            batch,
-            side,
-            clip,
-        )
+        self.pipe, self.denoiser = pipe, denoiser_of(pipe)
+        self.batch, self.side, self._clip = batch, side, clip
         if type(pipe.scheduler).__name__ == "PNDMScheduler":  # calls the model twice for one of its steps
             from diffusers import DDIMScheduler
 
@@ -75,24 +79,23 @@ class Bench:
 
     # ---- a step -----------------------------------------------------------------------------------------------
     def inputs(self, parts: int) -> tuple[Tensor, dict[str, Any]]:
-        """Random latents and conditions of a batch of guidance parts, the same at every call."""
+        """Return random latents and conditions of a batch of guidance parts, the same at every call."""
         if parts not in self._inputs:
-            x, others = build_inputs(self.denoiser, self.side, parts * self.batch)
-            others.pop("timestep")
+            x, conditions = build_inputs(self.denoiser, self.side, parts * self.batch)
+            conditions.pop("timestep")
             generator = torch.Generator().manual_seed(0)
-            self._inputs[parts] = _filled(x, generator), _filled(others, generator)
+            self._inputs[parts] = _randomise(x, generator), _randomise(conditions, generator)
         return self._inputs[parts]
 
     def forward(self, index: int, parts: int, x: Tensor | None = None) -> Tensor:
-        """The prediction at a step, of other latents if some are given."""
-        own, others = self.inputs(parts)
-        t = self.pipe.scheduler.timesteps[index].to(own.device)
-        return self.denoiser(
-            own if x is None else x, timestep=t.expand(len(own)), **others, return_dict=False
-        )[0]
+        """Predict at a step of the schedule, for other latents if given."""
+        latents, conditions = self.inputs(parts)
+        x = latents if x is None else x
+        t = self.pipe.scheduler.timesteps[index].to(x.device)
+        return self.denoiser(x, timestep=t.expand(len(x)), **conditions, return_dict=False)[0]
 
     def step(self, index: int = 3, parts: int = 2) -> None:
-        """A step as a pipeline takes it."""
+        """Take a step as a pipeline does."""
         token = cfg_parts.set(parts)
         try:
             with torch.no_grad():
@@ -107,26 +110,25 @@ class Bench:
 
     @functools.cached_property
     def features(self) -> Tensor:
-        """What the head sees of one part."""
-        x, others = self.inputs(1)
-        return encode_features(self.denoiser, x, 500, tap=self.tap, **others)
+        """Mid-block features of one guidance part."""
+        x, conditions = self.inputs(1)
+        return encode_features(self.denoiser, x, 500, tap=self.tap, **conditions)
 
     @functools.cached_property
     def head(self) -> Any:
-        """The report's head, random."""
+        """A random head of the report's architecture."""
         from guidance.heads import HeadConfig, build_head
 
-        config = HeadConfig(
-            "conv", self.features.shape[1], time_conditioned=False, tap=self.tap, **self._base
-        )
+        channels = self.features.shape[1]
+        config = HeadConfig("conv", channels, time_conditioned=False, tap=self.tap, **self._base)
         return build_head(config).to(self.denoiser.device)
 
     def mid_u(self, **options: Any) -> Guide:
-        """Mid-block guidance with that head."""
+        """Build mid-block guidance with that head."""
         return MidBlockGuide(self.head, 1.0, **({"start": 0.0, "stop": 1.0} | options))
 
     def amortised(self) -> Any:
-        """An adapter of the shape that train/amortise.py gives it, random."""
+        """Build a guide by a random adapter of the shape that train/amortise.py trains."""
         from guidance.guides.amortised import AmortisedGuide
         from guidance.heads.adapter import AdapterConfig, build_adapter
 
@@ -135,7 +137,7 @@ class Bench:
 
     @functools.cached_property
     def clip(self) -> Any:
-        """The CLIP of CLIP guidance."""
+        """The CLIP model of CLIP guidance."""
         from guidance.models.clip import Clip, Preprocess, load_clip
 
         if self._clip != RANDOM_CLIP:
@@ -147,7 +149,7 @@ class Bench:
         return Clip(CLIPModel(CLIPConfig()), None, preprocess, RANDOM_CLIP).to(self.denoiser.device)
 
     def clip_guide(self, *, through: str, tiny: bool) -> Guide:
-        """CLIP guidance towards a grey image, decoded by the pipeline's VAE or by a random decoder of TAESD's shape."""
+        """Build CLIP guidance towards a grey image, decoded by the VAE or a random decoder of TAESD's shape."""
         from diffusers import AutoencoderTiny
 
         from guidance.guides.clip import ClipGuide
@@ -162,67 +164,65 @@ class Bench:
         return ClipGuide(self.clip, 1.0, images=image, through=through, decoder=decoder)
 
     def guided(self, guides: Sequence[Guide], parts: int = 2) -> Method:
-        """Steps under guides, each kind weighted by its share of a run of :data:`NUM_STEPS`."""
+        """Return steps under guides, each kind weighted by its share of a run of :data:`NUM_STEPS`."""
         phases = tuple((functools.partial(self.step, i, parts), share) for i, share in list_phases(guides))
-        watched: Any = [guide if is_direct(guide) else _Counted(guide) for guide in guides]
+        watched: Any = [guide if is_direct(guide) else _CountedGuide(guide) for guide in guides]
         gradient = not all(map(is_direct, guides))
         return Method(phases, functools.partial(apply_guidance, self.pipe, watched), gradient)
 
     # ---- rivals -----------------------------------------------------------------------------------------------
-    def _pulled(self, x: Tensor, parts: int, index: int = 3) -> Tensor:
-        """A prediction with its whole graph, shifted by the gradient of the head's score."""
-        seen: list[Tensor] = []
-        leaf = x.detach().clone().requires_grad_(True)
-        t = torch.full((parts * self.batch,), 500.0, device=x.device)
-        keep = lambda name, output, grid: seen.append(read_output(output, grid))  # noqa: E731
+    def _full_graph_step(self, parts: int) -> Tensor:
+        """Predict with the graph of the whole denoiser and shift by the gradient of the head's score."""
+        outputs: list[Tensor] = []
+        x = self.inputs(parts)[0].detach().clone().requires_grad_(True)
+        t = torch.full((len(x),), 500.0, device=x.device)
+        keep = lambda name, output, grid: outputs.append(read_output(output, grid))  # noqa: E731
         with watch(self.denoiser, [self.tap], keep), torch.enable_grad():
-            output = self.forward(index, parts, leaf)
-            score = self.mid_u().score(seen[0].float(), t).sum()
-            (g,) = torch.autograd.grad(score, leaf)
+            output = self.forward(3, parts, x)
+            score = self.mid_u().score(outputs[0].float(), t).sum()
+            (g,) = torch.autograd.grad(score, x)
         return output.detach()[:, : g.shape[1]] - g[:, : output.shape[1]]
 
     def full_graph(self) -> None:
-        """The conditional part with the graph of the whole denoiser, the unconditional one without."""
+        """Run the conditional part with the graph of the whole denoiser, the unconditional one without."""
         with torch.no_grad():
             self.forward(3, 1)
-        self._pulled(self.inputs(1)[0], 1)
+        self._full_graph_step(1)
 
     def both_parts(self) -> None:
-        """Both parts in one batch with the graph of the whole denoiser."""
-        self._pulled(self.inputs(2)[0], 2)
+        """Run both parts in one batch with the graph of the whole denoiser."""
+        self._full_graph_step(2)
 
     def second_forward(self) -> None:
-        """An unguided step, and after it another forward for the gradient, as the report's descendants do."""
+        """Take an unguided step, then another forward for the gradient, as the report's descendants do."""
         self.step()
-        self._pulled(self.inputs(1)[0], 1)
+        self._full_graph_step(1)
 
     def head_alone(self) -> None:
-        """Score and gradient of the head with respect to the features."""
+        """Compute the head's score and its gradient with respect to the features."""
         h = self.features.detach().float().requires_grad_(True)
         t = torch.full((len(h),), 500.0, device=h.device)
         torch.autograd.grad(self.mid_u().score(h, t).sum(), h)
 
     def capture_full(self) -> None:
-        """Features read from a whole forward."""
+        """Read features from a whole forward."""
         with capture(self.denoiser, [self.tap]), torch.no_grad():
             self.forward(3, 1)
 
     def capture_encoder(self) -> None:
-        """Features read from a forward that stops at the tap."""
-        x, others = self.inputs(1)
-        encode_features(self.denoiser, x, self.pipe.scheduler.timesteps[3], tap=self.tap, **others)
+        """Read features from a forward that stops at the tap."""
+        x, conditions = self.inputs(1)
+        encode_features(self.denoiser, x, self.pipe.scheduler.timesteps[3], tap=self.tap, **conditions)
 
-    def networks(self) -> Iterator[nn.Module]:
-        """Everything whose weights are not activations."""
-        yield self.denoiser
-        yield from (
-            part for part in (getattr(self.pipe, "vae", None), self.__dict__.get("head")) if part is not None
-        )
-        if "clip" in self.__dict__:
-            yield self.clip.model
+    def networks(self) -> list[nn.Module]:
+        """List the networks built so far, whose weights are not activations."""
+        built = vars(self)
+        parts = [self.denoiser, getattr(self.pipe, "vae", None), built.get("head")]
+        parts += [self.clip.model] if "clip" in built else []
+        return [part for part in parts if part is not None]
 
 
-class _Counted:
+class _CountedGuide:
     """A guide whose score is seen by :func:`eval.cost.meters.count_saved`."""
 
     def __init__(self, guide: Guide) -> None:
@@ -251,9 +251,9 @@ def list_phases(guides: Sequence[Guide], num_steps: int = NUM_STEPS) -> list[tup
     return [(kinds.index(kind), n / num_steps) for kind, n in Counter(kinds).items()]
 
 
-def _filled(value: Any, generator: torch.Generator) -> Any:
+def _randomise(value: Any, generator: torch.Generator) -> Any:
     if isinstance(value, dict):
-        return {name: _filled(v, generator) for name, v in value.items()}
+        return {name: _randomise(v, generator) for name, v in value.items()}
     if not value.is_floating_point():
         return value
     return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
@@ -263,17 +263,19 @@ def _simple(run: Callable[[], None], *, gradient: bool = False) -> Method:
     return Method(((run, 1.0),), gradient=gradient)
 
 
-def _fast() -> dict[str, Any]:
+def _fast(bench: CostBench) -> Method:
     spec = read_guide("fast")
-    return {name: getattr(spec, name) for name in ("start", "stop", "every")}
+    return bench.guided([bench.mid_u(start=spec.start, stop=spec.stop, every=spec.every)])
 
 
-#: Name -> (what it is compared with, what is timed on a bench).
-METHODS: dict[str, tuple[str | None, Callable[[Bench], Method]]] = {
+Builder = Callable[[CostBench], Method]
+
+#: Name -> (baseline it is compared with, builder).
+METHODS: dict[str, tuple[str | None, Builder]] = {
     "unguided": (None, lambda b: _simple(b.step)),
     "mid-u": ("unguided", lambda b: b.guided([b.mid_u()])),
     "mid-u, every 2": ("unguided", lambda b: b.guided([b.mid_u(every=2)])),
-    "mid-u, fast": ("unguided", lambda b: b.guided([b.mid_u(**_fast())])),
+    "mid-u, fast": ("unguided", _fast),
     "amortised": ("unguided", lambda b: b.guided([b.amortised()])),
     "the head alone": ("unguided", lambda b: _simple(b.head_alone)),
     "full graph": ("unguided", lambda b: _simple(b.full_graph, gradient=True)),
@@ -292,7 +294,7 @@ METHODS: dict[str, tuple[str | None, Callable[[Bench], Method]]] = {
 }
 
 
-def given_method(text: str) -> tuple[str, Callable[[Bench], Method]]:
-    """A guide as ``--guide`` takes it, at its own scale."""
+def guide_method(text: str) -> tuple[str, Builder]:
+    """Return the entry of a guide written as for ``--guide``, at the scale it names."""
     spec = read_guide(text)
     return "unguided", lambda bench: bench.guided([spec.build(spec.guidance_scale)])
