@@ -1,4 +1,4 @@
-"""Noise schedules of diffusers schedulers, and one algebra for eps, v, x0 and flow predictions.
+"""Read noise schedules from diffusers schedulers; convert between eps, v, x0 and flow predictions.
 
 Notation: the denoiser sees ``x = alpha x0 + sigma eps`` (after ``scheduler.scale_model_input``), so for variance
 preserving (VP) models ``alpha^2 + sigma^2 = 1`` *whatever scheduler samples them*: Euler and LMS divide their
@@ -8,7 +8,7 @@ preserving (VP) models ``alpha^2 + sigma^2 = 1`` *whatever scheduler samples the
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -18,6 +18,19 @@ from torch import Tensor
 from guidance.utils.errors import UserError, nearest
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """A scheduler of diffusers; its ``timesteps`` are read once they are set."""
+
+    config: Any
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def from_config(cls, config: Any, **options: Any) -> Any: ...
+        def __getattr__(self, name: str) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +51,14 @@ class NoiseSchedule:
     log_snr: Float[Tensor, " T"] | None = None
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
+    def from_scheduler(cls, scheduler: Scheduler) -> NoiseSchedule:
         """Read the schedule of any diffusers scheduler.
 
         Args:
             scheduler: DDIM, DDPM, DPM++, Euler, LMS, Heun, PNDM, UniPC ... or a flow-matching scheduler.
 
         Raises:
-            UserError: If the scheduler has no noise schedule we know, or its prediction type is unknown.
+            UserError: If the noise schedule or the prediction type of the scheduler is unknown.
         """
         config = scheduler.config
         total = int(config.get("num_train_timesteps", 1000))
@@ -150,7 +163,7 @@ class NoiseSchedule:
                 return (eps - x) / alpha
 
     def shift_factor(self, t: Tensor | float) -> Tensor:
-        """Return ``d prediction / d eps`` at fixed ``x``: what a shift of eps is in the model's parameterisation.
+        """Return ``d prediction / d eps`` at fixed ``x``: a unit shift of eps in the model's parameterisation.
 
         eps: 1; v: ``1 / alpha``; x0: ``-sigma / alpha``; flow: ``1 / (1 - sigma)``, with ``alpha`` kept above 1e-3
         near pure noise, where flow models have ``alpha = 0``.
@@ -180,12 +193,12 @@ class NoiseSchedule:
         return alpha.to(dtype), sigma.to(dtype)
 
 
-def step_position(scheduler: Any, timestep: Tensor | float) -> tuple[int, int, float]:
-    """Find a denoiser call among the sampling steps.
+def step_position(scheduler: Scheduler, timestep: Tensor | float) -> tuple[int, int, float]:
+    """Locate a denoiser call among the sampling steps.
 
     Args:
         scheduler: A diffusers scheduler whose timesteps are set.
-        timestep: What the denoiser is told: a number, or a tensor of which the first entry counts.
+        timestep: Timestep of the call: a number, or a tensor whose first entry counts.
 
     Returns:
         Index of the nearest sampling step, the number of steps, and the timestep.

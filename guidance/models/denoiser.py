@@ -1,4 +1,4 @@
-"""The denoiser of a pipeline: where it is, where it computes, which weights it has."""
+"""Find the denoiser of a pipeline, its device, its signature and the fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +14,12 @@ from guidance.models.layouts import SUPPORTED
 from guidance.models.types import Denoiser, Pipeline
 from guidance.utils.errors import UserError
 
-#: First argument of a denoiser's forward: UNets', transformers'.
+#: First argument of the forward of UNets and of transformers.
 _SAMPLES = ("sample", "hidden_states")
 
 
-# ---- the module ---------------------------------------------------------------------------------------------------
-def called_denoiser(pipe: Pipeline) -> Any:
-    """The module that a pipeline calls as its denoiser: its UNet or transformer.
+def called_denoiser(pipe: Pipeline) -> Denoiser:
+    """Return the module that a pipeline calls as its denoiser: its UNet or transformer.
 
     Raises:
         UserError: If it has none.
@@ -35,11 +33,8 @@ def called_denoiser(pipe: Pipeline) -> Any:
     )
 
 
-def denoiser_of(pipe: Pipeline) -> Any:
-    """The denoiser itself: what ``torch.compile`` wraps where :func:`called_denoiser` is compiled.
-
-    Args:
-        pipe: A diffusers pipeline, or anything with a ``unet`` or a ``transformer``.
+def denoiser_of(pipe: Pipeline) -> Denoiser:
+    """Return the denoiser itself: the module inside, where :func:`called_denoiser` is wrapped by ``torch.compile``.
 
     Raises:
         UserError: If it has none.
@@ -49,27 +44,27 @@ def denoiser_of(pipe: Pipeline) -> Any:
 
 
 def device_of(pipe: Pipeline) -> torch.device:
-    """Where the denoiser computes: also right while offloading keeps its weights elsewhere."""
+    """Return the device of the denoiser's computation, even while offloading keeps its weights elsewhere."""
     denoiser = denoiser_of(pipe)
     return torch.device(pipe._execution_device if is_offloaded(denoiser) else denoiser.device)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Tell whether hooks of accelerate or diffusers move a module's weights to the device and away."""
+    """Tell whether hooks of accelerate or diffusers offload a module's weights."""
     return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 def fingerprint_of(pipe: Pipeline) -> str | None:
-    """The denoiser's :func:`fingerprint`; None while its weights are out of reach, offloaded."""
+    """Return the :func:`fingerprint` of the denoiser; None while its weights are offloaded to disk or meta."""
     denoiser = denoiser_of(pipe)
     return None if any(p.is_meta for p in denoiser.parameters()) else fingerprint(denoiser)
 
 
 def signature_of(denoiser: nn.Module) -> tuple[inspect.Signature, str]:
-    """The signature of a denoiser's forward, and the name of its first argument.
+    """Return the signature of a denoiser's forward, and the name of its first argument.
 
     Raises:
-        UserError: If it is no ``f(sample, timestep, ...)`` or ``f(hidden_states, ..., timestep, ...)``.
+        UserError: If it is not ``f(sample, timestep, ...)`` or ``f(hidden_states, ..., timestep, ...)``.
     """
     signature = inspect.signature(type(denoiser).forward)  # hooks of offloading replace the instance's
     names = [name for name in signature.parameters if name != "self"]
@@ -83,7 +78,7 @@ def signature_of(denoiser: nn.Module) -> tuple[inspect.Signature, str]:
 
 @contextmanager
 def frozen(denoiser: nn.Module) -> Iterator[None]:
-    """Switch off gradients of weights, so that fewer activations are kept; by name, since offloading renews them."""
+    """Switch off gradients of weights, so that fewer activations are kept; by name, since offloading replaces them."""
     trainable = [name for name, p in denoiser.named_parameters() if p.requires_grad]
     try:
         denoiser.requires_grad_(False)
@@ -94,7 +89,7 @@ def frozen(denoiser: nn.Module) -> Iterator[None]:
 
 
 def latent_channels(unet: Denoiser) -> int:
-    """Channels of a denoiser's latents: inpainting models take more in, learned variances come out besides."""
+    """Return the channels of a denoiser's latents: without an inpainting mask or a learned variance."""
     return int(min(unet.config.in_channels, unet.config.out_channels))
 
 

@@ -1,4 +1,4 @@
-"""What a denoiser is called with, by its class: inputs of the right shapes, for what depends on shapes alone."""
+"""Build denoiser inputs of the right shapes by class, to count FLOPs and list taps."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guidance.models.types import ModelConfig
 from guidance.utils.errors import UserError
 
-#: Text tokens a step of the published pipelines has: of one CLIP, of two CLIPs and T5, of T5 alone.
+#: Text tokens of the published pipelines: of one CLIP, of CLIP and T5, of T5 alone.
 _CLIP_TOKENS, _SD3_TOKENS, _T5_TOKENS, _PIXART_TOKENS = 77, 333, 512, 300
 
 
 def build_inputs(model: nn.Module, latent_size: int | None, batch: int) -> tuple[Tensor, dict[str, Any]]:
-    """The first argument and the others of a forward: zeros, on the model's device, in its precision.
+    """Return the first argument and the others of a forward: zeros, on the model's device, in its precision.
 
     Raises:
-        UserError: If the class is not known, or the size does not suit the model.
+        UserError: If the class is unknown, or the size does not fit the model.
     """
     name = type(model).__name__
     if name not in _INPUTS:
         known = ", ".join(_INPUTS)
         raise UserError(f"Expected a denoiser whose inputs are known, got {name}; those known are {known}.")
-    config: Any = model.config
+    config: ModelConfig = model.config
     side = latent_size or config.get("sample_size") or 128  # Flux: 1024 px
     size = tuple(side) if isinstance(side, list | tuple) else (side, side)
     with model.device:
@@ -48,7 +49,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if value.is_floating_point() else value
 
 
-def _unet_2d_condition(config: Any, b: int) -> dict[str, Any]:
+def _unet_2d_condition(config: ModelConfig, b: int) -> dict[str, Any]:
     width = config.cross_attention_dim
     text = torch.zeros(b, _CLIP_TOKENS, width[0] if isinstance(width, list | tuple) else width)
     if config.get("addition_embed_type") not in (None, "text_time") or config.get("class_embed_type"):
@@ -64,21 +65,21 @@ def _unet_2d_condition(config: Any, b: int) -> dict[str, Any]:
     return inputs
 
 
-def _labels(config: Any, b: int) -> dict[str, Any]:
+def _labels(config: ModelConfig, b: int) -> dict[str, Any]:
     classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
     return {"class_labels": torch.zeros(b, dtype=torch.long)} if classes else {}
 
 
-def _pixart(config: Any, b: int) -> dict[str, Any]:
+def _pixart(config: ModelConfig, b: int) -> dict[str, Any]:
     text = torch.zeros(b, _PIXART_TOKENS, config.caption_channels)
     sizes = {"resolution": torch.zeros(b, 2), "aspect_ratio": torch.zeros(b, 1)}
     return {"encoder_hidden_states": text, "added_cond_kwargs": sizes}
 
 
-def _joint(tokens: int) -> Callable[[Any, int], dict[str, Any]]:
-    """Text of every token and of the whole, as SD3 and Flux take it."""
+def _joint(tokens: int) -> Callable[[ModelConfig, int], dict[str, Any]]:
+    """Return inputs with states of every text token and one of the whole text, as SD3 and Flux take them."""
 
-    def inputs(config: Any, b: int) -> dict[str, Any]:
+    def inputs(config: ModelConfig, b: int) -> dict[str, Any]:
         text = torch.zeros(b, tokens, config.joint_attention_dim)
         return {
             "encoder_hidden_states": text,
@@ -88,8 +89,10 @@ def _joint(tokens: int) -> Callable[[Any, int], dict[str, Any]]:
     return inputs
 
 
-def _pack(config: Any, size: tuple[int, ...], inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Flux takes 2 x 2 latents as one token, and position ids: these have values, on the CPU also for meta models."""
+def _pack(
+    config: ModelConfig, size: tuple[int, ...], inputs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Pack 2 x 2 latents into one token as Flux does, and add position ids, on the CPU even for meta models."""
     if size[0] % 2:
         raise UserError(f"Expected a latent-size that is a multiple of 2, got {size[0]}.")
     text, batch = inputs["encoder_hidden_states"], len(inputs["timestep"])
@@ -102,7 +105,7 @@ def _pack(config: Any, size: tuple[int, ...], inputs: dict[str, Any]) -> tuple[T
 
 
 #: Class -> the arguments of a forward besides latents and timestep.
-_INPUTS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
+_INPUTS: dict[str, Callable[[ModelConfig, int], dict[str, Any]]] = {
     "UNet2DConditionModel": _unet_2d_condition,
     "UNet2DModel": _labels,
     "DiTTransformer2DModel": _labels,

