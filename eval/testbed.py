@@ -127,7 +127,7 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> str:
     from guidance.models.pipelines import load_pipeline
     from guidance.runs.arms import Arm, midblock_arms
     from guidance.runs.records import RecordStore
-    from guidance.runs.run import list_jobs, sample_arms
+    from guidance.runs.run import Sampling, list_jobs, sample_arms
     from guidance.utils.io import atomic_path, write_json
 
     pipe, head = load_pipeline(config.model), load_head(config.head)
@@ -143,8 +143,8 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> str:
             runs.append(([Arm(f"unguided, CFG {config.cfg_matched:g}")], config.cfg_matched))
         store = RecordStore(Path(config.output) / f"{scheduler}-{steps}")
         for arms, cfg in runs:
-            options: dict[str, Any] = {"num_steps": steps, "cfg_scale": cfg, "scheduler": scheduler}
-            sample_arms(pipe, jobs, arms, store, model=config.model, batch_size=config.batch_size, **options)
+            options: dict[str, Any] = {"model": config.model, "batch_size": config.batch_size}
+            sample_arms(pipe, jobs, arms, store, Sampling(steps, cfg, scheduler), **options)
         judged = EvalImagesConfig([str(store.folder)], reference_size=config.reference)
         found = evaluate_images(judged, command)
         assert found is not None  # one process

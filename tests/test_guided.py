@@ -22,7 +22,7 @@ from guidance.heads import save_head
 from guidance.models.denoiser import fingerprint
 from guidance.runs.arms import midblock_arms
 from guidance.runs.records import RecordStore, audit_pairs
-from guidance.runs.run import list_jobs, sample_arms
+from guidance.runs.run import Sampling, list_jobs, sample_arms
 from guidance.sampling import sample_images
 from sample.guided import GuidedConfig, default_output, main, read_words, sample_guided
 
@@ -200,7 +200,8 @@ def test_skipped_gradients_are_counted_per_image(tiny_pipe, head, tmp_path: Path
     faulty.load_state_dict(head.state_dict())
     jobs = list_jobs([Prompt("a", TEXTS[0]), Prompt("b", TEXTS[1] + " x" * 40)], 1, 0)
     store = RecordStore(tmp_path)
-    sample_arms(tiny_pipe, jobs, midblock_arms(faulty, [2.0]), store, model="x", num_steps=3, progress=False)
+    arms = midblock_arms(faulty, [2.0])
+    sample_arms(tiny_pipe, jobs, arms, store, Sampling(num_steps=3), model="x", progress=False)
     records = {r.key[:2]: r for r in store.load()}
     assert [records["scale=2", p].nan_skipped for p in "ab"] == [3, 0]
     assert [records["scale=2", p].score is None for p in "ab"] == [True, False]

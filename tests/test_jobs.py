@@ -33,8 +33,8 @@ def test_edits_start_with_their_images_and_end_as_the_loop_says(tiny_pipe, tmp_p
     assert [job.prompt.text for job in jobs] == [pair.edited_caption for pair in pairs]
     store = RecordStore(tmp_path)
     arms = midblock_arms(make_head(tiny_pipe), [2.0])
-    options = {"model": "tiny", "num_steps": 4, "progress": False}
-    sample_arms(tiny_pipe, jobs, arms, store, strength=0.5, **options)
+    half, more = Sampling(num_steps=4, strength=0.5), Sampling(num_steps=4, strength=0.7)
+    sample_arms(tiny_pipe, jobs, arms, store, half, model="tiny", progress=False)
     latents = encode_images(tiny_pipe, [np.asarray(pair.image) for pair in pairs])
     wanted = sample_images(
         tiny_pipe,
@@ -48,9 +48,9 @@ def test_edits_start_with_their_images_and_end_as_the_loop_says(tiny_pipe, tmp_p
     records = [store.get("unguided", job.prompt.id, job.seed) for job in jobs]
     assert np.abs(load_images(store.folder, records).astype(int) - wanted).max() <= 1
     assert records[0].start == {"image": jobs[0].start.digest, "strength": 0.5}
-    assert sample_arms(tiny_pipe, jobs, arms, store, strength=0.5, **options) == 0
+    assert sample_arms(tiny_pipe, jobs, arms, store, half, model="tiny", progress=False) == 0
     with pytest.raises(UserError, match="to be made with start="):
-        sample_arms(tiny_pipe, jobs, arms, store, strength=0.7, **options)
+        sample_arms(tiny_pipe, jobs, arms, store, more, model="tiny", progress=False)
 
 
 def test_both_scripts_take_edits(tiny_pipe, tiny_folder, tmp_path) -> None:
@@ -65,15 +65,8 @@ def test_both_scripts_take_edits(tiny_pipe, tiny_folder, tmp_path) -> None:
     assert {r.key[1:]: r.sha256 for r in four} == one
 
 
-def test_bad_edits_get_a_sentence() -> None:
-    with pytest.raises(UserError, match="strength above 0"):
-        Sampling(strength=0.0)
-    with pytest.raises(UserError, match="testbed:test"):
-        read_jobs([], 2, 1, 0, edits="testbed:tset")
-
-
 def test_edits_without_images_are_refused(tmp_path) -> None:
     file = tmp_path / "edits.jsonl"
     file.write_text(json.dumps({"input": "a hen", "edit": "make it a fox", "output": "a fox"}) + "\n")
-    with pytest.raises(UserError, match="without; name others"):
+    with pytest.raises(UserError, match="name others"):
         read_jobs([], None, 1, 0, edits=str(file))

@@ -22,7 +22,7 @@ from guidance.models.clip import load_clip
 from guidance.models.denoiser import fingerprint
 from guidance.runs.arms import Arm, Steering
 from guidance.runs.records import RecordStore
-from guidance.runs.run import list_jobs, sample_arms
+from guidance.runs.run import Sampling, list_jobs, sample_arms
 from guidance.sampling import decode_latents, sample_images
 from guidance.sampling.cfg import ClassifierFree
 from guidance.sampling.start import encode_images
@@ -283,7 +283,7 @@ def test_an_unconditional_arm_shows_the_denoiser_nothing(tiny_pipe, tmp_path: Pa
         Arm("guided", (guide,), ({"guidance_scale": 1e-9},), conditioning=""),
     ]
     store = RecordStore(tmp_path)
-    sample_arms(tiny_pipe, jobs, arms, store, model="x", num_steps=2, cfg_scale=1.0, progress=False)
+    sample_arms(tiny_pipe, jobs, arms, store, Sampling(2, 1.0), model="x", progress=False)
     expected = sample_images(tiny_pipe, ["", ""], [job.seed for job in jobs], num_steps=2, cfg_scale=1.0)
     for record in store.load():
         i = int(record.prompt_id[1])
@@ -292,7 +292,7 @@ def test_an_unconditional_arm_shows_the_denoiser_nothing(tiny_pipe, tmp_path: Pa
     assert set(seen) == {tuple(TEXTS)}
     told = [dataclasses.replace(arm, conditioning=None) for arm in arms[:1]]
     with pytest.raises(UserError, match="conditioning"):
-        sample_arms(tiny_pipe, jobs, told, store, model="x", num_steps=2, cfg_scale=1.0, progress=False)
+        sample_arms(tiny_pipe, jobs, told, store, Sampling(2, 1.0), model="x", progress=False)
 
 
 def test_a_steered_arm_is_the_steering_function(tiny_pipe, parts, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_steered_arm_is_the_steering_function(tiny_pipe, parts, tmp_path: Path
     jobs = list_jobs([Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)], 1, 0)
     arm = Arm("best", steering=Steering(guide, particles=2, lam=0.0, threshold=0.0))
     store = RecordStore(tmp_path)
-    sample_arms(tiny_pipe, jobs, [arm], store, model="x", num_steps=3, progress=False)
+    sample_arms(tiny_pipe, jobs, [arm], store, Sampling(3), model="x", progress=False)
     steered = best_of_n(
         tiny_pipe, TEXTS, [job.seed for job in jobs], guide, particles=2, eta=1.0, num_steps=3
     )
@@ -310,7 +310,7 @@ def test_a_steered_arm_is_the_steering_function(tiny_pipe, parts, tmp_path: Path
         assert record.score == pytest.approx(steered.scores[i].max().item(), abs=1e-5)
         assert record.steering is not None and record.steering["particles"] == 2
     assert (
-        sample_arms(tiny_pipe, jobs, [arm], RecordStore(tmp_path), model="x", num_steps=3, progress=False)
+        sample_arms(tiny_pipe, jobs, [arm], RecordStore(tmp_path), Sampling(3), model="x", progress=False)
         == 0
     )
 
@@ -325,7 +325,7 @@ def test_images_steered_by_another_head_or_aim_are_refused(tiny_pipe, parts, tmp
     def run(guide: MidBlockGuide) -> int:
         arm = Arm("best", steering=Steering(guide, particles=2, lam=0.0, threshold=0.0))
         return sample_arms(
-            tiny_pipe, jobs, [arm], RecordStore(tmp_path), model="x", num_steps=2, progress=False
+            tiny_pipe, jobs, [arm], RecordStore(tmp_path), Sampling(2), model="x", progress=False
         )
 
     assert run(MidBlockGuide(rating)) == 1 and run(MidBlockGuide(rating)) == 0

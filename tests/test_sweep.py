@@ -270,11 +270,11 @@ def test_what_was_lost_while_asleep_is_not_written(done: Path, tmp_path: Path) -
         made = first(unit)
         if len(sampler.sampled) == 1:  # asleep for long: the claim is taken, the unit done
             (tmp_path / "c" / f"{unit_name(unit)}.claim").unlink()
-            assert fill_units([unit], Divider(other, 2, halve=False, say=print), theirs) == 2  # type: ignore[arg-type]
+            assert fill_units([unit], Divider(other, 2, halve=False, report=print), theirs) == 2  # type: ignore[arg-type]
         return made
 
     sampler.images = slow  # type: ignore[method-assign]
-    assert fill_units(units, Divider(sampler, 2, halve=False, say=print), mine) == 4  # type: ignore[arg-type]
+    assert fill_units(units, Divider(sampler, 2, halve=False, report=print), mine) == 4  # type: ignore[arg-type]
     assert len((tmp_path / "records.jsonl").read_bytes().splitlines()) == 4
     assert len((tmp_path / "records-1.jsonl").read_bytes().splitlines()) == 2
     assert len(RecordStore(tmp_path)) == 6
@@ -376,7 +376,7 @@ def test_what_fits_is_found_with_the_most_costly_cell(done: Path, tmp_path: Path
     guided = dataclasses.replace(units[1][0].arm, guides=("a guide",))
     units[1] = tuple(dataclasses.replace(task, arm=guided) for task in units[1])
     sampler, said = Small(RecordStore(tmp_path), units, done), []
-    divider = Divider(sampler, 64, halve=True, say=lambda text, size: said.append(size))  # type: ignore[arg-type]
+    divider = Divider(sampler, 64, halve=True, report=lambda text, size: said.append(size))  # type: ignore[arg-type]
     assert find_batch_size(divider, units) == 1 and said == [1]
     assert {r.arm for r in RecordStore(tmp_path).load()} == {"scale=-2"} and len(RecordStore(tmp_path)) == 2
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(

@@ -19,7 +19,7 @@ from guidance.data.prompts import Prompt, load_prompts
 from guidance.models.pipelines import load_on
 from guidance.runs.arms import Arm, guide_arms
 from guidance.runs.records import Record, RecordStore
-from guidance.runs.run import Job, list_jobs, sample_arms
+from guidance.runs.run import Job, Sampling, list_jobs, sample_arms
 from guidance.runs.specs import GuideSpec
 from guidance.testbed.judges import Judges, load_judges
 from guidance.testbed.render import render_scenes
@@ -122,14 +122,15 @@ class Bench:
 
         Args:
             folder: Below that of the study's split.
-            jobs, arms, **options: See :func:`guidance.runs.run.sample_arms`.
+            jobs, arms: See :func:`guidance.runs.run.sample_arms`.
+            **options: Of :class:`guidance.runs.run.Sampling`.
         """
         state = self.state
         store = RecordStore(self.folder / folder, state.process_index)
-        options = {"num_steps": self.config.num_steps} | options
-        options |= {"model": self.config.model, "batch_size": self.config.batch_size}
+        sampling = Sampling(**({"num_steps": self.config.num_steps} | options))
+        options = {"model": self.config.model, "batch_size": self.config.batch_size}
         options |= {"process_index": state.process_index, "num_processes": state.num_processes}
-        sample_arms(self.pipe, jobs, arms, store, progress=state.is_main_process, **options)
+        sample_arms(self.pipe, jobs, arms, store, sampling, progress=state.is_main_process, **options)
         state.wait_for_everyone()
         store.refresh()
         found = {r.key: r for r in store.load()}

@@ -1,4 +1,4 @@
-"""The arms of a comparison: plain sampling, and the same with guides at each scale."""
+"""The arms of a comparison: unguided sampling, and the same with guides at each scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from guidance.guides.base import Guide, describe_scorer
 from guidance.heads.networks import Head
-from guidance.heads.objectives import Target
 from guidance.runs.records import UNGUIDED
 from guidance.runs.specs import GuideSpec, MidBlockSpec
 from guidance.utils.errors import UserError
@@ -17,10 +16,10 @@ from guidance.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """Steering without gradients, see :func:`guidance.sampling.steering.steer_latents` for the options.
+    """Options of steering without gradients, see :func:`guidance.sampling.steering.steer_latents`.
 
     Attributes:
-        guide: What scores the particles; its scale is not used.
+        guide: Scores the particles; its scale is not used.
         particles, potential, lam, threshold, eta: As there; ``threshold=0, lam=0`` is best-of-N.
     """
 
@@ -32,11 +31,11 @@ class Steering:
     eta: float = 1.0
 
     def options(self) -> dict[str, Any]:
-        """All but the guide."""
+        """Return all options but the guide."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "guide"}
 
     def describe(self) -> dict[str, Any]:
-        """What a record says of it."""
+        """Describe the steering for a record."""
         return {**describe_scorer(self.guide), **self.options()}
 
 
@@ -46,12 +45,12 @@ class Arm:
 
     Attributes:
         name: Also the name of its image folder.
-        guides: Empty for plain sampling.
+        guides: Empty for unguided sampling.
         descriptions: One plain dict per guide, for the records.
         head: Path of the head; "" without one.
-        conditioning: What the denoiser is told instead of the prompt, "" to leave it unconditional; guides follow the
-            prompt all the same.  None: the prompt.
-        steering: Particles and what selects among them; None: one sample an image.
+        conditioning: Text that the denoiser sees instead of the prompt, "" for none; guides follow the prompt all the
+            same.  None: the prompt.
+        steering: Particles and how they are selected; None: one sample per image.
     """
 
     name: str
@@ -63,7 +62,7 @@ class Arm:
 
 
 def arm_name(scale: float) -> str:
-    """Name the arm of a scale.
+    """Return the name of the arm of a scale.
 
     >>> [arm_name(s) for s in (0, 1.0, -0.5)]
     ['unguided', 'scale=1', 'scale=-0.5']
@@ -72,7 +71,7 @@ def arm_name(scale: float) -> str:
 
 
 def list_scales(scales: Sequence[float]) -> list[float]:
-    """Return the scales in order, each once, 0 first: the unguided images are always sampled.
+    """Return the distinct scales in order, 0 first: the unguided images are always sampled.
 
     Raises:
         UserError: If a scale is not a finite number.
@@ -85,43 +84,22 @@ def list_scales(scales: Sequence[float]) -> list[float]:
     return [0.0, *named.values()]
 
 
-def midblock_arms(
-    head: Head | None,
-    scales: Sequence[float],
-    *,
-    head_path: str = "",
-    objective: str | None = None,
-    target: Target = None,
-    normalize: str | None = "cfg",
-    start: float | None = None,
-    stop: float | None = None,
-    every: int = 1,
-    space: str = "eps",
-) -> list[Arm]:
-    """Make the unguided arm and one of :class:`MidBlockGuide` per other scale; arguments as there.
+def midblock_arms(head: Head, scales: Sequence[float], *, head_path: str = "", **options: Any) -> list[Arm]:
+    """Make the unguided arm and one per other scale, guided by a head that is already loaded.
 
-    Raises:
-        UserError: If an option is out of range, or a scale other than 0 comes without a head.
+    Args:
+        head: A trained head.
+        scales: Guidance scales.
+        head_path: Path of the head in the records.
+        **options: Other options of :class:`~guidance.runs.specs.MidBlockSpec`.
     """
-    if head is None and list_scales(scales) != [0]:
-        raise UserError(
-            f"Expected a head for scale {list_scales(scales)[1]:g}, got none; give one with head=FOLDER (train it "
-            "with 'accelerate launch train/head.py'), or set scales=[0]."
-        )
-    options: dict[str, Any] = {
-        "objective": objective,
-        "target": target,
-        "normalize": normalize,
-        "space": space,
-    }
-    spec = MidBlockSpec(head=head_path, start=start, stop=stop, every=every, **options)
-    if head is not None:
-        spec.loaded = [head]
+    spec = MidBlockSpec(head=head_path, **options)
+    spec.loaded = [head]
     return guide_arms([spec], scales)
 
 
 def guide_arms(specs: Sequence[GuideSpec], scales: Sequence[float]) -> list[Arm]:
-    """Make the unguided arm and one per other scale, in which all guides push, each by its own factor of the scale.
+    """Make the unguided arm and one per other scale, in which all guides act, each with its own factor of the scale.
 
     Raises:
         UserError: If an option is out of range, or a part of a guide cannot be loaded.
@@ -129,14 +107,22 @@ def guide_arms(specs: Sequence[GuideSpec], scales: Sequence[float]) -> list[Arm]
     arms = []
     for scale in list_scales(scales):
         guides = [spec.build(scale * spec.guidance_scale) for spec in specs] if scale else []
-        described = [spec.describe(guide) for spec, guide in zip(specs, guides, strict=False)]
-        head = next((d["head"] for d in described if "head" in d), "")
-        arms.append(Arm(arm_name(scale), tuple(guides), tuple(described), head))
+        descriptions = [spec.describe(guide) for spec, guide in zip(specs, guides, strict=False)]
+        head = next((d["head"] for d in descriptions if "head" in d), "")
+        arms.append(Arm(arm_name(scale), tuple(guides), tuple(descriptions), head))
     return arms
 
 
+def missing_head(scale: float) -> UserError:
+    """Return the error of a scale without a head or guide."""
+    return UserError(
+        f"Expected a head for scale {scale:g}, got none; give one with head=FOLDER (train it with 'accelerate launch "
+        "train/head.py') or a guide, or set the scale to 0."
+    )
+
+
 def steered_arms(arms: Sequence[Arm], steering: Steering) -> list[Arm]:
-    """The unguided arm, steering alone, and steering with the gradients of every other arm."""
+    """Return the unguided arm, steering alone, and steering with the gradients of every other arm."""
     alone = Arm("steered", head=next((arm.head for arm in arms if arm.head), ""), steering=steering)
-    pushed = [dataclasses.replace(arm, name=f"{arm.name}, steered", steering=steering) for arm in arms[1:]]
-    return [arms[0], alone, *pushed]
+    guided = [dataclasses.replace(arm, name=f"{arm.name}, steered", steering=steering) for arm in arms[1:]]
+    return [arms[0], alone, *guided]

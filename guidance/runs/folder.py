@@ -1,8 +1,11 @@
-"""The folder of a sampling run: whose it is, what it shows at a glance, and a summary of it."""
+"""The folder of a sampling run: its name, its settings, its image grids, and a summary."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +21,17 @@ from guidance.utils.io import atomic_path
 
 CONFIG_FILE, GRID_FILE, SHEETS_FOLDER = "config.yaml", "grid.png", "sheets"
 
-CLAIMS_FOLDER = ".claims"  # of processes at work
+CLAIMS_FOLDER = ".claims"  # of the processes at work
 
 MAX_COLUMNS, MAX_SEEDS = 24, 32  # of a page, which is held in memory
+
+
+def folder_name(prompts: str | Sequence[str], identity: Mapping[str, Any]) -> str:
+    """Name a folder after its prompts and a hash of the options that identify it."""
+    stem = Path(prompts).stem if isinstance(prompts, str) else prompts[0]
+    name = re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-") or "prompts"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{name}-{digest}"
 
 
 def read_settings(
@@ -30,25 +41,25 @@ def read_settings(
 
     Args:
         folder: Folder of a run.
-        settings: Those it is to be continued with.
+        settings: Settings to continue it with.
         free: Keys that may differ.
 
     Raises:
-        UserError: If the folder holds something else, or was made with other settings; names each difference.
+        UserError: If the folder holds something else, or was made with other settings; lists the differences.
     """
-    made = load_settings(folder)
-    if made is None:
+    previous = load_settings(folder)
+    if previous is None:
         return None
-    keys = [key for key in {**made, **settings} if key not in free]
-    differing = [k for k in keys if (k in made) != (k in settings) or made.get(k) != settings.get(k)]
+    keys = [key for key in {**previous, **settings} if key not in free]
+    differing = [k for k in keys if (k in previous) != (k in settings) or previous.get(k) != settings.get(k)]
     if differing:
-        shown = ", ".join(f"{k}={made.get(k)!r} (now {settings.get(k)!r})" for k in differing[:6])
+        shown = ", ".join(f"{k}={previous.get(k)!r} (now {settings.get(k)!r})" for k in differing[:6])
         more = f" and {len(differing) - 6} more" if len(differing) > 6 else ""
         raise UserError(
             f"Expected '{folder}' to be a run of the same settings, but it was made with {shown}{more}; choose "
             "another output, or set fresh=true to move it aside."
         )
-    return made
+    return previous
 
 
 def load_settings(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -60,23 +71,23 @@ def load_settings(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UserError(f"Expected a folder at '{path}', found a file; choose another output.")
-    # hidden: claims, and what a run that was killed at its start has left half-written
+    # hidden files: claims, and half-written files of a run that was killed at its start
     if not path.is_dir() or all(inside.name.startswith(".") for inside in path.iterdir()):
         return None
     try:
-        made = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        settings = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
-        made = None
-    if not isinstance(made, dict):
+        settings = None
+    if not isinstance(settings, dict):
         raise UserError(
             f"Expected '{path}' to be new, empty or a run with a {CONFIG_FILE}, but it has other files; "
             "choose another output, or set fresh=true to move it aside."
         )
-    return made
+    return settings
 
 
 def write_settings(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-    """Write the settings of a run into its folder; a new run's first file."""
+    """Write the settings of a run into its folder, as the first file of a new run."""
     with atomic_path(Path(folder) / CONFIG_FILE) as temporary:
         text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=100)
         temporary.write_text(text, encoding="utf-8")
@@ -97,13 +108,13 @@ def move_aside(folder: str | os.PathLike[str]) -> Path | None:
 def write_grid(
     store: RecordStore, records: Sequence[Record], arms: Sequence[str], *, max_rows: int = 12
 ) -> Path:
-    """Write ``grid.png``: a row per prompt with its first seed, a column per arm; of many arms ``grid-2.png`` has more.
+    """Write ``grid.png``: a row per prompt with its first seed, a column per arm; many arms continue in ``grid-2.png``.
 
     Args:
-        store: Where the images are.
-        records: Those to show, in the order of the rows.
+        store: Holds the images.
+        records: Images to show, in the order of the rows.
         arms: Columns.
-        max_rows: The first so many prompts.
+        max_rows: Number of prompts to show.
 
     Returns:
         The path of the grid.
@@ -119,11 +130,11 @@ def write_grid(
 
 
 def write_sheets(store: RecordStore, records: Sequence[Record], arms: Sequence[str]) -> Path:
-    """Write a contact sheet per prompt, ``sheets/PROMPT.png``: a row per seed, a column per arm, pages as the grid.
+    """Write a contact sheet per prompt, ``sheets/PROMPT.png``: a row per seed, a column per arm, paged as the grid.
 
     Args:
-        store: Where the images are.
-        records: Those to show, of a prompt the first :data:`MAX_SEEDS`; a sheet that is newer than its images stays.
+        store: Holds the images.
+        records: Images to show, up to :data:`MAX_SEEDS` per prompt; a sheet that is newer than its images is kept.
         arms: Columns.
 
     Returns:
@@ -150,9 +161,9 @@ def _write_images(
     arms: Sequence[str],
     **options: Any,
 ) -> None:
-    """Write the pages of a grid, the first of which, written last, has the name; each begins with the first arm."""
-    wide = range(1, max(2, len(arms)), MAX_COLUMNS - 1)
-    pages = [[0, *range(i, min(i + MAX_COLUMNS - 1, len(arms)))] for i in wide]
+    """Write the pages of a grid, each starting with the first arm; ``file`` itself, the first page, is written last."""
+    starts = range(1, max(2, len(arms)), MAX_COLUMNS - 1)
+    pages = [[0, *range(i, min(i + MAX_COLUMNS - 1, len(arms)))] for i in starts]
     for number, columns in reversed(list(enumerate(pages, start=1))):
         found = [[row[c] for c in columns] for row in images]
         page = labelled_grid(

@@ -1,7 +1,7 @@
 """A sampling run: the same prompts, seeds and noise under several arms, batch by batch into a record store.
 
-Work is cut into fixed batches.  A batch of which an image is missing is sampled whole, and only what is
-missing is written: a run that was killed and taken up again ends with the bytes of one that was not.
+Work is cut into fixed batches.  A batch that lacks an image is sampled as a whole and only the missing images are
+written, so that a run that was killed and resumed ends with the bytes of one that was not.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ from guidance.utils.errors import UserError
 
 Item = TypeVar("Item")
 
-#: What must be equal between an image that is there and the one that is asked for.
-_MADE_BY: tuple[str, ...] = ("prompt", "noise_hash", "start", "guides", "conditioning", "steering")
+#: Record fields in which an existing image must agree with the one that is asked for.
+_IDENTITY = (
+    *("prompt", "noise_hash", "start", "guides", "conditioning", "steering"),
+    *("cfg_scale", "cfg", "scheduler", "num_steps", "model_fingerprint", "dtype"),
+)
 
-_MADE_BY += ("cfg_scale", "cfg", "scheduler", "num_steps", "model_fingerprint", "dtype")
+#: Seeds of neighbouring prompts are this far apart, so that each draw of each prompt has its own noise.
+SEED_STRIDE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +53,12 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How an arm is sampled, beside its guides; see :func:`guidance.sampling.loop.sample_latents`."""
+    """Sampling options of an arm besides its guides; see :func:`guidance.sampling.loop.sample_latents`."""
 
     num_steps: int = 25
     cfg_scale: float | ClassifierFree = 4.0
     scheduler: str | None = None
-    strength: float = 0.6  # of jobs that start from an image: the fraction of the steps to take
+    strength: float = 0.6  # fraction of the steps to take, for jobs that start from an image
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
@@ -78,68 +82,75 @@ class Task:
         return self.arm.name, self.job.prompt.id, self.job.seed
 
 
-#: What is sampled at once: a fixed batch, so that no image depends on who samples it.  Its arms are of equal cost:
-#: they may differ in the guidance scale and in the weight of classifier-free guidance.
+#: Tasks that are sampled together: a fixed batch, so that no image depends on which process samples it.  Its arms have
+#: equal cost: they may differ in guidance scale and in the weight of classifier-free guidance.
 Unit = tuple[Task, ...]
 
 
 class UnitSampler:
-    """Samples units, image by image into a record store.
+    """Sample units into a record store.
 
     Args:
-        pipe: Pipeline that :func:`check_sampling` has passed for the arms of all units.
-        store: Where images and records go, and which are done.
-        model: What to call the model in the records.
+        pipe: Pipeline that :func:`check_sampling` has accepted for the arms of all units.
+        store: Receives images and records, and knows which are done.
+        model: Name of the model in the records.
     """
 
     def __init__(self, pipe: Pipeline, store: RecordStore, *, model: str) -> None:
         self.pipe, self.store = pipe, store
-        self._model = {"model": model, "model_fingerprint": fingerprint(pipe.unet)}
-        self._model |= {"dtype": str(pipe.unet.dtype).removeprefix("torch."), "version": toolkit_version()}
+        self._model = {
+            "model": model,
+            "model_fingerprint": fingerprint(pipe.unet),
+            "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+            "version": toolkit_version(),
+        }
         self._schedulers: dict[str | None, str] = {}
-        self._jobs: dict[Job, dict[str, Any]] = {}  # what a record says of a job under any arm
+        self._jobs: dict[Job, dict[str, Any]] = {}  # record fields of a job, the same under every arm
 
     def missing(self, unit: Unit) -> list[Task]:
-        """The tasks of a unit that are not done.
+        """Return the tasks of a unit that are not done.
 
         Raises:
-            UserError: If an image of the same name was made in another way.
+            UserError: If an image of the same name was made with other options.
         """
-        return [task for task in unit if not _is_done(self.store, self._plan(task))]
+        return [task for task in unit if not _is_done(self.store, self._record(task))]
 
     def images(self, unit: Unit) -> list[tuple[Record, Any]]:
-        """Sample a unit whole; nothing is written."""
-        begun = time.perf_counter()
-        arm, options = unit[0].arm, dict(vars(unit[0].sampling)) | _mixture(unit)
-        strength = options.pop("strength")
+        """Sample a whole unit; nothing is written."""
+        start_time = time.perf_counter()
+        arm, sampling = unit[0].arm, unit[0].sampling
+        options: dict[str, Any] = {"num_steps": sampling.num_steps, "scheduler": sampling.scheduler}
+        options |= {"cfg_scale": sampling.cfg_scale} | _per_sample_options(unit)
         texts, seeds = [task.job.prompt.text for task in unit], [task.job.seed for task in unit]
         if arm.conditioning is not None:
             options["guide_prompts"] = texts
             texts = [arm.conditioning] * len(texts)
         if starts := [task.job.start for task in unit if task.job.start is not None]:
-            options["start"] = begin_with(self.pipe, starts, strength)
+            options["start"] = begin_with(self.pipe, starts, sampling.strength)
         latents, scores, skipped = _sample_arm(self.pipe, texts, seeds, arm, options)
-        images = decode_latents(self.pipe, latents)  # on the CPU: the clock sees all of the device's work
-        measured: dict[str, Any] = {"batch_size": len(unit)}
-        measured["seconds"] = round((time.perf_counter() - begun) / len(unit), 5)
+        images = decode_latents(
+            self.pipe, latents
+        )  # on the CPU, so the clock includes all work of the device
+        seconds = round((time.perf_counter() - start_time) / len(unit), 5)
         return [
-            (self._plan(task, **measured, score=scores[i], nan_skipped=skipped[i]), images[i])
+            (
+                self._record(
+                    task, batch_size=len(unit), seconds=seconds, score=scores[i], nan_skipped=skipped[i]
+                ),
+                images[i],
+            )
             for i, task in enumerate(unit)
         ]
 
-    def sample(self, unit: Unit, tasks: Sequence[Task]) -> None:
-        """Sample a unit whole, and write the images of some of its tasks."""
-        self.write(self.images(unit), tasks)
-
-    def write(self, made: Sequence[tuple[Record, Any]], tasks: Sequence[Task]) -> None:
-        """Write those of the images that are of these tasks."""
+    def write(self, images: Sequence[tuple[Record, Any]], tasks: Sequence[Task]) -> None:
+        """Write the images that belong to these tasks."""
         wanted = {task.key for task in tasks}
-        for record, image in made:
+        for record, image in images:
             if record.key in wanted:
                 self.store.append(record, image)
 
-    def _plan(self, task: Task, **measured: Any) -> Record:
-        """The record of an image, with everything that is known before it is sampled and what was measured."""
+    def _record(self, task: Task, **measured: Any) -> Record:
+        """Return the record of an image: what is known before it is sampled, and what was measured."""
         job, arm, sampling = task.job, task.arm, task.sampling
         cfg, start = ClassifierFree.of(sampling.cfg_scale), job.start
         values: dict[str, Any] = {
@@ -156,23 +167,22 @@ class UnitSampler:
             "image": f"images/{arm.name}/{job.prompt.id}_seed{job.seed}.png",
         }
         values |= {"seconds": 0.0, "batch_size": 0, "score": None, "nan_skipped": 0, "sha256": "", "bytes": 0}
-        return Record(**(self._job(job) | self._model | values | measured))
+        return Record(**(self._job_fields(job) | self._model | values | measured))
 
-    def _job(self, job: Job) -> dict[str, Any]:
+    def _job_fields(self, job: Job) -> dict[str, Any]:
         if job not in self._jobs:
-            prompt = job.prompt
+            prompt, tokenizer = job.prompt, self.pipe.tokenizer
             noise = initial_noise(self.pipe, [torch.Generator().manual_seed(job.seed)])
-            told: dict[str, Any] = {
+            self._jobs[job] = {
                 "prompt_id": prompt.id,
                 "prompt": prompt.text,
                 "category": prompt.category,
+                "challenge": prompt.challenge,
+                "seed": job.seed,
+                "noise_hash": noise_hash(noise),
+                "truncated": len(tokenizer(prompt.text, verbose=False).input_ids)
+                > tokenizer.model_max_length,
             }
-            told |= {"challenge": prompt.challenge, "seed": job.seed, "noise_hash": noise_hash(noise)}
-            tokenizer = self.pipe.tokenizer
-            told["truncated"] = (
-                len(tokenizer(prompt.text, verbose=False).input_ids) > tokenizer.model_max_length
-            )
-            self._jobs[job] = told
         return self._jobs[job]
 
     def _scheduler(self, name: str | None) -> str:
@@ -187,8 +197,8 @@ def list_batches(items: Sequence[Item], size: int) -> list[tuple[Item, ...]]:
     return [tuple(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-def _mixture(unit: Unit) -> dict[str, Any]:
-    """Options of the sampler that differ within a unit, one value a sample; none if all tasks have the same arm."""
+def _per_sample_options(unit: Unit) -> dict[str, Any]:
+    """Return the sampler's options that differ within a unit, one value per sample; none if all arms are the same."""
     arms = [task.arm for task in unit]
     if len({arm.name for arm in arms}) == 1:
         return {}
@@ -199,16 +209,16 @@ def _mixture(unit: Unit) -> dict[str, Any]:
 
 
 def _is_done(store: RecordStore, planned: Record) -> bool:
-    """Tell whether an image is in the store, and refuse one that was made in another way."""
+    """Tell whether an image is in the store; refuse one that was made with other options."""
     found = store.get(*planned.key)
     if found is None or not store.has(*planned.key):
         return False
-    for field in _MADE_BY:
-        was, now = getattr(found, field), getattr(planned, field)
-        if was != now:
+    for field in _IDENTITY:
+        before, now = getattr(found, field), getattr(planned, field)
+        if before != now:
             raise UserError(
                 f"Expected '{store.folder / found.image}' to be made with {field}={now!r}, but it was with "
-                f"{was!r}; choose another output folder, or set fresh=true to move this one aside."
+                f"{before!r}; choose another output folder, or set fresh=true to move this one aside."
             )
     return True
 
@@ -216,61 +226,41 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
 def _sample_arm(
     pipe: Pipeline, texts: Sequence[str], seeds: Sequence[int], arm: Arm, options: dict[str, Any]
 ) -> tuple[Tensor, list[float | None], list[int]]:
-    """Latents of one batch, each sample's last score, and its number of skipped gradients."""
+    """Return the latents of a batch, and each sample's last score and number of skipped gradients."""
+    particles = 1 if arm.steering is None else arm.steering.particles
+    monitor = _GuidanceMonitor(len(texts) * particles)
+    options = options | {"guides": arm.guides, "callback": monitor}
     if arm.steering is None:
-        watch = _Watch(len(texts))
-        latents = sample_latents(pipe, texts, seeds, guides=arm.guides, callback=watch, **options)
-        return latents, watch.scores, watch.skipped
-    n = arm.steering.particles
-    watch = _Watch(len(texts) * n)
-    options = options | arm.steering.options() | {"guides": arm.guides, "callback": watch}
-    steered = steer_latents(pipe, texts, seeds, arm.steering.guide, **options)
+        latents = sample_latents(pipe, texts, seeds, **options)
+        return latents, monitor.scores, monitor.skipped
+    steered = steer_latents(pipe, texts, seeds, arm.steering.guide, **arm.steering.options(), **options)
     assert steered.chosen is not None  # select="best"
     best = steered.scores.gather(1, steered.chosen[:, None])[:, 0]
-    skipped = [max(watch.skipped[i * n : (i + 1) * n]) for i in range(len(texts))]
+    skipped = [max(group) for group in list_batches(monitor.skipped, particles)]
     return steered.latents, [round(s, 6) for s in best.tolist()], skipped
 
 
-class _Watch:
-    """Callback of the sampler that keeps each sample's last score and counts its skipped gradients."""
+class _GuidanceMonitor:
+    """Sampler callback that keeps each sample's last score and counts its skipped gradients."""
 
     def __init__(self, batch: int) -> None:
         self.scores: list[float | None] = [None] * batch
         self.skipped = [0] * batch
-        self._seen: StepRecord | None = None
+        self._last: StepRecord | None = None
 
     def __call__(self, step: int, latents: Tensor, record: StepRecord | None) -> None:
-        if record is None or record is self._seen:  # between gradients the last record is shown again
+        if record is None or record is self._last:  # between gradients the last record is passed again
             return
-        self._seen = record
+        self._last = record
         if record.scores:
             self.scores = [round(s, 6) for s in next(iter(record.scores.values())).tolist()]
         if record.skipped and record.grad_norm is not None:  # a skipped gradient was set to 0
-            self.skipped = [
-                n + int(g == 0) for n, g in zip(self.skipped, record.grad_norm.tolist(), strict=True)
-            ]
+            norms = record.grad_norm.tolist()
+            self.skipped = [n + int(norm == 0) for n, norm in zip(self.skipped, norms, strict=True)]
 
 
-#: Seeds of neighbouring prompts lie this far apart, so that each draw of each prompt has noise of its own.
-SEED_STRIDE = 1000
-
-
-def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> list[Job]:
-    """Give draw ``j`` of prompt ``i`` the seed ``seed + 1000 i + j``; draws of a prompt are neighbours."""
-    if not 1 <= seeds_per_prompt <= SEED_STRIDE:
-        raise UserError(f"Expected 1 to {SEED_STRIDE} seeds per prompt, got {seeds_per_prompt}.")
-    return [
-        Job(p, seed + SEED_STRIDE * i + j) for i, p in enumerate(prompts) for j in range(seeds_per_prompt)
-    ]
-
-
-def check_sampling(
-    pipe: Pipeline, arms: Sequence[Arm], *, num_steps: int, scheduler: str | None, batch_size: int
-) -> str:
-    """Check that what is to be sampled fits a pipeline, before anything is written.
-
-    Returns:
-        The class name of the scheduler.
+def check_sampling(pipe: Pipeline, arms: Sequence[Arm], sampling: Sampling, batch_size: int = 1) -> None:
+    """Check that arms and options fit a pipeline, before anything is written.
 
     Raises:
         UserError: If they do not.
@@ -279,18 +269,16 @@ def check_sampling(
         raise UserError(f"Expected a pipeline with a unet, got {type(pipe).__name__}, which has none.")
     if batch_size < 1:
         raise UserError(f"Expected a batch_size of at least 1, got {batch_size}.")
-    with using_scheduler(pipe, scheduler):
+    with using_scheduler(pipe, sampling.scheduler):
         most = pipe.scheduler.config.num_train_timesteps
-        if not 1 <= num_steps <= most:
-            raise UserError(f"Expected num_steps from 1 to {most}, got {num_steps}; 25 is usual.")
+        if not 1 <= sampling.num_steps <= most:
+            raise UserError(f"Expected num_steps from 1 to {most}, got {sampling.num_steps}; 25 is usual.")
         for guide in itertools.chain.from_iterable(arm.guides for arm in arms):
             guide.prepare(pipe)
-        for arm in arms:
-            if arm.steering is not None:
-                arm.steering.guide.prepare(pipe)
-                if arm.steering.particles > 1 and arm.steering.threshold > 0:
-                    check_copies(pipe, arm.guides, arm.steering.eta)
-        return type(pipe.scheduler).__name__
+        for steering, guides in ((arm.steering, arm.guides) for arm in arms if arm.steering is not None):
+            steering.guide.prepare(pipe)
+            if steering.particles > 1 and steering.threshold > 0:
+                check_copies(pipe, guides, steering.eta)
 
 
 def sample_arms(
@@ -298,91 +286,104 @@ def sample_arms(
     jobs: Sequence[Job],
     arms: Sequence[Arm],
     store: RecordStore,
+    sampling: Sampling = Sampling(),
     *,
     model: str,
-    num_steps: int = 25,
-    cfg_scale: float | ClassifierFree = 4.0,
-    scheduler: str | None = None,
-    strength: float = 0.6,
     batch_size: int = 16,
     process_index: int = 0,
     num_processes: int = 1,
     progress: bool = True,
 ) -> int:
-    """Sample every job under every arm from the same noise, and record each image; done ones are kept.
+    """Sample every job under every arm from the same noise, and record each image; finished ones are kept.
 
     Args:
-        pipe, num_steps, cfg_scale, scheduler: See :func:`guidance.sampling.loop.sample_latents`.
-        jobs, arms: What to sample.
-        store: Where images and records go, and which are done.
-        model: What to call the model in the records.
-        strength: Fraction of the steps to take of jobs that start from an image.
+        pipe: A pipeline with a UNet.
+        jobs, arms, sampling: What to sample, and how.
+        store: Receives images and records, and knows which are done.
+        model: Name of the model in the records.
         batch_size: Images per batch.  Another one changes an image by at most one grey level.
-        process_index, num_processes: Which part of the batches and arms is this process's; the bytes of an image do not
-            depend on it.
+        process_index, num_processes: This process's part of the batches and arms; the bytes of an image do not depend
+            on it.
         progress: Show a bar with images per second.
 
     Returns:
-        The number of images that were missing and have been made by this process.
+        The number of missing images that this process has made.
 
     Raises:
-        UserError: If the store holds images of the same name made in another way.
+        UserError: If the store holds images of the same name made with other options.
     """
-    check_sampling(pipe, arms, num_steps=num_steps, scheduler=scheduler, batch_size=batch_size)
+    check_sampling(pipe, arms, sampling, batch_size)
     sampler = UnitSampler(pipe, store, model=model)
-    sampling = Sampling(num_steps, cfg_scale, scheduler, strength)
     units = [
         tuple(Task(job, arm, sampling) for job in batch)
         for i, batch in enumerate(list_batches(jobs, batch_size))
         for j, arm in enumerate(arms)
-        if (i + j) % num_processes == process_index  # arms differ in cost: every process has some of each
+        if (i + j) % num_processes == process_index  # arms differ in cost: every process gets some of each
     ]
     todo = [(unit, missing) for unit in units if (missing := sampler.missing(unit))]
     total = sum(len(missing) for _, missing in todo)
     with tqdm(total=total, disable=not progress, unit="image", desc="sample") as bar:
         for unit, missing in todo:
             bar.set_postfix_str(unit[0].arm.name, refresh=False)
-            sampler.sample(unit, missing)
+            sampler.write(sampler.images(unit), missing)
             bar.update(len(missing))
     return total
 
 
+def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> list[Job]:
+    """Give draw ``j`` of prompt ``i`` the seed ``seed + 1000 i + j``; the draws of a prompt are neighbours."""
+    if not 1 <= seeds_per_prompt <= SEED_STRIDE:
+        raise UserError(f"Expected 1 to {SEED_STRIDE} seeds per prompt, got {seeds_per_prompt}.")
+    return [
+        Job(p, seed + SEED_STRIDE * i + j) for i, p in enumerate(prompts) for j in range(seeds_per_prompt)
+    ]
+
+
 def read_jobs(
-    prompts: str | Sequence[str],
+    prompts: Any,
     num_prompts: int | None,
     seeds_per_prompt: int,
     seed: int,
     *,
-    category: str | Sequence[str] | None = None,
+    category: Any = None,
     edits: str | None = None,
 ) -> list[Job]:
-    """List what is to be sampled.
+    """List the images to sample, from the options of a script.
 
     Args:
-        prompts: See :func:`guidance.data.prompts.load_prompts`; not used with ``edits``.
-        num_prompts: How many of a set, of a file or of the edits; a list is taken whole.
-        seeds_per_prompt, seed: See :func:`guidance.runs.run.list_jobs`; the seed also chooses the prompts.
-        category: Categories to take prompts of.
-        edits: Edit pairs, see :func:`guidance.data.edits.load_edit_pairs`: their images are changed towards the edited
-            captions (SDEdit).
+        prompts: A set, a file or a list of texts, see :func:`guidance.data.prompts.load_prompts`; not used with
+            ``edits``.
+        num_prompts: Number of prompts of a set or file, or of edits; a list is taken as it is.
+        seeds_per_prompt, seed: See :func:`list_jobs`; the seed also chooses the prompts.
+        category: A category or a list of categories to take prompts from.
+        edits: Edit pairs, see :func:`guidance.data.edits.load_edit_pairs`, whose images are changed towards their
+            edited captions (SDEdit).
 
     Raises:
         UserError: If there are no such prompts or edits, or an edit has no image.
     """
+    if not isinstance(prompts, str) and not _are_texts(prompts):
+        raise UserError(f"Expected prompts as a set, a file or a list of texts, got {prompts!r}.")
+    if not (category is None or isinstance(category, str) or _are_texts(category)):
+        raise UserError(f"Expected a category or a list of categories, got {category!r}.")
     if edits is None:
         count = num_prompts if isinstance(prompts, str) else None
         return list_jobs(load_prompts(prompts, count, seed, category=category), seeds_per_prompt, seed)
     pairs = load_edit_pairs(edits, num_prompts, seed)
-    starts = {pair.id: _start(pair) for pair in pairs}
+    starts = {pair.id: _image_start(pair) for pair in pairs}
     jobs = list_jobs([Prompt(pair.id, pair.edited_caption) for pair in pairs], seeds_per_prompt, seed)
     return [Job(job.prompt, job.seed, starts[job.prompt.id]) for job in jobs]
 
 
-def _start(pair: EditPair) -> ImageStart:
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _image_start(pair: EditPair) -> ImageStart:
     image = pair.image
     if image is None:
         raise UserError(
-            f"Expected edits with the images they start from, got '{pair.id}' without; name others."
+            f"Expected edits with the images they start from, but '{pair.id}' has none; name others."
         )
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16]
     return ImageStart(lambda: image, digest)

@@ -1,4 +1,4 @@
-"""The plan of a sweep: axes become cells, each of which is an arm with sampling options of its own."""
+"""The plan of a sweep: the values of axes become cells, each of which is an arm with its own sampling options."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from guidance.runs.arms import Arm, arm_name, guide_arms
+from guidance.runs.arms import Arm, arm_name, guide_arms, missing_head
 from guidance.runs.records import UNGUIDED
 from guidance.runs.run import Sampling
 from guidance.runs.specs import GuideSpec, MidBlockSpec, read_guide
 from guidance.sampling.loop import SCHEDULERS
 from guidance.utils.errors import UserError, nearest
 
-#: What may vary, in the order in which a name says it.
+#: Options that may vary, in the order in which names mention them.
 AXES = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler", "strength")
-
-GUIDE_AXES = AXES[:5]
 
 SAMPLING_AXES = AXES[5:]
 
 Kind = Literal["guided", "unguided", "matched"]
+
+#: Axes that the name of a cell may mention, by its kind.
+_NAMED_AXES: dict[Kind, tuple[str, ...]] = {
+    "guided": AXES[1:],
+    "unguided": SAMPLING_AXES,
+    "matched": SAMPLING_AXES,
+}
+
+#: The axes of guides in cells without one.
+_NO_GUIDE: dict[str, Any] = {"guide": (), "head": None, "start": None, "stop": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +41,12 @@ class Cell:
     """A point of the grid.
 
     Attributes:
-        name: Says what varies; the arm's name.
-        scale: Guidance scale; 0 samples without guidance, and then there is no guide, head, start and stop.
-        guide: Guides that push together, see :func:`guidance.runs.specs.read_guide`; empty: the head.
+        name: The arm's name, which mentions the values that vary.
+        scale: Guidance scale; 0 samples without guidance, and then guide, head, start and stop are empty.
+        guide: Guides that act together, see :func:`guidance.runs.specs.read_guide`; empty: the head.
         head: Folder of the head; None where there are guides.
         start, stop: Fractions of the steps; None takes the guide's own.
-        cfg_scale, num_steps, scheduler: See :func:`guidance.sampling.loop.sample_latents`.
-        strength: Of jobs that start from an image: fraction of the steps to take, above 0 and up to 1.
+        cfg_scale, num_steps, scheduler, strength: See :class:`guidance.runs.run.Sampling`.
     """
 
     name: str
@@ -55,44 +62,39 @@ class Cell:
 
     @property
     def sampling(self) -> Sampling:
-        """The options of the sampler."""
+        """Options of the sampler."""
         return Sampling(self.num_steps, self.cfg_scale, self.scheduler, self.strength)
 
     @property
     def cost_key(self) -> tuple[Any, ...]:
-        """The same for cells that can share a batch: all but the scale and the weight of CFG, where they are used."""
-        own = {axis: getattr(self, axis) for axis in AXES if axis not in ("scale", "cfg_scale")}
-        return self.scale != 0, self.cfg_scale != 1, *own.values()
+        """Key that is equal for cells that can share a batch: they may differ in the scale and the weight of CFG."""
+        others = [getattr(self, axis) for axis in AXES if axis not in ("scale", "cfg_scale")]
+        return self.scale != 0, self.cfg_scale != 1, *others
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """What the cell is, whatever its name."""
+        """Values of all axes."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML."""
+        """Return plain values, for YAML."""
         return dataclasses.asdict(self) | {"guide": list(self.guide)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
-        """Read what :meth:`to_dict` gave."""
+        """Read the values that :meth:`to_dict` returned."""
         return cls(**{**values, "guide": tuple(values["guide"])})
 
 
 def combine_axes(axes: Mapping[str, Sequence[Any]], combine: str = "product") -> list[dict[str, Any]]:
-    """Combine the values of axes, each with each (product) or first with first (zip; single values repeat).
+    """Combine the values of axes: all combinations (product), or one by one (zip; single values repeat).
 
     Raises:
-        UserError: If an axis is empty, or zipped axes differ in length.
+        UserError: If zipped axes differ in length.
 
     >>> combine_axes({"scale": [1, 2], "num_steps": [15, 25]}, "zip")
     [{'scale': 1, 'num_steps': 15}, {'scale': 2, 'num_steps': 25}]
     """
-    for name, values in axes.items():
-        if not values:
-            raise UserError(
-                f"Expected one value or more for the axis '{name}', got an empty list; write {name}=[1]."
-            )
     if combine == "product":
         return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
     lengths = {name: len(values) for name, values in axes.items() if len(values) > 1}
@@ -120,8 +122,8 @@ def plan_cells(
         baseline: Add an unguided cell for each way of sampling.
         matched: Weights of classifier-free guidance at which to add unguided cells for each scheduler and number of
             steps.
-        known: Cells that are there already; they come first and keep their names.
-        unnamed: Axis -> the value that names do not mention; None takes that of each axis with a single one.
+        known: Existing cells, which keep their names.
+        unnamed: Axis -> the value that names do not mention; None: that of each axis with a single value.
 
     Returns:
         The cells, in the order of columns: unguided, guided, plain classifier-free guidance.
@@ -129,37 +131,37 @@ def plan_cells(
     Raises:
         UserError: See :func:`combine_axes`.
     """
-    points = combine_axes(axes, combine)
-    quiet = single_values(axes) if unnamed is None else unnamed
-    found: list[tuple[Kind, dict[str, Any]]] = []
-    for point in points:
-        own = point | ({} if point["scale"] else {"guide": (), "head": None, "start": None, "stop": None})
-        plain = own | {"scale": 0.0, "guide": (), "head": None, "start": None, "stop": None}
-        found += [("unguided", plain)] if baseline else []
-        found += [("guided" if own["scale"] else "unguided", own)]
-        found += [("matched", plain | {"cfg_scale": float(weight)}) for weight in matched]
+    unnamed = single_values(axes) if unnamed is None else unnamed
+    points: dict[Kind, list[dict[str, Any]]] = {"unguided": [], "guided": [], "matched": []}
+    for point in combine_axes(axes, combine):
+        unguided = point | {"scale": 0.0} | _NO_GUIDE
+        if baseline or not point["scale"]:
+            points["unguided"].append(unguided)
+        if point["scale"]:
+            points["guided"].append(point)
+        points["matched"] += [unguided | {"cfg_scale": float(weight)} for weight in matched]
     cells = {cell.values: cell for cell in known}
     labels = _Labels([cell.values for cell in known])
-    for kind in ("unguided", "guided", "matched"):  # one that is both is called unguided
-        for point in (p for k, p in found if k == kind):
+    for kind, same_kind in points.items():  # a cell that is both unguided and matched is called unguided
+        for point in same_kind:
             values = tuple(point[axis] for axis in AXES)
             if values not in cells:
-                cells[values] = Cell(_name(kind, point, quiet, labels), **point)
+                cells[values] = Cell(_name(kind, point, unnamed, labels), **point)
     names = [cell.name for cell in cells.values()]
-    if again := next((name for name in names if names.count(name) > 1), None):
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise UserError(
-            f"Expected cells of different names, got two called '{again}'; rename a head or guide."
+            f"Expected cells of different names, got two called '{duplicate}'; rename a head or guide."
         )
     return sorted(cells.values(), key=_order)
 
 
 def single_values(axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The axes that have one value, and that value: names need not mention it."""
+    """Return the axes with a single value, and that value: names need not mention it."""
     return {axis: values[0] for axis, values in axes.items() if len(set(values)) == 1 and axis != "scale"}
 
 
 def matched_scales(cfg_scale: float) -> list[float]:
-    """Weights of classifier-free guidance to compare guidance at one weight with.
+    """Return larger weights of classifier-free guidance to compare guidance with.
 
     >>> matched_scales(4.0)
     [5.0, 6.0, 8.0, 12.0]
@@ -168,17 +170,15 @@ def matched_scales(cfg_scale: float) -> list[float]:
 
 
 def varied_fields(cells: Sequence[Cell]) -> list[str]:
-    """The record fields in which guided cells differ from their baseline on purpose, for ``eval.images``."""
-    guided = [cell for cell in cells if cell.scale]  # plain sampling may always differ in cfg_scale
-    varied = {axis: guided if axis == "cfg_scale" else cells for axis in SAMPLING_AXES}
-    found = [axis for axis, own in varied.items() if len({getattr(cell, axis) for cell in own}) > 1]
-    return [
-        "start" if axis == "strength" else axis for axis in found
-    ]  # a record has image and strength there
+    """Return the record fields in which cells differ from their baseline on purpose, for ``eval.images``."""
+    guided = [cell for cell in cells if cell.scale]  # unguided cells may always differ in cfg_scale
+    compared = {axis: guided if axis == "cfg_scale" else cells for axis in SAMPLING_AXES}
+    varied = [axis for axis, some in compared.items() if len({getattr(cell, axis) for cell in some}) > 1]
+    return ["start" if axis == "strength" else axis for axis in varied]  # where records keep the strength
 
 
 class _Labels:
-    """Short texts for the values of axes, different for different values of an axis."""
+    """Short labels for the values of axes, unique within an axis."""
 
     def __init__(self, known: Sequence[tuple[Any, ...]]) -> None:
         self._of: dict[tuple[str, Any], str] = {}
@@ -206,16 +206,16 @@ def _label(axis: str, value: Any) -> str:
     return "own" if value is None else re.sub(r"[^\w.+-]+", "-", str(value)).strip("-.")[:40]
 
 
-def _name(kind: str, point: Mapping[str, Any], unnamed: Mapping[str, Any], labels: _Labels) -> str:
-    first = {"guided": arm_name(point["scale"]), "unguided": UNGUIDED, "matched": ""}[kind]
-    axes = [axis for axis in (AXES[1:] if kind == "guided" else SAMPLING_AXES)]
-    shown = [
-        a for a in axes if (kind, a) == ("matched", "cfg_scale") or a not in unnamed or unnamed[a] != point[a]
-    ]
-    shown = [
-        a for a in shown if not (a in ("guide", "head") and not point[a])
-    ]  # the other of the two is named
-    return ", ".join(filter(None, [first, *(f"{axis}={labels.of(axis, point[axis])}" for axis in shown)]))
+def _name(kind: Kind, point: Mapping[str, Any], unnamed: Mapping[str, Any], labels: _Labels) -> str:
+    words = {"guided": [arm_name(point["scale"])], "unguided": [UNGUIDED], "matched": []}[kind]
+    for axis in _NAMED_AXES[kind]:
+        varies = (
+            axis not in unnamed or unnamed[axis] != point[axis] or (kind, axis) == ("matched", "cfg_scale")
+        )
+        absent = axis in ("guide", "head") and not point[axis]  # the name mentions the other one
+        if varies and not absent:
+            words.append(f"{axis}={labels.of(axis, point[axis])}")
+    return ", ".join(words)
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
@@ -226,60 +226,56 @@ def _order(cell: Cell) -> tuple[Any, ...]:
 
 
 class ArmBuilder:
-    """Makes the arms of cells; cells of the same head or guides share them, loaded once.
+    """Build the arms of cells; cells with the same head or guides share them, loaded once.
 
     Args:
-        head_options: Options of :class:`guidance.runs.specs.MidBlockSpec` for cells with a head.
+        head_options: Options of guidance by a head, for cells that name one.
     """
 
-    def __init__(self, head_options: Mapping[str, Any] | None = None) -> None:
-        self._options = dict(head_options or {})
+    def __init__(self, head_options: MidBlockSpec | None = None) -> None:
+        self._head_options = head_options or MidBlockSpec()
         self._specs: dict[tuple[tuple[str, ...], str | None], list[GuideSpec]] = {}
 
     def build(self, cell: Cell) -> Arm:
-        """The arm of a cell.
+        """Build the arm of a cell.
 
         Raises:
             UserError: If it has a scale and neither head nor guide, or these cannot be loaded.
         """
-        if cell.scale == 0:
-            return Arm(cell.name)
         arm = guide_arms(self.specs(cell), [cell.scale])[-1]
         return dataclasses.replace(arm, name=cell.name)
 
     def specs(self, cell: Cell) -> list[GuideSpec]:
-        """The guides of a cell, with its start and stop; none for scale 0."""
+        """Return the guides of a cell, with its start and stop; none for scale 0."""
         if cell.scale == 0:
             return []
         key = cell.guide, cell.head
         if key not in self._specs:
             self._specs[key] = self._load(cell)
-        own = [copy.copy(spec) for spec in self._specs[key]]  # shares what is loaded
-        for spec in own:
+        specs = [copy.copy(spec) for spec in self._specs[key]]  # copies share what is loaded
+        for spec in specs:
             spec.start = spec.start if cell.start is None else cell.start
             spec.stop = spec.stop if cell.stop is None else cell.stop
-        return own
+        return specs
 
     def _load(self, cell: Cell) -> list[GuideSpec]:
+        specs: list[GuideSpec]
         if cell.guide:
             specs = [read_guide(text) for text in cell.guide]
         elif cell.head:
-            specs = [MidBlockSpec(head=cell.head, **self._options)]
+            specs = [dataclasses.replace(self._head_options, head=cell.head)]
         else:
-            raise UserError(
-                f"Expected a head for scale {cell.scale:g}, got none; give one with head=FOLDER (train it with "
-                "'accelerate launch train/head.py'), or guide=NAME, or set scale=[0]."
-            )
+            raise missing_head(cell.scale)
         for spec in specs:
             spec.build(1.0)  # loads the heavy parts, which copies then share
         return specs
 
 
 def read_axes(given: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Read the values of all axes.
+    """Read the values of the axes.
 
     Args:
-        given: Axis -> one value or a list of them.
+        given: Axis -> a value or a list of them.
 
     Raises:
         UserError: If a list is empty, or a value is of another kind.
@@ -296,7 +292,7 @@ def _read(name: str, value: Any) -> list[Any]:
         raise UserError(
             f"Expected one value or more for '{name}', got an empty list; leave it out for its default."
         )
-    return list(dict.fromkeys(_READERS[name](name, item) for item in values))  # each once
+    return list(dict.fromkeys(_READERS[name](name, item) for item in values))  # distinct
 
 
 def _number(name: str, value: Any) -> float:
@@ -337,7 +333,7 @@ def _scheduler(name: str, value: Any) -> str | None:
 
 
 def _guides(name: str, value: Any) -> tuple[str, ...]:
-    """One guide, or several that push together; none for the head."""
+    """Read one guide, or several that act together; none for the head."""
     texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(text, str) and text for text in texts):
         raise UserError(f"Expected guides as NAME:key=value,... for '{name}', got {value!r}.")

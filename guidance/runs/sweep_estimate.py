@@ -1,4 +1,4 @@
-"""What a sweep will cost: images, network calls, time and disk, before anything is written."""
+"""Estimate the cost of a sweep: images, network calls, time and disk, before anything is written."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ from guidance.sampling.cfg import ClassifierFree
 from guidance.sampling.loop import decode_latents, sample_latents
 from guidance.sampling.start import steps_taken
 
-_STEPS = 4  # of the batch that is timed
-
-_IMAGES = 8
+_STEPS, _IMAGES = 4, 8  # of the batch that is timed
 
 
 @dataclasses.dataclass(frozen=True)
 class CellCost:
-    """What a cell costs.
+    """Cost of a cell.
 
     Attributes:
         cell: The cell.
-        images, done: To make in all, and there already.
-        steps: Taken for an image.
-        calls: Forward passes of the denoiser an image; with classifier-free guidance two a step.
-        guided: Steps an image in which a guide takes a gradient (or predicts one).
+        images, done: Number of images in all, and of those that exist.
+        steps: Steps per image.
+        calls: Forward passes of the denoiser per image; with classifier-free guidance two per step.
+        guided: Steps per image in which a guide takes a gradient (or predicts one).
     """
 
     cell: Cell
@@ -47,12 +45,12 @@ class CellCost:
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """How long images take and how large they are.
+    """Time and size of images.
 
     Attributes:
-        seconds: Cell name -> seconds an image, of one process.
-        size: Bytes an image.
-        source: What was measured, in words.
+        seconds: Cell name -> seconds per image in one process.
+        size: Bytes per image.
+        source: Description of the measurement.
     """
 
     seconds: dict[str, float]
@@ -63,7 +61,7 @@ class Speed:
 def count_costs(
     cells: Sequence[Cell], arms: Mapping[str, Arm], jobs: Sequence[Job], store: RecordStore | None
 ) -> list[CellCost]:
-    """Count what each cell takes, and what is in the store already."""
+    """Count images, forward passes and guided steps of each cell."""
     costs = []
     for cell in cells:
         done = sum(store is not None and store.has(cell.name, job.prompt.id, job.seed) for job in jobs)
@@ -76,7 +74,7 @@ def count_costs(
 
 
 def speed_from_records(costs: Sequence[CellCost], store: RecordStore | None) -> Speed | None:
-    """Read the speed off records; None if there are none for some kind of cell."""
+    """Take the speed from existing records; None if some kind of cell has none."""
     records: dict[str, list[Record]] = {}
     for record in store.load(check=None) if store is not None else []:
         records.setdefault(record.arm, []).append(record)
@@ -99,28 +97,28 @@ def speed_from_records(costs: Sequence[CellCost], store: RecordStore | None) -> 
 def speed_from_batch(
     pipe: Pipeline, costs: Sequence[CellCost], builder: ArmBuilder, jobs: Sequence[Job], batch_size: int
 ) -> Speed:
-    """Sample one small batch of a few steps for each kind of cell, and keep nothing of it."""
-    few = list(jobs[: min(_IMAGES, batch_size)])
-    steps: dict[Any, float] = {}
+    """Time a small batch of a few steps for each kind of cell; nothing is kept."""
+    batch = list(jobs[: min(_IMAGES, batch_size)])
+    step_seconds: dict[Any, float] = {}
 
-    def a_step(cell: Cell) -> float:
-        if _kind(cell) not in steps:
+    def seconds_per_step(cell: Cell) -> float:
+        if _kind(cell) not in step_seconds:
             always = dataclasses.replace(cell, start=0.0, stop=1.0) if cell.scale else cell
             arm = builder.build(always)
-            steps[_kind(cell)] = _time(lambda: _sample(pipe, few, arm, cell)) / _STEPS / len(few)
-        return steps[_kind(cell)]
+            step_seconds[_kind(cell)] = _time(lambda: _sample(pipe, batch, arm, cell)) / _STEPS / len(batch)
+        return step_seconds[_kind(cell)]
 
     first = costs[0].cell
-    _sample(pipe, few, Arm(""), first)  # the first batch of a process is slow
-    latents = _sample(pipe, few, Arm(""), first)
-    decode = _time(lambda: decode_latents(pipe, latents)) / len(few)
+    _sample(pipe, batch, Arm(""), first)  # the first batch of a process is slow
+    latents = _sample(pipe, batch, Arm(""), first)
+    decode = _time(lambda: decode_latents(pipe, latents)) / len(batch)
     size = statistics.fmean(len(encode_png(image)) for image in decode_latents(pipe, latents))
     seconds = {}
     for c in costs:
-        plain = dataclasses.replace(c.cell, scale=0.0, guide=(), head=None, start=None, stop=None)
-        steps_of = {plain: c.steps - c.guided, c.cell: c.guided} if c.guided else {plain: c.steps}
-        seconds[c.cell.name] = decode + sum(n * a_step(cell) for cell, n in steps_of.items() if n)
-    source = f"timed with a batch of {len(few)} images and {_STEPS} steps for each kind of cell"
+        unguided = dataclasses.replace(c.cell, scale=0.0, guide=(), head=None, start=None, stop=None)
+        steps = [(unguided, c.steps - c.guided), (c.cell, c.guided)]
+        seconds[c.cell.name] = decode + sum(n * seconds_per_step(cell) for cell, n in steps if n)
+    source = f"timed with a batch of {len(batch)} images and {_STEPS} steps for each kind of cell"
     return Speed(seconds, size, source)
 
 
@@ -131,28 +129,28 @@ def _sample(pipe: Pipeline, jobs: Sequence[Job], arm: Arm, cell: Cell) -> Any:
 
 
 def _time(function: Any) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = function()
     if hasattr(result, "cpu"):
         result.cpu()  # waits for the device
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def _kind(cell: Cell) -> tuple[Any, ...]:
-    """What a step costs depends on."""
+    """Key of the cells whose steps cost the same."""
     return cell.guide, cell.head, ClassifierFree.of(cell.cfg_scale).scale == 1
 
 
 def describe_plan(
-    costs: Sequence[CellCost], speed: Speed, floors: Sequence[str], *, where: str, folder: Path, noises: int
+    costs: Sequence[CellCost], speed: Speed, prices: Sequence[str], *, where: str, folder: Path, noises: int
 ) -> str:
-    """The plan in words and a table.
+    """Describe the plan in a table and a few sentences.
 
     Args:
-        costs, speed: What it costs.
-        floors: What a guided step costs, a sentence for each guide.
+        costs, speed: Cost of the cells.
+        prices: Cost of a guided step, a sentence for each guide.
         where: Device.
-        folder: Of the sweep.
+        folder: Folder of the sweep.
         noises: Prompts times seeds.
     """
     width = max(len(c.cell.name) for c in costs) + 2
@@ -169,17 +167,17 @@ def describe_plan(
     parent = next(p for p in folder.absolute().parents if p.exists())
     lines += [
         f"\n{len(costs)} cells x {noises} noises = {images} images, {done} of them done, into {folder}",
-        f"network calls to make: {calls:,} forward passes of one image (with CFG two a step)",
-        *([f"guided steps to make: {guided:,}; {'; '.join(floors)}"] if guided else []),
+        f"network calls to make: {calls:,} forward passes of one image (with CFG two per step)",
+        *([f"guided steps to make: {guided:,}; {'; '.join(prices)}"] if guided else []),
         f"time: about {duration(seconds)} by one process on {where} ({speed.source})",
-        f"disk: about {(images - done) * speed.size / 1e6:,.1f} MB at {speed.size / 1e3:.1f} kB an image, "
+        f"disk: about {(images - done) * speed.size / 1e6:,.1f} MB at {speed.size / 1e3:.1f} kB per image, "
         f"grid and sheets about as much again; {shutil.disk_usage(parent).free / 1e9:,.1f} GB are free",
     ]
     return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:
-    """Time as people say it.
+    """Format a duration.
 
     >>> [duration(s) for s in (12.4, 100, 7300)]
     ['12 s', '1 min 40 s', '2 h 1 min']

@@ -1,4 +1,4 @@
-"""Units of a sweep: claimed, sampled, recorded, by any number of processes that share a folder."""
+"""Run a sweep: claim, sample and record units, in any number of processes that share a folder."""
 
 from __future__ import annotations
 
@@ -22,54 +22,59 @@ from guidance.runs.sweep import Cell
 from guidance.runs.sweep_folder import SweepPlan, remember_batch_size, remembered_batch_size, together
 from guidance.utils.errors import UserError, is_out_of_memory
 
-_POLL = 0.3  # seconds between looks at units that others work on
+_POLL = 0.3  # seconds between checks of what other processes work on
 
-Made = list[tuple[Record, Any]]
+#: Initial batch size of ``auto``: on an accelerator, and on a CPU, which gains nothing from more.
+AUTO_BATCH, AUTO_BATCH_CPU = 64, 16
+
+Images = list[tuple[Record, Any]]
+
+Log = Callable[[dict[str, float], int], None]
 
 
 class Divider:
-    """Samples units, in parts where memory does not suffice for a whole one.
+    """Sample units, in parts if memory does not suffice for a whole one.
 
     Args:
         sampler: Samples a part.
         size: Images at once.
-        halve: Halve the size when memory is out; else that is an error.
-        say: Is told of a new size: by text for the user, and the size.
+        halve: Halve the size when memory runs out; otherwise that is an error.
+        report: Called with a sentence for the user and the new size.
 
     Attributes:
         size: Images at once, now.
     """
 
     def __init__(
-        self, sampler: UnitSampler, size: int, *, halve: bool, say: Callable[[str, int], None]
+        self, sampler: UnitSampler, size: int, *, halve: bool, report: Callable[[str, int], None]
     ) -> None:
-        self.sampler, self.size, self._halve, self._say = sampler, size, halve, say
+        self.sampler, self.size, self._halve, self._report = sampler, size, halve, report
 
-    def images(self, unit: Unit) -> Made:
+    def images(self, unit: Unit) -> Images:
         """Sample a unit; nothing is written.
 
         Raises:
-            UserError: If memory does not suffice, and the size is fixed or one image.
+            UserError: If memory runs out, and the size is fixed or one image.
         """
-        while (made := self._try(unit)) is None:
+        while (images := self._try(unit)) is None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            tried = min(self.size, len(unit))
-            if not self._halve or tried == 1:
-                hint = "set batch_size=auto or a smaller one" if tried > 1 else "take a half-precision dtype"
+            size = min(self.size, len(unit))
+            if not self._halve or size == 1:
+                hint = "set batch_size=auto or a smaller one" if size > 1 else "choose a half-precision dtype"
                 raise UserError(
-                    f"Expected memory for a batch of {tried} in '{unit[0].arm.name}', but it is out; {hint}."
+                    f"Expected memory for a batch of {size} in '{unit[0].arm.name}', but it ran out; {hint}."
                 )
-            self.size = tried // 2
-            self._say(f"Out of memory with {tried} images at once: going on with {self.size}.", self.size)
-        return made
+            self.size = size // 2
+            self._report(f"Out of memory with {size} images at once: going on with {self.size}.", self.size)
+        return images
 
-    def _try(self, unit: Unit) -> Made | None:
-        """The images, or None if memory is out; no reference to the failed attempt stays."""
+    def _try(self, unit: Unit) -> Images | None:
+        """Return the images, or None if memory runs out, without a reference to the failed attempt."""
         try:
-            return [made for part in list_batches(unit, self.size) for made in self.sampler.images(part)]
-        except (RuntimeError, MemoryError, UserError) as error:  # a guided step says what to turn
+            return [image for part in list_batches(unit, self.size) for image in self.sampler.images(part)]
+        except (RuntimeError, MemoryError, UserError) as error:  # a guided step raises a UserError
             if not is_out_of_memory(error):
                 raise
         return None
@@ -78,25 +83,25 @@ class Divider:
 def fill_units(
     units: Sequence[Unit], divider: Divider, claims: Claims, *, progress: Callable[[], None] = lambda: None
 ) -> int:
-    """Sample what is missing of units, together with all other processes that do; returns when all units are done.
+    """Sample what units lack, together with all other processes that do; return when all units are done.
 
     Args:
         units: In the order in which to take them.
         divider: Samples them into a :class:`guidance.runs.records.RecordStore`.
-        claims: Of this process.
-        progress: Called after each unit and while others are waited for.
+        claims: Claims of this process.
+        progress: Called after each unit and while waiting for others.
 
     Returns:
         The number of images that this process has made.
 
     Raises:
-        UserError: If an image that is there was made in another way, or memory does not suffice.
+        UserError: If an existing image was made with other options, or memory does not suffice.
     """
-    sampler, made = divider.sampler, 0
-    left = [unit for unit in units if sampler.missing(unit)]  # looks at all before any work
-    while left:
-        waiting, before = [], made
-        for unit in left:
+    sampler, count = divider.sampler, 0
+    remaining = [unit for unit in units if sampler.missing(unit)]  # checks all before any work
+    while remaining:
+        waiting, previous_count = [], count
+        for unit in remaining:
             if not sampler.missing(unit):
                 continue
             name = unit_name(unit)
@@ -104,24 +109,24 @@ def fill_units(
                 waiting.append(unit)
                 continue
             try:
-                found = _sample_claimed(unit, divider, claims, name)
-                made += found or 0
-                waiting += [unit] if found is None else []
+                new = _sample_claimed(unit, divider, claims, name)
+                count += new or 0
+                waiting += [unit] if new is None else []
             finally:
                 claims.release(name)
             progress()
-        left = waiting
-        if left and made == before:
+        remaining = waiting
+        if remaining and count == previous_count:
             time.sleep(_POLL)
             sampler.store.refresh()
             progress()
-    return made
+    return count
 
 
 def _sample_claimed(unit: Unit, divider: Divider, claims: Claims, name: str) -> int | None:
-    """Sample and record what is missing of a unit; None if the claim was lost in the meantime."""
+    """Sample and record what a unit lacks; None if the claim was lost in the meantime."""
     sampler = divider.sampler
-    sampler.store.refresh()  # another may have done it just before it was claimed
+    sampler.store.refresh()  # another process may have finished it just before it was claimed
     missing = sampler.missing(unit)
     if not missing:
         return 0
@@ -133,21 +138,9 @@ def _sample_claimed(unit: Unit, divider: Divider, claims: Claims, name: str) -> 
 
 
 def unit_name(unit: Unit) -> str:
-    """What the claim of a unit is called: the same for all processes of a sweep."""
+    """Return the name of a unit's claim, the same for all processes of a sweep."""
     keys = [" ".join(map(str, task.key)) for task in unit]
     return "unit-" + hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
-
-
-def image_keys(units: Sequence[Unit]) -> list[tuple[str, str, int]]:
-    """The keys of the records of units."""
-    return [task.key for unit in units for task in unit]
-
-
-#: Images a batch that was not named: where the search begins on an accelerator, and what it is on a CPU, which gains
-#: nothing from more.
-AUTO_BATCH, AUTO_BATCH_CPU = 64, 16
-
-Log = Callable[[dict[str, float], int], None]
 
 
 def fill_sweep(
@@ -163,19 +156,19 @@ def fill_sweep(
     progress: bool = True,
     log: Log | None = None,
 ) -> int:
-    """Sample what is missing of a sweep, together with all processes that work in its folder.
+    """Sample what a sweep lacks, together with all processes that work in its folder.
 
     Args:
-        pipe: Pipeline that :func:`guidance.runs.run.check_sampling` has passed for all arms.
+        pipe: Pipeline that :func:`guidance.runs.run.check_sampling` has accepted for all arms.
         plan: Cells and folder.
         jobs: Prompts and seeds, the same for all cells.
-        arms: Of the cells, by name.
-        claims: Of this process, see :func:`guidance.runs.sweep_folder.working_in`.
+        arms: Arms of the cells, by name.
+        claims: Claims of this process, see :func:`guidance.runs.sweep_folder.working_in`.
         state: The processes of this launch.
-        model: What to call the model in the records.
-        auto: Halve the batch size where memory does not suffice, and find it first on an accelerator.
+        model: Name of the model in the records.
+        auto: Halve the batch size when memory runs out; on an accelerator, find it first.
         progress: Show a bar over the work of all processes.
-        log: Told the number of images now and then.
+        log: Called with the number of images now and then.
 
     Returns:
         The number of images that this process has made.
@@ -183,39 +176,36 @@ def fill_sweep(
     store = RecordStore(plan.folder, claims.take_number("writer"))
     sampler = UnitSampler(pipe, store, model=model)
 
-    def say(text: str, size: int) -> None:
+    def report(text: str, size: int) -> None:
         tqdm.write(text)
         remember_batch_size(plan.folder, size)
-
-    def units(size: int) -> list[Unit]:
-        return list_units(plan.cells, jobs, arms, size)
 
     def find() -> None:
         while remembered_batch_size(plan.folder) is None:
             if not claims.take("batch-size"):  # another launch is looking for it
-                time.sleep(0.3)
+                time.sleep(_POLL)
                 continue
             size = AUTO_BATCH_CPU
             if pipe.unet.device.type != "cpu":
-                first = units(AUTO_BATCH)[: len(plan.cells)]
-                size = find_batch_size(Divider(sampler, AUTO_BATCH, halve=True, say=say), first)
+                first = list_units(plan.cells, jobs, arms, AUTO_BATCH)[: len(plan.cells)]
+                size = find_batch_size(Divider(sampler, AUTO_BATCH, halve=True, report=report), first)
             remember_batch_size(plan.folder, size)
             claims.release("batch-size")
 
     together(state, find)
     size = remembered_batch_size(plan.folder) or AUTO_BATCH_CPU
-    work = units(size)
-    bar = Progress(work, store, shown=progress, log=log if state.is_main_process else None)
-    made = fill_units(work, Divider(sampler, size, halve=auto, say=say), claims, progress=bar)
+    units = list_units(plan.cells, jobs, arms, size)
+    bar = Progress(units, store, shown=progress, log=log if state.is_main_process else None)
+    count = fill_units(units, Divider(sampler, size, halve=auto, report=report), claims, progress=bar)
     bar.close()
-    return made
+    return count
 
 
 def find_batch_size(divider: Divider, units: Sequence[Unit]) -> int:
-    """Sample the most costly unit with as many images as memory allows, and keep them.
+    """Sample the most expensive unit with as many images as memory allows, and keep them.
 
     Args:
-        divider: Begins with as many images as are worth trying.
+        divider: Starts with the largest size to try.
         units: The first unit of every arm, of the divider's size.
 
     Returns:
@@ -228,12 +218,12 @@ def find_batch_size(divider: Divider, units: Sequence[Unit]) -> int:
 
 
 def list_units(cells: Sequence[Cell], jobs: Sequence[Job], arms: Mapping[str, Arm], size: int) -> list[Unit]:
-    """Cut a sweep into what is sampled at once; cells of equal cost share a batch that one of them would not fill.
+    """Cut a sweep into units; cells of equal cost share a batch that one of them would not fill.
 
     Args:
-        cells: Of the sweep.
-        jobs: The same for all cells.
-        arms: Of the cells, by name.
+        cells: Cells of the sweep.
+        jobs: Prompts and seeds, the same for all cells.
+        arms: Arms of the cells, by name.
         size: Images at once.
 
     Returns:
@@ -245,15 +235,15 @@ def list_units(cells: Sequence[Cell], jobs: Sequence[Job], arms: Mapping[str, Ar
 
     if len(jobs) > size // 2:
         return [tuple(tasks(cell, batch)) for batch in list_batches(jobs, size) for cell in cells]
-    alike: dict[Any, list[Cell]] = {}
+    by_cost: dict[Any, list[Cell]] = {}
     for cell in cells:
-        alike.setdefault(cell.cost_key, []).append(cell)
-    shared = [group for same in alike.values() for group in list_batches(same, size // len(jobs))]
+        by_cost.setdefault(cell.cost_key, []).append(cell)
+    shared = [group for same in by_cost.values() for group in list_batches(same, size // len(jobs))]
     return [tuple(task for cell in group for task in tasks(cell, jobs)) for group in shared]
 
 
 def lay_out(folder: Path, jobs: Sequence[Job], cells: Sequence[Cell], *, max_rows: int) -> list[Record]:
-    """Write grid and contact sheets of a finished sweep, and remove what killed processes have left half-written.
+    """Write the grid and contact sheets of a finished sweep, and remove half-written files of killed processes.
 
     Returns:
         The records of the cells.
@@ -273,29 +263,20 @@ class Progress:
     """A bar over the images of all processes, with images per second and time left.
 
     Args:
-        units: All of the sweep.
+        units: All units of the sweep.
         store: Counts what is done.
-        shown: Whether to show a bar at all.
-        log: Told the number of images now and then, for a tracker.
+        shown: Whether to show the bar.
+        log: Called with the number of images now and then, for a tracker.
     """
 
     def __init__(
-        self,
-        units: Sequence[Unit],
-        store: RecordStore,
-        *,
-        shown: bool,
-        log: Log | None = None,
+        self, units: Sequence[Unit], store: RecordStore, *, shown: bool, log: Log | None = None
     ) -> None:
-        self._keys, self._store, self._log, self._next = image_keys(units), store, log, 0.0
-        self._bar = tqdm(
-            total=len(self._keys),
-            initial=store.count(self._keys),
-            disable=not shown,
-            unit="image",
-            desc="sweep",
-            smoothing=0.1,
-        )
+        self._keys = [task.key for unit in units for task in unit]
+        self._store, self._log, self._next = store, log, 0.0
+        done = store.count(self._keys)
+        options: dict[str, Any] = {"unit": "image", "desc": "sweep", "smoothing": 0.1}
+        self._bar = tqdm(total=len(self._keys), initial=done, disable=not shown, **options)
 
     def __call__(self, *, last: bool = False) -> None:
         if (self._bar.disable and self._log is None) or (time.monotonic() < self._next and not last):
@@ -308,6 +289,6 @@ class Progress:
             self._log({"images": float(done)}, done)
 
     def close(self) -> None:
-        """Show the end."""
+        """Show the final state."""
         self(last=True)
         self._bar.close()

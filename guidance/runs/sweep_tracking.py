@@ -15,11 +15,11 @@ from guidance.utils.tracking import Log, log_files, log_table, start_tracking, s
 
 
 class SweepTracking:
-    """The tracker of a sweep, of its main process only; whatever fails in it warns, and the sweep goes on.
+    """The tracker of a sweep, in its main process; if it fails it warns, and the sweep goes on.
 
     Args:
         tracker: "none", "wandb" or "tensorboard".
-        folder: Of the sweep; logs go to ``tracking`` in it.
+        folder: Folder of the sweep; logs go to its subfolder ``tracking``.
 
     Raises:
         UserError: If the tracker is not installed.
@@ -41,7 +41,7 @@ class SweepTracking:
             ) from error
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Begin a run."""
+        """Start a run."""
         if self._accelerator is not None:
             (self.folder / "tracking").mkdir(parents=True, exist_ok=True)
             self._log = start_tracking(self._accelerator, "midblock-guidance", config, self.folder.name)
@@ -53,7 +53,7 @@ class SweepTracking:
             self._log(values, step)
 
     def finish(self, records: Sequence[Record], cells: Sequence[Cell]) -> None:
-        """Log what was made: images in a table with a row a prompt and a column a cell, curves, files; end the run."""
+        """Log curves, a table of images with a row per prompt and a column per cell, and files; end the run."""
         if self._accelerator is None:
             return
         for i, values in enumerate(curves(records, cells), start=1):
@@ -67,18 +67,18 @@ class SweepTracking:
         stop_tracking(self._accelerator)
 
     def _image(self, rows: Sequence[Record], cell: Cell) -> Path | None:
-        """The image of a prompt's first seed in a cell."""
+        """Return the image of a prompt's first seed in a cell."""
         return next((self.folder / r.image for r in rows if r.arm == cell.name), None)
 
 
 def curves(records: Sequence[Record], cells: Sequence[Cell]) -> list[dict[str, float]]:
-    """A point for each cell: its numbers, and the means of what its records say."""
+    """Return a point for each cell: its options, median time and mean score."""
     points = []
     for cell in cells:
-        own = [r for r in records if r.arm == cell.name]
-        scores = [r.score for r in own if r.score is not None]
+        rows = [r for r in records if r.arm == cell.name]
+        scores = [r.score for r in rows if r.score is not None]
         point = {f"curve/{k}": float(getattr(cell, k)) for k in ("scale", "cfg_scale", "num_steps")}
-        point |= {"curve/seconds an image": statistics.median(r.seconds for r in own)} if own else {}
+        point |= {"curve/seconds an image": statistics.median(r.seconds for r in rows)} if rows else {}
         points.append(point | ({"curve/head score": statistics.fmean(scores)} if scores else {}))
     return points
 
