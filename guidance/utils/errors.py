@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -72,6 +73,7 @@ def friendly_errors(prog: str) -> Iterator[None]:
     Raises:
         SystemExit: With code 2 or 130, caused by the original exception.
     """
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_torchvision_notice)
     try:
         yield
     except UserError as error:
@@ -83,6 +85,11 @@ def friendly_errors(prog: str) -> Iterator[None]:
         if message is None:
             raise
         raise _stop(prog, message, code=2) from error
+
+
+def _is_no_torchvision_notice(record: logging.LogRecord) -> bool:
+    """Filter out the notice of transformers that image processors work without torchvision, as they do here."""
+    return "requires torchvision (not installed); falling back to" not in record.getMessage()
 
 
 def _stop(prog: str, message: str, *, code: int) -> SystemExit:
