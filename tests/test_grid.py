@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from guidance.utils.errors import UserError
 from guidance.utils.images import _font, _wrap, labelled_grid
 
 COLOURS = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)], [(0, 200, 200), (90, 90, 90)]]
@@ -49,10 +47,3 @@ def test_wrapping_keeps_every_letter_until_it_must_cut() -> None:
     assert all(0 < font.getlength(line) <= 210 for line in lines)
     cut = _wrap(LONG, font, 210, 3)
     assert len(cut) == 3 and cut[-1].endswith("…") and all(font.getlength(line) <= 210 for line in cut)
-
-
-def test_wrong_labels_get_a_sentence() -> None:
-    with pytest.raises(UserError, match="at least one image"):
-        labelled_grid([[None]], ["x"], ["a"])
-    with pytest.raises(UserError, match="got 1 and 2 for 1 rows of"):
-        labelled_grid([[solid((0, 0, 0))]], ["x"], ["a", "b"])

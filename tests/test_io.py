@@ -118,9 +118,8 @@ def test_a_kill_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("atomic", [atomic_path, atomic_dir])
 def test_a_file_where_a_folder_should_be(tmp_path: Path, atomic: object) -> None:
     (tmp_path / "file").write_text("")
-    for path in [tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"]:
-        with pytest.raises(UserError, match="Expected a folder"), atomic(path):  # type: ignore[operator]
-            pass
+    with pytest.raises(UserError, match="Expected a folder"), atomic(tmp_path / "file" / "x" / "y"):  # type: ignore[operator]
+        pass
     with pytest.raises(UserError, match="Expected a folder"), atomic_dir(tmp_path / "file"):
         pass
     assert names(tmp_path) == ["file"]
@@ -151,16 +150,12 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
     assert read_json(tmp_path / "a.json") == {"a": 1} and names(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("content", [b'{"a": [1, 2', b"", b"\xff\xfe\x00", b"{'a': 1}"])
-def test_broken_json_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.json").write_bytes(content)
+@pytest.mark.parametrize("content", [b'{"a": [1, 2', b"\xff\xfe\x00", None])
+def test_broken_or_missing_json_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
-
-
-def test_missing_json_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.json"):
-        read_json(tmp_path / "none.json")
 
 
 def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def friendly_errors(prog: str) -> Iterator[None]:
     """Turn the errors a user can fix into one line on stderr and an exit code; let all others pass.
 
     Works as a context manager and as a decorator of `main`. A `UserError`, a missing optional package and a disk that
-    is full, read-only or forbidden exit with 2; Ctrl-C exits with 130. Everything else keeps its traceback: it is a bug.
+    is full, read-only or forbidden exit with 2, Ctrl-C with 130. Everything else keeps its traceback: it is a bug.
 
     Args:
         prog: Name of the program as the user called it, put before the message.

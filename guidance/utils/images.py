@@ -1,4 +1,4 @@
-"""Pictures: to RGB, to a square of the model's size, and into labelled grids."""
+"""Convert images to RGB and to squares of a model's size; lay them out in labelled grids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guidance.utils.errors import UserError
 
-#: Endings of files that are taken for images.
+#: Suffixes of image files.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 PAPER, INK, GREY, EMPTY = "#ffffff", "#1c1e21", "#7a8087", "#eef0f2"
@@ -31,29 +31,25 @@ def labelled_grid(
     notes: Sequence[str] = (),
     tile: int | None = None,
 ) -> Image.Image:
-    """Lay images out in a grid, each row with its prompt at the left, each column with its name above.
+    """Lay images out in a grid, with labels to the left of rows and above columns.
 
     Args:
         images: One list per row; None leaves a tile empty.  Images are scaled to fit the tile.
         rows: Label of each row; wrapped, and cut with an ellipsis where it is longer than the tile is high.
         columns: Label of each column.
-        notes: A small grey line under each row's label, for example the seed.
+        notes: Small grey lines under the rows' labels, for example seeds.
         tile: Side of a tile in pixels; None takes 160 for small images and 256 for others.
 
     Returns:
         The grid, RGB.
 
     Raises:
-        UserError: If there is no image, or the labels do not fit the images.
+        UserError: If there is no image.
     """
     shown = [image for row in images for image in row if image is not None]
     if not shown:
         raise UserError("Expected at least one image for the grid, got none; sample some first.")
-    if len(rows) != len(images) or any(len(row) != len(columns) for row in images):
-        raise UserError(
-            f"Expected one label per row and column of the grid, got {len(rows)} and {len(columns)} for "
-            f"{len(images)} rows of {sorted({len(row) for row in images})} images."
-        )
+    assert len(rows) == len(images) and all(len(row) == len(columns) for row in images)
     if tile is None:
         tile = 160 if max(max(image.size) for image in shown) <= 160 else 256
     header = 2 * _GAP + _height(_font(15, bold=True)) * max(
@@ -85,7 +81,7 @@ def _place(page: Image.Image, image: Image.Image | None, x: int, y: int, tile: i
 
 
 def _label(draw: ImageDraw.ImageDraw, text: str, note: str, y: int, tile: int) -> None:
-    """A row's prompt and note, right-aligned to the tiles and centred on their height."""
+    """Write a row's label and note, right-aligned and vertically centred on the tiles."""
     font, small = _font(14), _font(11)
     below = _height(small) + 4 if note else 0
     lines = _wrap(text, font, _LABEL, max(1, (tile - below) // _height(font)))
@@ -100,7 +96,7 @@ def _label(draw: ImageDraw.ImageDraw, text: str, note: str, y: int, tile: int) -
 def _centred(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, width: int, height: int) -> None:
     font = _font(15, bold=True)
     lines = _wrap(text, font, width, 3)
-    y += height - len(lines) * _height(font)  # names of one line stand right above their column
+    y += height - len(lines) * _height(font)  # the last line stands right above the column
     for line in lines:
         draw.text((x + width // 2, y), line, font=font, fill=INK, anchor="ma")
         y += _height(font)
@@ -135,7 +131,7 @@ def _height(font: ImageFont.FreeTypeFont) -> int:
 
 @functools.cache
 def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib ships: the same on every machine, with Greek, Cyrillic and signs."""
+    """Load DejaVu Sans, which matplotlib ships: the same on every machine, with Greek, Cyrillic and symbols."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -178,5 +174,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_float(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
-    """uint8 RGB images (b, h, w, 3) to floats in -1..1, channels first."""
+    """Convert uint8 RGB images (b, h, w, 3) to floats in -1..1, channels first."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1

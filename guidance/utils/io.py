@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or absent, and JSON.
+"""Write files and folders atomically; read and write JSON.
 
-Everything is written under a temporary name in the same folder and renamed at the end, so that a reader, or a
-second run after a kill at any time, never sees half a file under its final name.
+Everything is written under a temporary name in the same folder and renamed at the end, so that neither a reader nor a
+second run after a kill ever sees half a file under its final name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it onto `path` on success, remove it on any exception.
 
     Args:
-        path: Final file. Parent folders are created; an existing file stays until the new one is whole.
+        path: Final file. Parent folders are created; an existing file stays until the new one is complete.
 
     Yields:
         A hidden path in the same folder with the same suffix (`numpy.save` and PIL look at the suffix).
@@ -50,8 +50,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder to fill; rename it to `path` on success, remove it on any exception.
 
-    An existing folder is replaced as a whole: moved aside, swapped, and removed only then. (Between the two
-    renames, which take microseconds, the final name is absent; a rename that fails is undone.)
+    An existing folder is moved aside, swapped, and only then removed. (Between the two renames, which take
+    microseconds, the final name is absent; a rename that fails is undone.)
 
     Args:
         path: Final folder. Parent folders are created.
@@ -76,7 +76,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Find out before long work whether `path` can be written at its end; leave nothing behind.
+    """Check before long work that `path` can be written after it; leave nothing behind.
 
     Raises:
         UserError: If one of its parents is a file.
@@ -107,18 +107,18 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def append_bytes(path: str | os.PathLike[str], data: bytes, *, end: int | None = None) -> int:
-    """Append to a file in one synchronised write; what a failure has left behind is cut off again.
+    """Append to a file in one synchronised write; a failed write is cut off again.
 
     Args:
-        path: The file; made if it is not there.
-        data: What to append: whole lines or rows.
-        end: Where the last whole one ends; what follows, torn by a kill, is cut off first.  None: the file's end.
+        path: The file; created if missing.
+        data: Complete lines or rows.
+        end: End of the last complete one in bytes; what follows, torn by a kill, is cut off first.  None: no cut.
 
     Returns:
-        Where the file ends now.
+        The new end of the file in bytes.
 
     Raises:
-        OSError: If not all of it is on the disk.
+        OSError: If not all of it could be written.
     """
     file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
@@ -157,7 +157,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def _destination(path: str | os.PathLike[str]) -> Path:
-    """Return the path to write to, with symbolic links followed and its parent folders made."""
+    """Return the path to write to, with symbolic links resolved and parent folders created."""
     final = Path(path)
     if final.is_symlink():  # renaming onto a link would replace the link, not what it points to
         final = final.resolve()
@@ -190,7 +190,7 @@ def _swap(temporary: Path, final: Path) -> None:
 
 
 def _plain(obj: Any) -> Any:
-    """Return `obj` with every value converted to what JSON has."""
+    """Convert every value to a JSON type."""
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else None
     if obj is None or isinstance(obj, str | bool | int):

@@ -1,4 +1,4 @@
-"""Experiment tracking through accelerate's trackers; a tracker that fails never ends a run."""
+"""Track experiments through accelerate's trackers; a failing tracker never ends a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+#: ``log(values, step)``.
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -22,8 +26,8 @@ def wandb_is_configured() -> bool:
         return False
 
 
-def start_tracking(accelerator: Any, project: str, config: Mapping[str, Any], run_name: str) -> Log:
-    """Start the trackers an accelerator was made with.
+def start_tracking(accelerator: Accelerator, project: str, config: Mapping[str, Any], run_name: str) -> Log:
+    """Start the trackers of an accelerator.
 
     W&B runs offline where there is no account; ``wandb sync`` uploads such a run later.
 
@@ -48,22 +52,23 @@ def start_tracking(accelerator: Any, project: str, config: Mapping[str, Any], ru
     return log
 
 
-def log_table(accelerator: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Log a table; a failure warns, and nothing more.
+def log_table(
+    accelerator: Accelerator, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Log a table; a failure only warns.
 
     Args:
         accelerator: With running trackers.
-        name: Of the table.
-        columns: Their names.
-        rows: Cells: text, numbers, None, or the path of an image.  TensorBoard, which has no tables, shows the text of
-            a row beside its images, one step a row.
+        name: Name of the table.
+        columns: Names of the columns.
+        rows: Cells: text, numbers, None, or the path of an image.  TensorBoard, which has no tables, shows paths.
     """
     for tracker in accelerator.trackers:
         _survives(_TABLES[tracker.name], tracker.tracker, name, list(columns), [list(row) for row in rows])
 
 
-def log_files(accelerator: Any, name: str, files: Sequence[Path]) -> None:
-    """Keep files with the run, in W&B as an artifact; TensorBoard notes where they are.  A failure warns."""
+def log_files(accelerator: Accelerator, name: str, files: Sequence[Path]) -> None:
+    """Keep files with the run, in W&B as an artifact; TensorBoard notes their paths.  A failure only warns."""
     for tracker in accelerator.trackers:
         _survives(_FILES[tracker.name], tracker.tracker, name, list(files))
 
@@ -84,31 +89,22 @@ def _wandb_files(run: Any, name: str, files: list[Path]) -> None:
     run.log_artifact(artifact)
 
 
-def _board_table(writer: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-    import numpy as np
-    from PIL import Image
-
-    for step, row in enumerate(rows):
-        named = dict(zip(columns, row, strict=True))
-        files = {column: cell for column, cell in named.items() if isinstance(cell, Path)}
-        told = [f"**{column}**: {cell}" for column, cell in named.items() if column not in files]
-        writer.add_text(name, "; ".join([*told, *files]), step)
-        images = [np.asarray(Image.open(file).convert("RGB")) for file in files.values()]
-        if images:
-            writer.add_image(name, np.concatenate(images, axis=1), step, dataformats="HWC")
+def _tensorboard_table(writer: Any, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+    lines = [columns, ["---"] * len(columns), *rows]
+    writer.add_text(name, "\n".join(" | ".join(map(str, line)) for line in lines))  # Markdown
 
 
-def _board_files(writer: Any, name: str, files: list[Path]) -> None:
+def _tensorboard_files(writer: Any, name: str, files: list[Path]) -> None:
     writer.add_text(name, ", ".join(str(file.resolve()) for file in files))
 
 
-_TABLES = {"wandb": _wandb_table, "tensorboard": _board_table}
+_TABLES = {"wandb": _wandb_table, "tensorboard": _tensorboard_table}
 
-_FILES = {"wandb": _wandb_files, "tensorboard": _board_files}
+_FILES = {"wandb": _wandb_files, "tensorboard": _tensorboard_files}
 
 
-def stop_tracking(accelerator: Any) -> None:
-    """Close the trackers, and nothing else: ``end_training`` would end the process group as well."""
+def stop_tracking(accelerator: Accelerator) -> None:
+    """Close the trackers only: ``end_training`` would end the process group too."""
     for tracker in accelerator.trackers:
         _survives(tracker.finish)
 
@@ -125,6 +121,6 @@ def _survives(function: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, int | float | str | bool]:
-    """Return values that every tracker takes: numbers and text."""
+    """Convert values to numbers and text, which every tracker takes."""
     plain = int | float | str | bool
     return {key: value if isinstance(value, plain) else str(value) for key, value in config.items()}
