@@ -1,18 +1,18 @@
-"""Measure guides on the testbed, a table a study, all paired on the same prompts, seeds and noise.
+"""Measure guides on the testbed: one table per study, all paired on the same prompts, seeds and noise.
 
 python -m eval.guides classes            # a class head on the empty prompt, over all classes
 python -m eval.guides clip               # a CLIP-embedding head, and CLIP on images, beside conditioning
 python -m eval.guides discriminator      # Frechet distance, precision and recall with a discriminator
 python -m eval.guides steering           # particles: best-of-N, Feynman-Kac, with and without gradients
-python -m eval.guides amortised          # an adapter against the gradients it was taught by
+python -m eval.guides amortised          # an adapter against the gradients that taught it
 python -m eval.guides two_guides         # rating and class at once
 python -m eval.guides overoptimisation   # truth against the head's own score as the scale grows; committees
 python -m eval.guides cfg_variants       # variants of classifier-free guidance as partners of mid-u guidance
 python -m eval.guides edits              # starting from an image (SDEdit) or a mask, on the testbed's edit pairs
 python -m eval.guides STUDY --help       # options of a study
 
-Settings are chosen with split=validation and reported with split=test.  A killed study goes on where it was.  Several
-processes share the sampling: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m eval.guides STUDY
+Choose settings with split=validation and report split=test.  A study that was killed resumes.  Several processes share
+the sampling: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m eval.guides STUDY
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def measure(study: str, config: Any) -> str | None:
         UserError: If a head is missing or does not fit, or an option is out of range.
     """
     from eval.stats.tables import markdown
-    from eval.studies.common import Bench
+    from eval.studies.common import StudyBench
     from guidance.utils.io import atomic_path, check_writable, write_json
 
-    bench = Bench(config)
+    bench = StudyBench(config)
     check_writable(bench.folder)
     rows = importlib.import_module(f"eval.studies.{study}").run(bench, config)
     if not bench.state.is_main_process:
@@ -72,7 +72,7 @@ def measure(study: str, config: Any) -> str | None:
 
 @friendly_errors("eval.guides")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of this script: the name of a study, then its options."""
+    """Run the command line: the name of a study, then its options."""
     study, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
     if study in ("", "-h", "--help"):
         print(__doc__)

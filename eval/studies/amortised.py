@@ -1,4 +1,4 @@
-"""Amortised guidance against the gradients it was taught by, at equal drift from the unguided image."""
+"""Amortised guidance against the gradients that taught it, at equal drift from the unguided image."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ import dataclasses
 import numpy as np
 
 from eval.stats.tables import with_interval
-from eval.studies.common import (
-    Bench,
-    StudyConfig,
-    agreement,
-    guided_arms,
-    pixel_rms,
-    resampled,
-    truth_change,
-)
+from eval.studies.common import StudyBench, StudyConfig, guided_arms, pixel_rms, resampled
 from guidance.runs.arms import Arm
 from guidance.runs.specs import AmortisedSpec, MidBlockSpec
 from guidance.utils.config import option
@@ -26,16 +18,16 @@ _FACTORS = (0.75, 1.0, 1.3)
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured."""
+    """Options of the study."""
 
     head: str = option("runs/heads/testbed-aesthetic", "the teacher's head")
-    adapter: str = option("runs/adapters/testbed-aesthetic", "what it taught")
+    adapter: str = option("runs/adapters/testbed-aesthetic", "the adapter distilled from it")
     scale: float = option(2.4, "scale of the teacher")
     samplers: list[str] = option(["ddim-15", "ddim-25", "ddim-50", "dpm++-25", "euler-25"], "SCHEDULER-STEPS")
     cfg_scale: float = option(4.0, "weight of classifier-free guidance")
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Sample with the teacher at one scale, and with the adapter at three around it.
 
     The adapter's gain at the teacher's drift is interpolated between its three scales.
@@ -43,41 +35,39 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     Returns:
         One row per sampler and arm.
     """
+    teachers = guided_arms("gradient", MidBlockSpec(head=config.head), [config.scale])
+    scales = [factor * config.scale for factor in _FACTORS]
+    students = guided_arms("amortised", AmortisedSpec(adapter=config.adapter), scales)
     rows = []
     for sampler in config.samplers:
         scheduler, _, steps = sampler.rpartition("-")
         if not (scheduler and steps.isdecimal()):
             raise UserError(f"Expected samplers as SCHEDULER-STEPS, got '{sampler}'; for example ddim-25.")
-        teacher = guided_arms("gradient", MidBlockSpec(head=config.head), [config.scale])
-        student = guided_arms(
-            "amortised", AmortisedSpec(adapter=config.adapter), [f * config.scale for f in _FACTORS]
-        )
-        arms = [Arm("unguided"), *teacher, *student]
         options = {"scheduler": scheduler, "num_steps": int(steps), "cfg_scale": config.cfg_scale}
+        arms = [Arm("unguided"), *teachers, *students]
         sampled = bench.sample(f"amortised/{sampler}", bench.captions(), arms, **options)
-        base, taught = sampled["unguided"], sampled[teacher[0].name]
-        gains = np.stack([sampled[a.name].truth - base.truth for a in student])
-        drifts = np.stack([pixel_rms(base.images, sampled[a.name].images) for a in student])
-        wanted = pixel_rms(base.images, taught.images)
-        ratio = equal_drift_ratio(gains, drifts, taught.truth - base.truth, wanted)
-        for arm in arms:
-            s = sampled[arm.name]
-            rows.append(
-                {
-                    "sampler": sampler,
-                    "arm": arm.name,
-                    "truth, sd [95%]": truth_change(base, s),
-                    "drift, grey levels": f"{pixel_rms(base.images, s.images).mean():.1f}",
-                    "object / colour / time agree": agreement(bench, s),
-                    "gain at equal drift, % of gradient's [95%]": ratio if arm is student[1] else "",
-                    "time": f"{s.seconds / base.seconds:.2f}x",
-                }
-            )
+        base, teacher = sampled["unguided"], sampled[teachers[0].name]
+        gains = np.stack([sampled[arm.name].truth - base.truth for arm in students])
+        drifts = np.stack([pixel_rms(base.images, sampled[arm.name].images) for arm in students])
+        wanted = pixel_rms(base.images, teacher.images)
+        ratio = equal_drift_ratio(gains, drifts, teacher.truth - base.truth, wanted)
+        rows += [
+            {
+                "sampler": sampler,
+                "arm": name,
+                "truth, sd [95%]": s.truth_change(base),
+                "drift, grey levels": s.drift(base),
+                "object / colour / time agree": bench.agreement(s),
+                "gain at equal drift, % of gradient's [95%]": ratio if name == students[1].name else "",
+                "time": s.slowdown(base),
+            }
+            for name, s in sampled.items()
+        ]
     return rows
 
 
 def equal_drift_ratio(gains: np.ndarray, drifts: np.ndarray, gain: np.ndarray, wanted: np.ndarray) -> str:
-    """Gain interpolated at the teacher's mean drift, as a percentage of the teacher's, with a bootstrap interval.
+    """Interpolate the gain at the teacher's mean drift, in percent of the teacher's, with a bootstrap interval.
 
     Args:
         gains, drifts: Of the student, (scales, images).

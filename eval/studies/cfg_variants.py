@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from eval.metrics.frechet import frechet_distance, moments
-from eval.studies.common import Bench, Sampled, StudyConfig, agreement, pixel_rms, truth_change
+from eval.studies.common import Sampled, StudyBench, StudyConfig
 from guidance.guides import MidBlockGuide
+from guidance.heads import load_head
 from guidance.runs.arms import guide_arms
 from guidance.runs.specs import MidBlockSpec
 from guidance.sampling.cfg import ClassifierFree
@@ -17,11 +18,11 @@ from guidance.utils.errors import UserError
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured."""
+    """Options of the study."""
 
     head: str = option("runs/heads/testbed-aesthetic", "rating head that guides, and modulates the weight")
     scale: float = option(2.5, "scale of mid-u guidance")
-    start: float | None = option(0.1, "fraction of the steps where it begins; null: the head's own")
+    start: float | None = option(0.1, "fraction of the steps where it begins; null: the head's default")
     cfg_scale: float = option(3.0, "weight of classifier-free guidance in the base arm")
     high: float = option(6.0, "the larger weight that the variants tame")
     rescale: float = option(0.7, "how far the deviation is pulled back to that of the conditional prediction")
@@ -29,7 +30,7 @@ class Config(StudyConfig):
     target: float = option(7.0, "rating whose probability, of at least that, turns the larger weight down")
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Sample under each variant, unguided and with mid-u guidance, from the same captions and noise.
 
     The modulating head is a rating head, because a guide has one target for the whole batch: it cannot wait
@@ -42,9 +43,9 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     """
     spec = MidBlockSpec(head=config.head, start=config.start)
     arms, jobs = guide_arms([spec], [config.scale]), bench.captions()
-    folder = f"cfg_variants/{Path(config.head).name}"  # records do not say which head modulates
+    folder = f"cfg_variants/{Path(config.head).name}"  # records do not name the head that modulates
     sampled: dict[tuple[str, str], Sampled] = {}
-    for variant, cfg in variants(bench, config).items():
+    for variant, cfg in _variants(config).items():
         for arm, s in bench.sample(f"{folder}/{variant}", jobs, arms, cfg_scale=cfg).items():
             sampled[variant, arm] = s
     real = moments(bench.real)
@@ -53,18 +54,18 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         {
             "CFG": variant,
             "arm": arm,
-            "truth, sd [95%]": truth_change(base, s),
-            "object / colour / time agree": agreement(bench, s),
+            "truth, sd [95%]": s.truth_change(base),
+            "object / colour / time agree": bench.agreement(s),
             "FD-judge": f"{frechet_distance(*real, *moments(bench.judges.features(s.images))):.1f}",
-            "drift, grey levels": f"{pixel_rms(base.images, s.images).mean():.1f}",
-            "time": f"{s.seconds / base.seconds:.2f}x",
+            "drift, grey levels": s.drift(base),
+            "time": s.slowdown(base),
         }
         for (variant, arm), s in sampled.items()
     ]
 
 
-def variants(bench: Bench, config: Config) -> dict[str, ClassifierFree]:
-    """What is compared, by name, the base first.
+def _variants(config: Config) -> dict[str, ClassifierFree]:
+    """Build the variants by name, the base first.
 
     Raises:
         UserError: If an option is out of range.
@@ -72,12 +73,12 @@ def variants(bench: Bench, config: Config) -> dict[str, ClassifierFree]:
     if len(config.interval) != 2:
         raise UserError(f"Expected an interval [start, stop], got {config.interval}; for example [0.2, 0.8].")
     start, stop = config.interval
-    likes = MidBlockGuide(bench.head(config.head), objective="at_least", target=config.target)
+    rating = MidBlockGuide(load_head(config.head), objective="at_least", target=config.target)
     high = config.high
     return {
         f"plain {config.cfg_scale:g}": ClassifierFree(config.cfg_scale),
         f"plain {high:g}": ClassifierFree(high),
         f"{high:g}, rescale {config.rescale:g}": ClassifierFree(high, rescale=config.rescale),
         f"{high:g}, steps {start:g} to {stop:g}": ClassifierFree(high, start=start, stop=stop),
-        f"{high:g}, modulated by rating {config.target:g}": ClassifierFree(high, modulate=likes),
+        f"{high:g}, modulated by rating {config.target:g}": ClassifierFree(high, modulate=rating),
     }

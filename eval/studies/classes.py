@@ -6,25 +6,26 @@ import dataclasses
 
 import numpy as np
 
-from eval.studies.common import Bench, Sampled, StudyConfig, class_hits, precision, share
-from guidance.runs.arms import arm_name, guide_arms
+from eval.studies.common import StudyBench, StudyConfig, load_class_head, mean_seconds, share
+from guidance.runs.arms import Arm, guide_arms
 from guidance.runs.specs import MidBlockSpec
-from guidance.testbed.scenes import ATTRIBUTES
 from guidance.utils.config import option
 
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured; num_images are spread evenly over the classes."""
+    """Options of the study; num_images are spread evenly over the classes."""
 
     heads: list[str] = option(
         [f"runs/heads/testbed-{a}" for a in ("object", "colour", "time")], "class heads"
     )
     scales: list[float] = option([1.0], "guidance scales")
-    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's own")
+    start: float | None = option(
+        None, "fraction of the steps where guidance begins; null: the head's default"
+    )
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Guide empty-prompt samples to each class of each head's attribute.
 
     Returns:
@@ -33,29 +34,26 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     """
     rows = []
     for folder in config.heads:
-        head = bench.head(folder)
-        attribute = head.config.target
-        sampled: dict[str, dict[str, Sampled]] = {}
-        for label in ATTRIBUTES[attribute]:
+        _, attribute = load_class_head(folder)
+
+        def arms(label: str, folder: str = folder) -> list[Arm]:
             spec = MidBlockSpec(head=folder, objective="class", target=label, start=config.start)
-            arms = [dataclasses.replace(arm, conditioning="") for arm in guide_arms([spec], config.scales)]
-            jobs = bench.repeated(f"{attribute}-{label}", config.num_images // len(ATTRIBUTES[attribute]))
-            sampled[label] = bench.sample(f"classes/{attribute}", jobs, arms, cfg_scale=1.0)
-        base = np.mean([s["unguided"].seconds for s in sampled.values()])
-        for name in map(arm_name, [0.0, *config.scales]):
-            hits = {label: class_hits(bench, attribute, label, s[name]) for label, s in sampled.items()}
-            features = bench.judges.features(np.concatenate([s[name].images for s in sampled.values()]))
+            return guide_arms([spec], config.scales)
+
+        sampled = bench.sample_classes(f"classes/{attribute}", attribute, arms)
+        base = mean_seconds(sampled["unguided"])
+        for arm, parts in sampled.items():
+            hits = bench.class_hits(attribute, parts)
             worst = min(hits, key=lambda label: hits[label].mean())
-            seconds = np.mean([s[name].seconds for s in sampled.values()])
             rows.append(
                 {
                     "attribute": attribute,
-                    "arm": name,
+                    "arm": arm,
                     "judge agrees, % [95%]": share(np.concatenate(list(hits.values()))),
-                    "precision": f"{precision(bench.real, features):.2f}",
+                    "precision": bench.precision(parts),
                     "worst class": f"{worst} {100 * hits[worst].mean():.0f}",
                     "chance": f"{100 / len(hits):.1f}",
-                    "time": f"{seconds / base:.2f}x",
+                    "time": f"{mean_seconds(parts) / base:.2f}x",
                 }
             )
     return rows

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from eval.metrics.clip import clip_score
 from eval.stats.paired import mean_interval
 from eval.stats.tables import with_interval
-from eval.studies.common import Bench, Sampled, StudyConfig, agreement, guided_arms
+from eval.studies.common import StudyBench, StudyConfig, guided_arms
 from guidance.runs.arms import Arm
 from guidance.runs.specs import ClipSpec, EmbeddingSpec, GuideSpec
 from guidance.utils.config import option
@@ -18,7 +16,7 @@ from guidance.utils.config import option
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured."""
+    """Options of the study."""
 
     head: str = option("runs/heads/testbed-clip", "CLIP-embedding head")
     scales: list[float] = option([0.5], "scales of the head")
@@ -26,47 +24,40 @@ class Config(StudyConfig):
     image_scales: list[float] = option([0.5], "scales of CLIP on decoded images; [] leaves it out")
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Guide empty-prompt samples by captions, and set them beside conditional sampling.
 
     Returns:
         One row per method: judge CLIP score, and the share of the gain that conditioning (CFG 1 and 4) gives.
     """
-    specs: list[tuple[str, GuideSpec, Sequence[float]]] = [
+    guides: list[tuple[str, GuideSpec, Sequence[float]]] = [
         *((_head_name(k), EmbeddingSpec(head=config.head, every=k), config.scales) for k in config.every),
         ("CLIP on images, x0", ClipSpec(through="x0"), config.image_scales),
         ("CLIP on images, UNet", ClipSpec(through="unet"), config.image_scales),
     ]
-    arms = [Arm("unguided", conditioning="")]
-    for name, spec, own in specs:
-        arms += guided_arms(name, spec, own, conditioning="")
+    guided = [arm for name, spec, scales in guides for arm in guided_arms(name, spec, scales)]
+    arms = [dataclasses.replace(arm, conditioning="") for arm in (Arm("unguided"), *guided)]
     jobs = bench.captions()
     sampled = bench.sample("clip", jobs, [*arms, Arm("caption")], cfg_scale=1.0)
     sampled |= bench.sample("clip", jobs, [Arm("caption, CFG 4")], cfg_scale=4.0)
     texts = bench.judges.clip_embed_texts([job.prompt.text for job in jobs])
-    scores = {name: _scores(bench, s, texts) for name, s in sampled.items()}
-    gains = {name: s - scores["unguided"] for name, s in scores.items()}
-    rows = []
-    for name, s in sampled.items():
-        rows.append(
-            {
-                "arm": name,
-                "judge CLIP score [95%]": with_interval(
-                    scores[name].mean(), mean_interval(scores[name]), ".1f"
-                ),
-                "of caption's gain": f"{100 * gains[name].mean() / gains['caption'].mean():.0f}%",
-                "of CFG 4's": f"{100 * gains[name].mean() / gains['caption, CFG 4'].mean():.0f}%",
-                "object / colour / time agree": agreement(bench, s),
-                "time": f"{s.seconds / sampled['unguided'].seconds:.2f}x",
-                "against CFG 4": f"{s.seconds / sampled['caption, CFG 4'].seconds:.2f}x",
-            }
-        )
-    return rows
+    scores = {
+        name: clip_score(bench.judges.clip_embed_images(s.images), texts) for name, s in sampled.items()
+    }
+    gains = {name: (score - scores["unguided"]).mean() for name, score in scores.items()}
+    return [
+        {
+            "arm": name,
+            "judge CLIP score [95%]": with_interval(scores[name].mean(), mean_interval(scores[name]), ".1f"),
+            "of caption's gain": f"{100 * gains[name] / gains['caption']:.0f}%",
+            "of CFG 4's": f"{100 * gains[name] / gains['caption, CFG 4']:.0f}%",
+            "object / colour / time agree": bench.agreement(s),
+            "time": s.slowdown(sampled["unguided"]),
+            "against CFG 4": s.slowdown(sampled["caption, CFG 4"]),
+        }
+        for name, s in sampled.items()
+    ]
 
 
 def _head_name(every: int) -> str:
     return "CLIP head" if every == 1 else f"CLIP head, every {every}"
-
-
-def _scores(bench: Bench, sampled: Sampled, texts: np.ndarray) -> np.ndarray:
-    return clip_score(bench.judges.clip_embed_images(sampled.images), texts)

@@ -1,10 +1,10 @@
-"""What the studies share: models loaded once, images sampled into records and read back, arms."""
+"""What the studies share: a bench that samples and judges, and the cells of their tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from eval.metrics.precision_recall import precision_recall
 from eval.stats.paired import PairedDifference, paired_difference, wilson
 from eval.stats.tables import with_interval
 from guidance.data.prompts import Prompt, load_prompts
+from guidance.heads import Head, load_head
 from guidance.models.pipelines import load_on
 from guidance.runs.arms import Arm, guide_arms
 from guidance.runs.records import Record, RecordStore
@@ -26,21 +27,24 @@ from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import ATTRIBUTES, scenes
 from guidance.testbed.truth import truth_score
 from guidance.utils.config import option
+from guidance.utils.errors import UserError
 from guidance.utils.processes import join_processes
 
 _RESAMPLES = 2000
 
+Images = UInt8[np.ndarray, "n h w 3"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Images of one arm, in the order of the jobs, with what the world knows of them."""
+    """Images of an arm and their records, in the order of the jobs."""
 
-    images: UInt8[np.ndarray, "n h w 3"]
+    images: Images
     records: list[Record]
 
     @functools.cached_property
     def truth(self) -> Float[np.ndarray, " n"]:
-        """Truth score of each image; sd 1 over training scenes."""
+        """Truth score of each image; its standard deviation over training scenes is 1."""
         return truth_score(self.images)
 
     @property
@@ -48,31 +52,45 @@ class Sampled:
         """Median seconds per image."""
         return float(np.median([r.seconds for r in self.records]))
 
+    def change(self, base: Sampled, values: np.ndarray, base_values: np.ndarray) -> PairedDifference:
+        """Compare a value per image with that of the paired images of another arm."""
+        return paired_difference(base_values, values, [r.prompt_id + str(r.seed) for r in base.records])
+
+    def truth_change(self, base: Sampled) -> str:
+        """Format the paired change of the truth score, in standard deviations of the base's images."""
+        d = self.change(base, self.truth, base.truth)
+        return with_interval(d.effect_size, d.effect_interval)
+
+    def drift(self, base: Sampled) -> str:
+        """Format the mean of :func:`pixel_rms` to the paired images."""
+        return f"{pixel_rms(base.images, self.images).mean():.1f}"
+
+    def slowdown(self, base: Sampled) -> str:
+        """Format the ratio of seconds per image."""
+        return f"{self.seconds / base.seconds:.2f}x"
+
 
 @dataclasses.dataclass
 class StudyConfig:
-    """What all studies share."""
+    """Options of every study."""
 
     split: Literal["test", "validation"] = option("test", "captions: validation to choose, test to report")
     num_images: int = option(500, "images per arm")
-    model: str = option("testbed", "the testbed or a folder of another one")
-    output: str = option("runs/guides", "folder of images and results; images resume")
+    model: str = option("testbed", "the testbed or a folder of another model")
+    output: str = option("runs/guides", "folder of images and results; sampling resumes")
     num_steps: int = option(25, "sampling steps")
     batch_size: int = option(32, "images per batch")
     seed: int = option(0, "first seed")
 
     def table_name(self, study: str) -> str:
-        """What the study's table is called in the folder of its split."""
+        """Return the name of the study's table."""
         return study
 
 
-class Bench:
-    """A model, its judges and a folder: what every study samples with and judges by.
+class StudyBench:
+    """Model, judges and output folder of a study.
 
     Processes of a launch share the sampling; then each judges all images, and the main one writes.
-
-    Args:
-        config: Options that all studies share.
     """
 
     def __init__(self, config: StudyConfig) -> None:
@@ -87,12 +105,12 @@ class Bench:
 
     @functools.cached_property
     def judges(self) -> Judges:
-        """The networks that grade and guide nothing."""
+        """Networks that grade the images and guide none."""
         return load_judges()
 
     @functools.cached_property
-    def pictures(self) -> UInt8[np.ndarray, "n h w 3"]:
-        """As many rendered scenes of the split as there are images."""
+    def pictures(self) -> Images:
+        """Rendered scenes of the split, as many as there are images."""
         return render_scenes(scenes(self.config.split, self.config.num_images))
 
     @functools.cached_property
@@ -100,37 +118,35 @@ class Bench:
         """Judge features of :attr:`pictures`."""
         return self.judges.features(self.pictures)
 
-    def head(self, folder: str) -> Any:
-        """Load a head."""
-        from guidance.heads import load_head
-
-        return load_head(folder)
-
     def captions(self) -> list[Job]:
-        """One noise for each of ``num_images`` captions."""
+        """Return one job for each of ``num_images`` captions."""
         prompts = load_prompts(f"testbed:{self.config.split}", self.config.num_images, 0)
         return list_jobs(prompts, 1, self.config.seed)
-
-    def repeated(self, name: str, count: int) -> list[Job]:
-        """The empty prompt under ``count`` noises, called ``name``."""
-        return list_jobs([Prompt(name, "", name)], count, self.config.seed)
 
     def sample(
         self, folder: str, jobs: Sequence[Job], arms: Sequence[Arm], **options: Any
     ) -> dict[str, Sampled]:
-        """Sample what is missing, and read all images back; arms by name.
+        """Sample the images that are missing and load them all, by arm.
 
         Args:
-            folder: Below that of the study's split.
+            folder: Where the images go, below the folder of the split.
             jobs, arms: See :func:`guidance.runs.run.sample_arms`.
             **options: Of :class:`guidance.runs.run.Sampling`.
         """
-        state = self.state
+        state, config = self.state, self.config
         store = RecordStore(self.folder / folder, state.process_index)
-        sampling = Sampling(**({"num_steps": self.config.num_steps} | options))
-        options = {"model": self.config.model, "batch_size": self.config.batch_size}
-        options |= {"process_index": state.process_index, "num_processes": state.num_processes}
-        sample_arms(self.pipe, jobs, arms, store, sampling, progress=state.is_main_process, **options)
+        sample_arms(
+            self.pipe,
+            jobs,
+            arms,
+            store,
+            Sampling(**({"num_steps": config.num_steps} | options)),
+            model=config.model,
+            batch_size=config.batch_size,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            progress=state.is_main_process,
+        )
         state.wait_for_everyone()
         store.refresh()
         found = {r.key: r for r in store.load()}
@@ -140,9 +156,72 @@ class Bench:
             sampled[arm.name] = Sampled(load_images(store.folder, records), records)
         return sampled
 
+    def sample_classes(
+        self, folder: str, attribute: str, arms: Callable[[str], Sequence[Arm]]
+    ) -> dict[str, dict[str, Sampled]]:
+        """Sample each class of an attribute from the empty prompt without CFG; the images are spread over the classes.
+
+        Args:
+            folder: As in :meth:`sample`; ``{label}`` stands for the class.
+            attribute: For example "colour".
+            arms: Returns the arms that guide to a class.
+
+        Returns:
+            Images by arm and class.  All classes start from the same noises.
+        """
+        labels = ATTRIBUTES[attribute]
+        sampled: dict[str, dict[str, Sampled]] = {}
+        for label in labels:
+            name = f"{attribute}-{label}"
+            jobs = list_jobs(
+                [Prompt(name, "", name)], self.config.num_images // len(labels), self.config.seed
+            )
+            unconditional = [dataclasses.replace(arm, conditioning="") for arm in arms(label)]
+            images = self.sample(folder.format(label=label), jobs, unconditional, cfg_scale=1.0)
+            for arm, s in images.items():
+                sampled.setdefault(arm, {})[label] = s
+        return sampled
+
+    def agreement(self, sampled: Sampled) -> str:
+        """Format the shares of images in which the judge classifier sees the caption's object, colour and time."""
+        seen = self.judges.agreement(sampled.images, [r.prompt for r in sampled.records])
+        return " / ".join(f"{100 * seen[name].mean():.1f}" for name in ("object", "colour", "time"))
+
+    def class_hits(self, attribute: str, parts: Mapping[str, Sampled]) -> dict[str, Bool[np.ndarray, " n"]]:
+        """Tell, by class, in which images the judge classifier sees that class."""
+        labels = ATTRIBUTES[attribute]
+        seen = {label: self.judges.classify(s.images)[attribute] for label, s in parts.items()}
+        return {label: found == labels.index(label) for label, found in seen.items()}
+
+    def precision(self, parts: Mapping[str, Sampled]) -> str:
+        """Format the precision of images of all classes; 0 if they are all alike, as under far too strong a guide."""
+        features = self.judges.features(np.concatenate([s.images for s in parts.values()]))
+        varied = np.ptp(features, axis=0).any()
+        return f"{precision_recall(self.real, features).precision if varied else 0.0:.2f}"
+
+
+def load_class_head(folder: str) -> tuple[Head, str]:
+    """Load a class head of the testbed, and name its attribute.
+
+    Raises:
+        UserError: If it predicts something else.
+    """
+    head = load_head(folder)
+    attribute = head.config.target
+    if attribute not in ATTRIBUTES:
+        raise UserError(
+            f"Expected a class head for one of {', '.join(ATTRIBUTES)}, got '{attribute}' in '{folder}'."
+        )
+    return head, attribute
+
+
+def mean_seconds(parts: Mapping[str, Sampled]) -> float:
+    """Return the mean over the classes of the median seconds per image."""
+    return float(np.mean([s.seconds for s in parts.values()]))
+
 
 def share(hits: Sequence[bool] | np.ndarray) -> str:
-    """A percentage with its Wilson interval.
+    """Format a percentage with its Wilson interval.
 
     >>> share([True, True, True, False])
     '75.0 [30.1, 95.4]'
@@ -152,44 +231,17 @@ def share(hits: Sequence[bool] | np.ndarray) -> str:
     return f"{100 * hits.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def change(base: Sampled, before: np.ndarray, after: np.ndarray) -> PairedDifference:
-    """Paired change of a value an image, the base's images being the pairs."""
-    return paired_difference(before, after, [r.prompt_id + str(r.seed) for r in base.records])
-
-
-def truth_change(base: Sampled, other: Sampled) -> str:
-    """Paired change of the truth score, in standard deviations of the base's images."""
-    d = change(base, base.truth, other.truth)
-    return with_interval(d.effect_size, d.effect_interval)
-
-
-def agreement(bench: Bench, sampled: Sampled) -> str:
-    """Share of images in which the judge classifier sees the object, colour and time that the caption says."""
-    seen = bench.judges.agreement(sampled.images, [r.prompt for r in sampled.records])
-    return " / ".join(f"{100 * seen[name].mean():.1f}" for name in ("object", "colour", "time"))
-
-
-def class_hits(bench: Bench, attribute: str, label: str, sampled: Sampled) -> Bool[np.ndarray, " n"]:
-    """Whether the judge classifier sees one class of an attribute in each image."""
-    return bench.judges.classify(sampled.images)[attribute] == ATTRIBUTES[attribute].index(label)
-
-
-def precision(real: Float[np.ndarray, "n d"], features: Float[np.ndarray, "m d"]) -> float:
-    """Of images that are all alike: 0, which a guide that is far too strong may make."""
-    return precision_recall(real, features).precision if np.ptp(features, axis=0).any() else 0.0
-
-
-def pixel_rms(a: UInt8[np.ndarray, "n h w 3"], b: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]:
-    """Root mean square difference of each pair of images, in grey levels."""
+def pixel_rms(a: Images, b: Images) -> Float[np.ndarray, " n"]:
+    """Return the root mean square difference of each pair of images, in grey levels."""
     return np.sqrt(np.square(a.astype(np.float32) - b.astype(np.float32)).mean(axis=(1, 2, 3)))
 
 
 def resampled(n: int) -> Int[np.ndarray, "resamples n"]:
-    """Rows of bootstrap samples of n images; the same in every study."""
+    """Return rows of bootstrap samples of n images, the same in every study."""
     return np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
 
 
-def guided_arms(name: str, spec: GuideSpec, scales: Sequence[float], **changes: Any) -> list[Arm]:
-    """The arms of a guide at each scale, without the unguided one, called ``NAME, scale=...``."""
+def guided_arms(name: str, spec: GuideSpec, scales: Sequence[float]) -> list[Arm]:
+    """Return the arms of a guide at each scale, called ``NAME, scale=...``, without the unguided one."""
     arms = guide_arms([spec], scales)[1:]
-    return [dataclasses.replace(arm, name=f"{name}, {arm.name}", **changes) for arm in arms]
+    return [dataclasses.replace(arm, name=f"{name}, {arm.name}") for arm in arms]

@@ -1,4 +1,4 @@
-"""Discriminator guidance: does pushing towards what a head takes for real bring the samples closer to the world?"""
+"""Discriminator guidance: does it bring samples closer to the data, by Frechet distance, precision and recall?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from eval.metrics.frechet import frechet_distance, moments
 from eval.metrics.precision_recall import precision_recall
-from eval.studies.common import Bench, StudyConfig, agreement
+from eval.studies.common import StudyBench, StudyConfig
 from guidance.data.prompts import Prompt
 from guidance.runs.arms import guide_arms
 from guidance.runs.run import list_jobs
@@ -22,28 +22,30 @@ from guidance.testbed.scenes import scenes
 from guidance.utils.config import option
 
 _REBUILT = "to scenes through the VAE"
-_APART = 100_000  # scenes whose captions are sampled lie this far from those of the reference, and blocks from blocks
+_STRIDE = 100_000  # between the scenes of the reference and of each block, which are thus disjoint
 
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured; num_images per block and arm are compared with as many rendered scenes."""
+    """Options of the study; num_images per block and arm are compared with as many rendered scenes."""
 
     head: str = option("runs/heads/testbed-discriminator", "discriminator head")
     scales: list[float] = option([1.0], "weights of its log-odds' gradient (Kim et al. 2023: 1 to 2)")
-    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's own")
-    stop: float | None = option(None, "fraction of the steps where guidance ends; null: the head's own")
+    start: float | None = option(
+        None, "fraction of the steps where guidance begins; null: the head's default"
+    )
+    stop: float | None = option(None, "fraction of the steps where guidance ends; null: the head's default")
     cfg_scales: list[float] = option([1.0, 2.0], "weights of classifier-free guidance")
     blocks: int = option(3, "disjoint blocks of captions and noises")
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Sample captions of scenes at each CFG weight, unguided and with the discriminator's raw gradient.
 
     Returns:
         One row per CFG weight and scale: the Frechet distance on judge features of each block, and their mean, to
-        the scenes and to the same scenes through the VAE and back, which is the best that latents can do.  Then what
-        the scenes of the first block's captions measure themselves.
+        the scenes and to the same scenes through the VAE and back, the best that latents can do.  Two last rows
+        measure the scenes of the first block's captions themselves.
     """
     split, n = config.split, config.num_images
     rebuilt = bench.judges.features(_through_vae(bench, bench.pictures))
@@ -55,16 +57,16 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         )
         found: dict[str, list[tuple[float, float, float, float, str, float]]] = {}
         for block in range(config.blocks):
-            captions = [s.caption for s in scenes(split, n, start=_APART * (block + 1))]
+            captions = [s.caption for s in scenes(split, n, start=_STRIDE * (block + 1))]
             prompts = [Prompt(f"scene{block}-{i:05d}", text) for i, text in enumerate(captions)]
-            jobs = list_jobs(prompts, 1, config.seed + 1000 * _APART * block)
+            jobs = list_jobs(prompts, 1, config.seed + 1000 * _STRIDE * block)
             arms = guide_arms([spec], config.scales)
             for name, s in bench.sample(f"discriminator/cfg{cfg:g}", jobs, arms, cfg_scale=cfg).items():
                 features = bench.judges.features(s.images)
                 pr = precision_recall(bench.real, features)
                 fds = _distances(features, references)
                 found.setdefault(name, []).append(
-                    (fds[0], fds[1], pr.precision, pr.recall, agreement(bench, s), s.seconds)
+                    (fds[0], fds[1], pr.precision, pr.recall, bench.agreement(s), s.seconds)
                 )
         base = found["unguided"]
         for name, measured in found.items():
@@ -83,7 +85,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
                     "time": f"{measured[0][5] / base[0][5]:.2f}x",
                 }
             )
-    others = render_scenes(scenes(split, n, start=_APART))
+    others = render_scenes(scenes(split, n, start=_STRIDE))
     floors = {"other scenes": others, "other scenes through the VAE": _through_vae(bench, others)}
     for name, images in floors.items():
         fds = _distances(bench.judges.features(images), references)
@@ -95,11 +97,11 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
 def _distances(
     features: Float[np.ndarray, "n d"], references: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> list[float]:
-    own = moments(features)
-    return [frechet_distance(*reference, *own) for reference in references]
+    fitted = moments(features)
+    return [frechet_distance(*reference, *fitted) for reference in references]
 
 
-def _through_vae(bench: Bench, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
+def _through_vae(bench: StudyBench, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
     """Encode and decode images."""
     size = bench.config.batch_size
     parts = [images[i : i + size] for i in range(0, len(images), size)]
@@ -107,5 +109,5 @@ def _through_vae(bench: Bench, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np
 
 
 def _blocks(values: np.ndarray, spec: str, unit: str = "") -> str:
-    """The mean, and the value of each block."""
+    """Format the mean, and the value of each block."""
     return f"{values.mean():{spec}}{unit} ({', '.join(f'{v:{spec}}' for v in values)})"

@@ -1,4 +1,4 @@
-"""Guides when sampling starts from something: SDEdit and inpainting on the testbed's edit pairs."""
+"""Guides when sampling starts from an image: SDEdit and inpainting on the testbed's edit pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.ndimage import maximum_filter
 
 from eval.stats.paired import mean_interval
 from eval.stats.tables import with_interval
-from eval.studies.common import Bench, StudyConfig, pixel_rms, share
+from eval.studies.common import StudyBench, StudyConfig, pixel_rms, share
 from guidance.runs.specs import EmbeddingSpec, MidBlockSpec
 from guidance.sampling import sample_images
 from guidance.sampling.start import FromImage, FromMask, Start, encode_images, encode_masks
@@ -31,7 +31,7 @@ _MARGIN = 9  # side of the square by which the mask is widened, pixels
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured; each edit is told by the edited caption."""
+    """Options of the study; each edit is described by the edited caption."""
 
     num_images: int = option(100, "edit pairs")
     strengths: list[float] = option([0.6, 0.8], "fractions of the steps that SDEdit takes")
@@ -42,7 +42,7 @@ class Config(StudyConfig):
     cfg_scale: float = option(4.0, "weight of classifier-free guidance")
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Edit the images of edit pairs, unguided and guided, from the same noise.
 
     Returns:
@@ -50,7 +50,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         pixels outside the edit moved, and the truth score.
 
     Raises:
-        UserError: On several processes, which would all do the same.
+        UserError: On several processes, which would all do the same work.
     """
     if bench.state.num_processes > 1:
         raise UserError(
@@ -58,29 +58,27 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         )
     pairs = load_edit_pairs(config.split, config.num_images)
     source, target = (np.stack([np.asarray(image) for image in pairs[c]]) for c in ("image", "edited_image"))
-    masks = [
-        maximum_filter(np.abs(a.astype(int) - b).max(-1) > _CHANGED, _MARGIN)
-        for a, b in zip(source, target, strict=True)
-    ]
+    changed = np.abs(source.astype(int) - target).max(-1) > _CHANGED
+    masks = maximum_filter(changed, (1, _MARGIN, _MARGIN))
     latents = encode_images(bench.pipe, source)
     starts: dict[str, Start] = {f"SDEdit {s:g}": FromImage(latents, s) for s in config.strengths}
-    starts["mask"] = FromMask(latents, encode_masks(bench.pipe, [255 * m.astype(np.uint8) for m in masks]))
+    starts["mask"] = FromMask(latents, encode_masks(bench.pipe, [*(255 * masks.astype(np.uint8))]))
     guides: dict[str, list[Any]] = {
         "unguided": [],
         "CLIP head": [EmbeddingSpec(head=config.clip_head).build(config.clip_scale)],
         "rating head": [MidBlockSpec(head=config.rating_head).build(config.rating_scale)],
     }
-    shown = {"image": source, "mask": 255 * np.repeat(np.stack(masks)[..., None], 3, -1).astype(np.uint8)}
+    shown = {"image": source, "mask": 255 * np.repeat(masks[..., None], 3, -1).astype(np.uint8)}
     shown["edited scene"] = target
     rows = [{"start": "the pair itself", "arm": ""} | _judge(bench, pairs, source, target, masks, target)]
     for name, start in starts.items():
-        for arm, own in guides.items():
+        for arm, active in guides.items():
             images = sample_images(
                 bench.pipe,
                 pairs["edited_caption"],
                 range(config.seed, config.seed + len(pairs)),
                 start=start,
-                guides=own,
+                guides=active,
                 cfg_scale=config.cfg_scale,
                 num_steps=config.num_steps,
                 batch_size=config.batch_size,
@@ -93,7 +91,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
 
 
 def _show(file: Path, captions: list[str], shown: dict[str, np.ndarray]) -> None:
-    """A grid of the first pairs: one column a method."""
+    """Write a grid of the first pairs, one column per method."""
     cells = [
         [Image.fromarray(images[i]) for images in shown.values()] for i in range(min(_SHOWN, len(captions)))
     ]
@@ -102,26 +100,26 @@ def _show(file: Path, captions: list[str], shown: dict[str, np.ndarray]) -> None
 
 
 def _judge(
-    bench: Bench,
+    bench: StudyBench,
     pairs: Any,
     source: np.ndarray,
     target: np.ndarray,
-    masks: list[np.ndarray],
+    masks: np.ndarray,
     images: np.ndarray,
 ) -> dict[str, str]:
     seen = bench.judges.classify(images)
-    done, kept = [], []
+    edited, kept = [], []
     for i, (old, new) in enumerate(zip(pairs["caption"], pairs["edited_caption"], strict=True)):
-        was, wanted = parse_caption(old), parse_caption(new)
-        right = {name: ATTRIBUTES[name][seen[name][i]] == wanted[name] for name in ATTRIBUTES}
-        done.append(all(right[name] for name in ATTRIBUTES if was[name] != wanted[name]))
-        kept.append(all(right[name] for name in ATTRIBUTES if was[name] == wanted[name]))
-    outside = ~np.stack(masks)[..., None]
+        before, after = parse_caption(old), parse_caption(new)
+        right = {name: ATTRIBUTES[name][seen[name][i]] == after[name] for name in ATTRIBUTES}
+        edited.append(all(right[name] for name in ATTRIBUTES if before[name] != after[name]))
+        kept.append(all(right[name] for name in ATTRIBUTES if before[name] == after[name]))
+    outside = ~masks[..., None]
     moved = np.square(images.astype(np.float32) - source) * outside
     counted = np.maximum(3 * outside.sum((1, 2, 3)), 1)
     truth = truth_score(images)
     return {
-        "edit seen, % [95%]": share(done),
+        "edit seen, % [95%]": share(edited),
         "all others kept, % [95%]": share(kept),
         "moved outside the edit, grey levels": f"{np.sqrt(moved.sum((1, 2, 3)) / counted).mean():.1f}",
         "from the edited scene, grey levels": f"{pixel_rms(images, target).mean():.1f}",

@@ -1,4 +1,4 @@
-"""Where guidance goes wrong: truth against the guiding heads' own opinion, as the scale grows."""
+"""Overoptimisation: truth against the guiding head's own score, as the scale grows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from PIL import Image
 
 from eval.features.extractors import PROMPT, Extractor, rating_extractor
 from eval.stats.tables import with_interval
-from eval.studies.common import Bench, Sampled, StudyConfig, agreement, change, guided_arms
+from eval.studies.common import Sampled, StudyBench, StudyConfig, guided_arms
+from guidance.heads import load_head
 from guidance.runs.arms import Arm
 from guidance.runs.specs import AmortisedSpec, GuideSpec, MidBlockSpec
 from guidance.utils.config import option
@@ -22,7 +23,7 @@ from guidance.utils.io import atomic_path
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured."""
+    """Options of the study."""
 
     num_images: int = option(100, "images per arm")
     heads: list[str] = option(
@@ -30,13 +31,15 @@ class Config(StudyConfig):
         "heads of one target; the first guides alone",
     )
     pessimism: list[float] = option([0.0, 1.0], "standard deviations that committees subtract")
-    adapter: str | None = option(None, "adapter to set beside them")
+    adapter: str | None = option(None, "adapter to compare with them")
     scales: list[float] = option([1.0, 2.0, 4.0, 8.0, 16.0], "guidance scales")
-    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's own")
+    start: float | None = option(
+        None, "fraction of the steps where guidance begins; null: the head's default"
+    )
     cfg_scale: float = option(4.0, "weight of classifier-free guidance")
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Sample at growing scales by one head, by committees of heads and by an adapter.
 
     Returns:
@@ -54,25 +57,24 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
     arms = {name: guided_arms(name, spec, config.scales) for name, spec in specs.items()}
     every = [Arm("unguided"), *itertools.chain.from_iterable(arms.values())]
     sampled = bench.sample("overoptimisation", bench.captions(), every, cfg_scale=config.cfg_scale)
-    rate = rating_extractor(bench.pipe, bench.head(first))
-    own = {name: head_scores(rate, s) for name, s in sampled.items()}
+    rate = rating_extractor(bench.pipe, load_head(first))
+    scores = {name: head_scores(rate, s) for name, s in sampled.items()}
     base, rows = sampled["unguided"], []
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for name, guided in arms.items():
         for arm in guided:
-            truth = change(base, base.truth, sampled[arm.name].truth)
-            opinion = change(base, own["unguided"], own[arm.name])
+            s = sampled[arm.name]
+            truth = s.change(base, s.truth, base.truth)
+            score = s.change(base, scores[arm.name], scores["unguided"])
             scale = arm.descriptions[0]["guidance_scale"]
-            curves.setdefault(name, []).append((scale, truth.effect_size, opinion.effect_size))
+            curves.setdefault(name, []).append((scale, truth.effect_size, score.effect_size))
             rows.append(
                 {
                     "guide": name,
                     "scale": f"{scale:g}",
                     "truth, sd [95%]": with_interval(truth.effect_size, truth.effect_interval),
-                    "the head's own score, sd [95%]": with_interval(
-                        opinion.effect_size, opinion.effect_interval
-                    ),
-                    "object / colour / time agree": agreement(bench, sampled[arm.name]),
+                    "the head's own score, sd [95%]": with_interval(score.effect_size, score.effect_interval),
+                    "object / colour / time agree": bench.agreement(s),
                 }
             )
     if bench.state.is_main_process:
@@ -81,7 +83,7 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
 
 
 def head_scores(rate: Extractor, sampled: Sampled) -> Float[np.ndarray, " n"]:
-    """What a head thinks of finished images."""
+    """Score finished images by a head."""
     images = [Image.fromarray(image) for image in sampled.images]
     for image, record in zip(images, sampled.records, strict=True):
         image.info[PROMPT] = record.prompt
@@ -89,15 +91,15 @@ def head_scores(rate: Extractor, sampled: Sampled) -> Float[np.ndarray, " n"]:
 
 
 def _plot(file: Path, curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
-    """Truth (solid) and the head's own score (dashed) against the scale."""
+    """Plot truth (solid) and the head's own score (dashed) against the scale."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for colour, (name, points) in enumerate(curves.items()):
-        scale, truth, own = zip(*points, strict=True)
+        scale, truth, score = zip(*points, strict=True)
         axes.plot(scale, truth, "o-", color=f"C{colour}", label=f"{name}: truth")
-        axes.plot(scale, own, "x--", color=f"C{colour}", alpha=0.6, label=f"{name}: the head's own score")
+        axes.plot(scale, score, "x--", color=f"C{colour}", alpha=0.6, label=f"{name}: the head's own score")
     axes.set_xscale("log", base=2)
     axes.axhline(0, color="0.7", linewidth=0.8)
     axes.set(xlabel="guidance scale", ylabel="change, sd of the unguided images")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +10,22 @@ import numpy as np
 
 from eval.stats.paired import paired_difference
 from eval.stats.tables import with_interval
-from eval.studies.common import (
-    Bench,
-    Sampled,
-    StudyConfig,
-    agreement,
-    class_hits,
-    precision,
-    share,
-    truth_change,
-)
+from eval.studies.common import StudyBench, StudyConfig, load_class_head, mean_seconds, share
 from guidance.guides import MidBlockGuide
-from guidance.heads import Head
+from guidance.heads import Head, load_head
 from guidance.runs.arms import Arm, Steering, midblock_arms
-from guidance.testbed.scenes import ATTRIBUTES
 from guidance.utils.config import option
-from guidance.utils.errors import UserError
 
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured."""
+    """Options of the study."""
 
     head: str = option("runs/heads/testbed-aesthetic", "rating head")
     class_head: str | None = option(
         None, "class head: steer empty-prompt samples to each of its classes instead of by the rating head"
     )
-    particles: int = option(4, "particles an image")
+    particles: int = option(4, "particles per image")
     lams: list[float] = option(
         [2.0], "inverse temperatures of Feynman-Kac steering, per rating point or nat of the class"
     )
@@ -45,11 +33,11 @@ class Config(StudyConfig):
     cfg_scale: float = option(4.0, "weight of classifier-free guidance; off with class_head")
 
     def table_name(self, study: str) -> str:
-        """The table towards a head's classes is another one."""
+        """Return the name of the table; steering towards classes adds the head's."""
         return study if self.class_head is None else f"{study}-{Path(self.class_head).name}"
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Select among particles by a rating head, by gradients, and by both.
 
     Particles are drawn with DDIM's eta 1; the arms without them have eta 0.
@@ -59,97 +47,75 @@ def run(bench: Bench, config: Config) -> list[dict[str, str]]:
         agreement with the class instead, over images of all classes.
     """
     if config.class_head is not None:
-        return _towards_classes(bench, config, config.class_head)
-    head, particles, best = config.head, config.particles, _best_name(config)
-    network = bench.head(head)
-    arms = _arms(config, head, network)
+        return _steer_to_classes(bench, config, config.class_head)
+    best, network = _best_name(config), load_head(config.head)
+    arms = _arms(config, config.head, network)
     deterministic = _best_of(MidBlockGuide(network), config, eta=0.0)
-    arms.insert(2, Arm(f"{best}, eta 0", head=head, steering=deterministic))
-    sampled = bench.sample(f"steering-{particles}", bench.captions(), arms, cfg_scale=config.cfg_scale)
-    plain, best_of = sampled["unguided"], sampled[best]
+    arms.insert(2, Arm(f"{best}, eta 0", head=config.head, steering=deterministic))
+    folder = f"steering-{config.particles}"
+    sampled = bench.sample(folder, bench.captions(), arms, cfg_scale=config.cfg_scale)
+    base = sampled["unguided"]
     return [
         {
             "arm": arm.name,
-            "truth, sd against unguided [95%]": truth_change(plain, sampled[arm.name]),
-            f"against {best}": truth_change(best_of, sampled[arm.name]),
-            "object / colour / time agree": agreement(bench, sampled[arm.name]),
-            "denoiser calls an image": f"{particles if arm.steering else 1}x",
-            "time": f"{sampled[arm.name].seconds / plain.seconds:.2f}x",
+            "truth, sd against unguided [95%]": sampled[arm.name].truth_change(base),
+            f"against {best}": sampled[arm.name].truth_change(sampled[best]),
+            "object / colour / time agree": bench.agreement(sampled[arm.name]),
+            "denoiser calls an image": f"{config.particles if arm.steering else 1}x",
+            "time": sampled[arm.name].slowdown(base),
         }
         for arm in arms
     ]
 
 
-def _towards_classes(bench: Bench, config: Config, folder: str) -> list[dict[str, str]]:
+def _steer_to_classes(bench: StudyBench, config: Config, folder: str) -> list[dict[str, str]]:
     """Steer empty-prompt samples to each class of a head.
 
-    All classes start from the same noises.  They, not the images, are the units of the differences; the
-    intervals of the shares take images as independent.
+    All classes start from the same noises, which are therefore the units of the paired differences; the intervals of
+    the shares take images as independent.
     """
-    network, best = bench.head(folder), _best_name(config)
-    attribute = network.config.target
-    if attribute not in ATTRIBUTES:
-        raise UserError(
-            f"Expected a class head for one of {', '.join(ATTRIBUTES)}, got one for '{attribute}'; give "
-            "another class_head."
-        )
-    sampled = _sample_classes(bench, config, folder, network)
-    hits, seconds = {}, {}
-    for name, parts in sampled.items():
-        hits[name] = np.concatenate([class_hits(bench, attribute, k, s) for k, s in parts.items()])
-        seconds[name] = np.mean([s.seconds for s in parts.values()])
+    network, attribute = load_class_head(folder)
+    best = _best_name(config)
+    # named after the head, because records do not say which one scores the particles
+    images = f"steering-{config.particles}-{Path(folder).name}"
+    sampled = bench.sample_classes(
+        images, attribute, lambda label: _arms(config, folder, network, objective="class", target=label)
+    )
+    hits = {
+        name: np.concatenate(list(bench.class_hits(attribute, parts).values()))
+        for name, parts in sampled.items()
+    }
     noises = [r.seed for s in sampled["unguided"].values() for r in s.records]
     rows = []
     for name, parts in sampled.items():
-        features = bench.judges.features(np.concatenate([s.images for s in parts.values()]))
-        selected = next(iter(parts.values())).records[0].steering is not None
+        steered = next(iter(parts.values())).records[0].steering is not None
+        points = paired_difference(100.0 * hits[best], 100.0 * hits[name], noises)
         rows.append(
             {
                 "arm": name,
                 f"judge agrees on the {attribute}, % [95%]": share(hits[name]),
-                f"against {best}, points [95%]": _points(hits[best], hits[name], noises),
-                "precision": f"{precision(bench.real, features):.2f}",
-                "denoiser calls an image": f"{config.particles if selected else 1}x",
-                "time": f"{seconds[name] / seconds['unguided']:.2f}x",
+                f"against {best}, points [95%]": with_interval(points.mean_diff, points.interval, "+.1f"),
+                "precision": bench.precision(parts),
+                "denoiser calls an image": f"{config.particles if steered else 1}x",
+                "time": f"{mean_seconds(parts) / mean_seconds(sampled['unguided']):.2f}x",
             }
         )
     return rows
 
 
-def _sample_classes(
-    bench: Bench, config: Config, folder: str, network: Head
-) -> dict[str, dict[str, Sampled]]:
-    """Images by arm and label; num_images are spread over the labels."""
-    attribute = network.config.target
-    labels = ATTRIBUTES[attribute]
-    # named after the head, because records do not say which one scores the particles
-    where = f"steering-{config.particles}-{Path(folder).name}"
-    sampled: dict[str, dict[str, Sampled]] = {}
-    for label in labels:
-        arms = _arms(config, folder, network, objective="class", target=label)
-        arms = [dataclasses.replace(arm, conditioning="") for arm in arms]
-        jobs = bench.repeated(f"{attribute}-{label}", config.num_images // len(labels))
-        for name, s in bench.sample(where, jobs, arms, cfg_scale=1.0).items():
-            sampled.setdefault(name, {})[label] = s
-    return sampled
-
-
 def _arms(config: Config, folder: str, network: Head, **objective: Any) -> list[Arm]:
-    """Plain sampling; best of N and steering, alone and with gradients."""
+    """Return plain sampling, best of N and steering, alone and with gradients."""
     potential = MidBlockGuide(network, **objective)
     selections = {_best_name(config): _best_of(potential, config)}
     for lam in config.lams:
         selections[f"steered, lam {lam:g}"] = Steering(potential, config.particles, lam=lam)
-    pushed = midblock_arms(network, [config.scale], head_path=folder, **objective)[1]
-    gradients = dataclasses.replace(pushed, name="gradients")
+    guided = midblock_arms(network, [config.scale], head_path=folder, **objective)[1]
+    guided = dataclasses.replace(guided, name="gradients")
     return [
         Arm("unguided"),
         *(Arm(name, head=folder, steering=s) for name, s in selections.items()),
-        gradients,
-        *(
-            dataclasses.replace(gradients, name=f"gradients, {name}", steering=s)
-            for name, s in selections.items()
-        ),
+        guided,
+        *(dataclasses.replace(guided, name=f"gradients, {n}", steering=s) for n, s in selections.items()),
     ]
 
 
@@ -159,9 +125,3 @@ def _best_of(potential: MidBlockGuide, config: Config, eta: float = 1.0) -> Stee
 
 def _best_name(config: Config) -> str:
     return f"best of {config.particles}"
-
-
-def _points(before: np.ndarray, after: np.ndarray, noises: Sequence[int]) -> str:
-    """Paired change of a share in percentage points, the noises being the pairs."""
-    d = paired_difference(100.0 * before, 100.0 * after, noises)
-    return with_interval(d.mean_diff, d.interval, "+.1f")

@@ -1,4 +1,4 @@
-"""Two guides at once: how much of each one's own effect is left when both push?"""
+"""Two guides at once: how much of its effect does each keep when both push?"""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import dataclasses
 import numpy as np
 
 from eval.stats.tables import with_interval
-from eval.studies.common import Bench, Sampled, StudyConfig, resampled, share, truth_change
+from eval.studies.common import Sampled, StudyBench, StudyConfig, load_class_head, resampled, share
 from guidance.runs.arms import Arm, guide_arms
 from guidance.runs.specs import MidBlockSpec
-from guidance.testbed.scenes import ATTRIBUTES
 from guidance.utils.config import option
 
 
 @dataclasses.dataclass
 class Config(StudyConfig):
-    """What is measured; num_images are spread evenly over the classes."""
+    """Options of the study; num_images are spread evenly over the classes."""
 
     rating_head: str = option("runs/heads/testbed-aesthetic", "rating head")
     class_head: str = option("runs/heads/testbed-colour", "class head")
@@ -24,38 +23,39 @@ class Config(StudyConfig):
     class_scale: float = option(1.0, "scale of the class guide")
 
 
-def run(bench: Bench, config: Config) -> list[dict[str, str]]:
+def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     """Guide empty-prompt samples by a rating head, by a class head to each class, and by both.
 
     Returns:
-        One row per arm: change of truth and of class agreement, and both as shares of the guide's own effect.
+        One row per arm: change of truth and of class agreement, and both as shares of each guide's effect alone.
     """
-    attribute = bench.head(config.class_head).config.target
-    labels = ATTRIBUTES[attribute]
-    parts: dict[str, list[Sampled]] = {}
-    for label in labels:
-        taste = MidBlockSpec(head=config.rating_head, guidance_scale=config.rating_scale)
+    _, attribute = load_class_head(config.class_head)
+    rating = MidBlockSpec(head=config.rating_head, guidance_scale=config.rating_scale)
+
+    def arms(label: str) -> list[Arm]:
         kind = MidBlockSpec(head=config.class_head, target=label, guidance_scale=config.class_scale)
-        arms = [Arm("unguided", conditioning="")]
-        for name, specs in (("rating", [taste]), ("class", [kind]), ("both", [taste, kind])):
-            arms.append(dataclasses.replace(guide_arms(specs, [1.0])[1], name=name, conditioning=""))
-        jobs = bench.repeated(f"{attribute}-{label}", config.num_images // len(labels))
-        for name, s in bench.sample(f"two/{attribute}-{label}", jobs, arms, cfg_scale=1.0).items():
-            parts.setdefault(name, []).append(s)
-    whole = {name: _join(part) for name, part in parts.items()}
-    wanted = np.repeat(np.arange(len(labels)), config.num_images // len(labels))
-    hits = {n: (bench.judges.classify(s.images)[attribute] == wanted).astype(float) for n, s in whole.items()}
-    truth = {n: s.truth for n, s in whole.items()}
+        specs = {"rating": [rating], "class": [kind], "both": [rating, kind]}
+        guided = [dataclasses.replace(guide_arms(s, [1.0])[1], name=name) for name, s in specs.items()]
+        return [Arm("unguided"), *guided]
+
+    by_class = bench.sample_classes(f"two/{attribute}-{{label}}", attribute, arms)
+    sampled = {name: _join(list(parts.values())) for name, parts in by_class.items()}
+    truth = {name: s.truth for name, s in sampled.items()}
+    hits = {
+        name: np.concatenate(list(bench.class_hits(attribute, parts).values())).astype(float)
+        for name, parts in by_class.items()
+    }
+    base = sampled["unguided"]
     return [
         {
             "arm": name,
-            "truth, sd [95%]": truth_change(whole["unguided"], s),
-            "of the rating guide's": _of_own(truth["unguided"], truth["rating"], truth[name]),
+            "truth, sd [95%]": s.truth_change(base),
+            "of the rating guide's": _retained(truth["unguided"], truth["rating"], truth[name]),
             f"{attribute} agrees, % [95%]": share(hits[name] > 0),
-            "of the class guide's": _of_own(hits["unguided"], hits["class"], hits[name]),
-            "time": f"{s.seconds / whole['unguided'].seconds:.2f}x",
+            "of the class guide's": _retained(hits["unguided"], hits["class"], hits[name]),
+            "time": s.slowdown(base),
         }
-        for name, s in whole.items()
+        for name, s in sampled.items()
     ]
 
 
@@ -63,12 +63,12 @@ def _join(parts: list[Sampled]) -> Sampled:
     return Sampled(np.concatenate([p.images for p in parts]), [r for p in parts for r in p.records])
 
 
-def _of_own(base: np.ndarray, alone: np.ndarray, together: np.ndarray) -> str:
-    """Ratio of mean effects in percent, with a bootstrap interval over images; "-" if there is none alone."""
+def _retained(base: np.ndarray, alone: np.ndarray, together: np.ndarray) -> str:
+    """Format the ratio of mean effects in percent, with a bootstrap interval; "-" if the guide alone has no effect."""
     rows = resampled(len(base))
-    own, left = ((values - base)[rows].mean(1) for values in (alone, together))
-    if min(np.mean(own >= 0), np.mean(own <= 0)) > 0.025:  # it may as well have none
+    single, joint = ((values - base)[rows].mean(1) for values in (alone, together))
+    if min(np.mean(single >= 0), np.mean(single <= 0)) > 0.025:  # the interval of its effect contains 0
         return "-"
-    low, high = np.quantile((100 * left / own)[own != 0], [0.025, 0.975])
+    low, high = np.quantile((100 * joint / single)[single != 0], [0.025, 0.975])
     ratio = 100 * (together - base).mean() / (alone - base).mean()
     return with_interval(ratio, (float(low), float(high)), ".0f")
