@@ -67,43 +67,47 @@ class EvalImagesConfig:
 def evaluate_images(
     config: EvalImagesConfig, command: str = "", *, progress: bool = True
 ) -> dict[str, Any] | None:
-    """Compare arms of images and write the report; what was written of the same images and options before stays.
+    """Compare arms of images and write the report, unless it is there already for the same images and options.
 
     Args:
-        config: What to compare with what.
-        command: That made it, for the report.
-        progress: Show what is done.
+        config: Folders and options.
+        command: Command line, for the report.
+        progress: Show progress bars.
 
     Returns:
         The content of summary.json; None in all but the main one of several processes.
 
     Raises:
-        UserError: If arms are not paired, or something in the config cannot be used.
+        UserError: If arms are not paired, or an option cannot be used.
     """
     from eval.comparison.arms import load_arms
     from guidance.utils.io import check_writable
 
     output = Path(config.output or default_output(config.folders))
     check_writable(output / SUMMARY)
-    options: dict[str, Any] = {k: getattr(config, k) for k in ("baseline", "vary", "prompts", "exclude")}
-    arms = load_arms(config.folders, only=config.arms, **options)
+    arms = load_arms(
+        config.folders,
+        baseline=config.baseline,
+        only=config.arms,
+        vary=config.vary,
+        prompts=config.prompts,
+        exclude=config.exclude,
+    )
     key = _key(config, arms)
-    if (made := _made(output, key)) is not None:
-        return made
+    if (previous := _read_summary(output, key)) is not None:
+        return previous
     from eval.comparison.bench import ImageBench
     from eval.comparison.files import log_to_wandb, write_comparison
 
     state = join_processes()
-    options = {name: getattr(config, name) for name in ("clip", "features", "reference", "reference_size")}
-    options |= {
-        name: getattr(config, name) for name in ("edits", "rating", "permutations", "cache", "batch_size")
-    }
-    bench = ImageBench(arms, state, progress=progress and state.is_main_process, **options)
+    bench = ImageBench(arms, config, state, progress=progress and state.is_main_process)
     bench.fill()
     if not state.is_main_process:
         return None
     title = config.title or " and ".join(Path(folder).resolve().name for folder in config.folders)
-    comparison = bench.compare(title, command, _chosen(config))
+    default = dataclasses.asdict(EvalImagesConfig())
+    chosen = {k: v for k, v in dataclasses.asdict(config).items() if v != default[k]}
+    comparison = bench.compare(title, command, chosen)
     found = write_comparison(comparison, output, key=key, sort_by=config.sort_by)
     if config.wandb:
         log_to_wandb(comparison, output)
@@ -111,25 +115,30 @@ def evaluate_images(
 
 
 def _key(config: EvalImagesConfig, arms: Arms) -> str:
-    """Identify what the results depend on: images, prompts, options, and the files that options name."""
+    """Hash what the results depend on: images, prompts, options, and the files that options name."""
     from guidance.runs.records import toolkit_version
 
     images = {name: [(*i.pair, i.prompt, i.digest) for i in rows] for name, rows in arms.images.items()}
     ignored = ("folders", "output", "cache", "batch_size", "wandb")
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ignored}
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _named_files(config)]
+    content = (arms.baseline, arms.excluded, arms.converted, images, options, stats, toolkit_version())
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _named_files(config: EvalImagesConfig) -> list[Path]:
+    """List the files that options name: tables of prompts, networks, references, edits and heads on the disk."""
+    networks = [name and name.partition(":")[2] for name in (config.clip, config.features)]
+    reference = config.reference and re.sub(r"(\.parquet)@\w+$", r"\1", config.reference)
     named = [
-        Path(v) for text in options.values() if isinstance(text, str) for v in (text, text.partition(":")[2])
+        Path(name) for name in (config.prompts, *networks, reference, config.edits, config.rating) if name
     ]
-    files = [
-        f for path in named if path != Path() for f in ([path] if path.is_file() else sorted(path.rglob("*")))
-    ]
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    told = (arms.baseline, arms.excluded, arms.converted, images, options, stats, toolkit_version())
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    files = [f for path in named for f in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    return [f for f in files if f.is_file()]
 
 
-def _made(output: Path, key: str) -> dict[str, Any] | None:
-    """The summary of an output that is complete and of this key; None if there is none."""
+def _read_summary(output: Path, key: str) -> dict[str, Any] | None:
+    """Read the summary of an output that is complete and of this key; None if there is none."""
     from guidance.utils.io import read_json
 
     if not all((output / name).is_file() for name in OUTPUTS):
@@ -142,7 +151,7 @@ def _made(output: Path, key: str) -> dict[str, Any] | None:
 
 
 def default_output(folders: Sequence[str]) -> Path:
-    """FOLDER/eval of one run, else a folder of runs/eval called like what is compared.
+    """Return FOLDER/eval for one run, else a folder of runs/eval named after what is compared.
 
     >>> default_output(["out/v1-4", "out/v1-5"]).as_posix()
     'runs/eval/v1-4-vs-v1-5'
@@ -151,12 +160,6 @@ def default_output(folders: Sequence[str]) -> Path:
         return Path(folders[0]) / "eval"
     names = "-vs-".join(Path(folder).resolve().name for folder in folders)
     return Path("runs/eval") / (re.sub(r"[^A-Za-z0-9._-]+", "-", names)[:80] or "images")
-
-
-def _chosen(config: EvalImagesConfig) -> dict[str, Any]:
-    """Options other than the defaults."""
-    default = dataclasses.asdict(EvalImagesConfig())
-    return {k: v for k, v in dataclasses.asdict(config).items() if v != default[k]}
 
 
 @friendly_errors("eval.images")

@@ -176,6 +176,17 @@ def _frechet(x: np.ndarray, y: np.ndarray) -> float:
     return frechet_distance(*moments(x), *moments(y))
 
 
+def _swap_rows(
+    a: np.ndarray,
+    b: np.ndarray,
+    prompts: Sequence[int],
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    **options: Any,
+) -> PermutationResult:
+    rows = np.concatenate([a, b])
+    return permutation_test(prompts, lambda i, j: statistic(rows[i], rows[j]), **options)
+
+
 Test = Callable[..., PermutationResult]  # a, b, real features, prompts and the options of the test
 TESTS: dict[str, Test] = {
     "kid": lambda a, b, real, prompts, **o: mmd_permutation_test(a, b, prompts, cubic_kernel, **o),
@@ -185,8 +196,8 @@ TESTS: dict[str, Test] = {
     "cmmd": lambda a, b, real, prompts, **o: mmd_permutation_test(
         unit_rows(a), unit_rows(b), prompts, rbf_kernel, **o
     ),
-    "fd": lambda a, b, real, prompts, **o: permutation_test(a, b, prompts, _frechet, **o),
-    "fd_to_real": lambda a, b, real, prompts, **o: permutation_test(
+    "fd": lambda a, b, real, prompts, **o: _swap_rows(a, b, prompts, _frechet, **o),
+    "fd_to_real": lambda a, b, real, prompts, **o: _swap_rows(
         a, b, prompts, lambda x, y: _frechet(real, x) - _frechet(real, y), two_sided=True, **o
     ),
 }

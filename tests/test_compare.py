@@ -11,10 +11,12 @@ from eval.comparison import set_metrics as sets
 from eval.comparison.arms import ArmImage, Arms
 from eval.comparison.compare import breakdowns, caveats, deltas, table_rows, units
 from eval.comparison.image_metrics import Measured
-from eval.comparison.results import ImageMetric
+from eval.comparison.results import ImageMetric, SetValue
+from eval.features.reference import Reference
 from eval.metrics.frechet import frechet_distance, moments
 from eval.metrics.precision_recall import precision_recall
 from eval.stats.paired import paired_difference
+from eval.stats.permutation import permutation_test
 from guidance.utils.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -113,27 +115,28 @@ def features() -> dict[str, np.ndarray]:
     return {"unguided": base, "better": 0.4 * base, "same": base[RNG.permutation(90)]}
 
 
-def all_statistics(rows, real, n=99):
-    mu, sigma = moments(real)
-    unit = {k: v - 3 for k, v in rows.items()}
-    p = {k: np.exp(v) / np.exp(v).sum(1, keepdims=True) for k, v in rows.items()}
-    return [
-        sets.frechet_statistic(rows, mu, sigma, "FD-x", "real", n),
-        sets.kernel_statistic(rows, real, "KD-x", "real", n),
-        sets.cmmd_statistic(unit, real - 3, "CMMD-x", "real", n),
-        sets.precision_statistic(rows, real, "x", "real", n),
-        sets.recall_statistic(rows, real, "x", "real", n),
-        sets.inception_statistic(p, "x", n),
-    ]
+def reference_of(real: np.ndarray) -> Reference:
+    return Reference("real", len(real), real, *moments(real))
+
+
+def compute(key: str, data: sets.SetData, prompts: list[str], permutations: int = 99) -> dict[str, SetValue]:
+    """Arm -> value of a registered set metric."""
+    (measure,) = [m for m in sets.SET_METRICS if m.key == key]
+    statistic = measure.statistic(data)
+    assert statistic is not None
+    return {v.arm: v for v in sets.set_values(key, statistic, prompts, range(len(prompts)), permutations)}
 
 
 def test_set_metrics_have_the_values_of_their_functions_and_tests_that_see_a_difference(features) -> None:
     real = 0.4 * RNG.normal(size=(200, 5))
     prompts = [f"p{i}" for i in range(90)]
-    found = {
-        s.metric.key: {v.arm: v for v in sets.set_values(s, prompts, range(90))}
-        for s in all_statistics(features, real)
-    }
+    data = sets.SetData(features, reference_of(real))
+    found = {key: compute(key, data, prompts) for key in ("fd", "kd", "precision", "recall")}
+    away = {arm: x - 3 for arm, x in features.items()}
+    found["cmmd"] = compute("cmmd", sets.SetData(away, reference_of(real - 3)), prompts)
+    shares = {arm: np.exp(x) / np.exp(x).sum(1, keepdims=True) for arm, x in features.items()}
+    found["inception_score"] = compute("inception_score", sets.SetData(shares), prompts)
+    assert found.keys() == {m.key for m in sets.SET_METRICS}
     fd, recall = found["fd"], found["recall"]
     assert fd["unguided"].value == pytest.approx(
         frechet_distance(*moments(real), *moments(features["unguided"]))
@@ -151,29 +154,24 @@ def test_set_metrics_have_the_values_of_their_functions_and_tests_that_see_a_dif
 
 
 def test_p_of_recall_is_that_of_a_test_that_computes_everything_anew(features) -> None:
-    from eval.stats.permutation import permutation_test
-
     real, prompts = 0.4 * RNG.normal(size=(60, 5)), [f"p{i // 2}" for i in range(90)]
-    a, b = features["unguided"], features["better"]
+    rows = {"unguided": features["unguided"], "better": features["better"]}
+    both = np.concatenate(list(rows.values()))
     slow = permutation_test(
-        a,
-        b,
         prompts,
-        lambda x, y: precision_recall(real, y).recall - precision_recall(real, x).recall,
+        lambda i, j: precision_recall(real, both[j]).recall - precision_recall(real, both[i]).recall,
         two_sided=True,
         permutations=60,
     )
-    quick = sets.recall_statistic({"unguided": a, "better": b}, real, "x", "real", 60)
-    assert quick.test is not None and quick.test(a, b, prompts) == slow.p
+    quick = compute("recall", sets.SetData(rows, reference_of(real)), prompts, permutations=60)
+    assert quick["better"].p == slow.p
 
 
 def test_wide_features_are_measured_and_not_tested() -> None:
     rows = {"unguided": RNG.normal(size=(20, 300)), "guided": RNG.normal(size=(20, 300))}
-    mu, sigma = moments(RNG.normal(size=(30, 300)))
-    values = sets.set_values(
-        sets.frechet_statistic(rows, mu, sigma, "FD-x", "real", 9), [f"p{i}" for i in range(20)], range(20)
-    )
-    assert values[1].p is None and values[1].p_holm is None and values[1].difference is not None
+    data = sets.SetData(rows, reference_of(RNG.normal(size=(30, 300))))
+    value = compute("fd", data, [f"p{i}" for i in range(20)])["guided"]
+    assert value.p is None and value.p_holm is None and value.difference is not None
 
 
 def test_blocks_are_of_seeds_where_there_are_enough_of_them() -> None:

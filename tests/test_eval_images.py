@@ -15,7 +15,11 @@ import pytest
 from PIL import Image
 
 from eval import images as script
+from eval.comparison.arms import load_arms
 from eval.comparison.bench import ImageBench
+from eval.comparison.image_metrics import IMAGE_METRICS, ImageMeasure
+from eval.comparison.set_metrics import SET_METRICS, SetMeasure, SetStatistic
+from eval.features.extractors import Formula
 from eval.images import EvalImagesConfig, evaluate_images
 from eval.metrics.clip import clip_score, directional_similarity
 from eval.metrics.frechet import frechet_distance, moments
@@ -109,11 +113,14 @@ def test_numbers_are_those_of_the_metrics_themselves(found, world) -> None:
     real = moments(judges.features(render_scenes(scenes("test", 60))))
     fd = frechet_distance(*real, *moments(judges.features(clear)))
     assert value(summary, "fd")["value"] == pytest.approx(fd, rel=1e-4)
-    features = [judges.features(x) for x in (hazy, clear)]
+    features = np.concatenate([judges.features(x) for x in (hazy, clear)])
+
+    def distance(rows: np.ndarray) -> float:
+        return frechet_distance(*real, *moments(features[rows]))
+
     test = permutation_test(
-        *features,
         captions,
-        lambda x, y: frechet_distance(*real, *moments(y)) - frechet_distance(*real, *moments(x)),
+        lambda i, j: distance(j) - distance(i),
         two_sided=True,
         permutations=19,
     )
@@ -141,6 +148,17 @@ def test_a_second_run_reads_what_the_first_wrote(found, run, cache, monkeypatch)
         evaluate([run], output, cache, permutations=20)
 
 
+def test_the_key_depends_on_files_that_options_name_and_on_no_other_path(run, tmp_path) -> None:
+    def key(**options) -> str:
+        return script._key(EvalImagesConfig([str(run)], **options), load_arms([run]))
+
+    (tmp_path / "photos").mkdir()
+    reference, title = {"reference": str(tmp_path / "photos")}, {"title": str(tmp_path / "photos")}
+    before = key(**reference), key(**title)
+    (tmp_path / "photos" / "new.png").write_bytes(b"x")
+    assert key(**reference) != before[0] and key(**title) == before[1]
+
+
 def test_batches_do_not_matter_and_a_kill_loses_one(found, run, tmp_path, monkeypatch) -> None:
     from eval.features.extractors import Extractor
 
@@ -160,7 +178,7 @@ def test_batches_do_not_matter_and_a_kill_loses_one(found, run, tmp_path, monkey
         Extractor, "embed", lambda self, images: (seen.append(len(images)), real(self, images))[1]
     )
     again = evaluate([run], tmp_path / "out", tmp_path / "cache", batch_size=7)
-    everything = 5 * 2 * N + 2 * 60  # pixels, truth, judge's readings and features, CLIP; the reference twice
+    everything = 3 * 2 * N + 2 * 60  # judge's readings and features, CLIP; the reference twice
     assert sum(seen) == everything
     for metric in ("truth", "clip_score", "saturation"):
         a, b = (delta(s, metric)["paired"] for s in (found[0], again))
@@ -280,6 +298,50 @@ def test_edits_are_scored_by_direction(cache, tmp_path) -> None:
     wanted = directional_similarity(before, after, *texts).mean()
     got = delta(summary, "directional_similarity")["paired"]
     assert got["mean_b"] == pytest.approx(wanted, abs=1e-4) and got["mean_b"] > got["mean_a"]
+
+
+@pytest.fixture
+def registries():
+    """Leave the registries as they are."""
+    before = IMAGE_METRICS[:], SET_METRICS[:]
+    yield
+    IMAGE_METRICS[:], SET_METRICS[:] = before
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_metric_is_one_record(run, cache, tmp_path) -> None:
+    """Appended to its registry, a metric of images or of sets is measured, tested, tabulated and plotted."""
+    redness = ImageMeasure(
+        "redness",
+        "redness",
+        "higher",
+        "Mean red channel, 0..255.",
+        grader=lambda bench: Formula("redness", 1, lambda image: [float(image[..., 0].mean())]),
+        values=lambda bench, features: {arm: x[:, 0] for arm, x in features.items()},
+    )
+    spread = SetMeasure(
+        "spread",
+        "spread ({label})",
+        "higher",
+        "Mean variance of the {width} features.",
+        network=lambda bench: bench.features,
+        statistic=lambda data: SetStatistic(data.rows, lambda x: float(x.var(0).mean())),
+        needs_reference=False,
+        tradeoff="fd",
+    )
+    IMAGE_METRICS.append(redness)
+    SET_METRICS.append(spread)
+    summary = evaluate([run], tmp_path, cache)
+    assert (
+        0 < delta(summary, "redness")["paired"]["mean_a"] < 255 and delta(summary, "redness")["p_holm"] <= 1
+    )
+    assert value(summary, "spread")["p"] >= 1 / 20 and len(value(summary, "spread")["blocks"]) == 3
+    assert "redness" in summary["columns"] and "spread (judge)" in summary["table"]
+    report = (tmp_path / "report.html").read_text()
+    for part in ("Mean red channel", "of the 128 features", "Paired differences in redness by arm"):
+        assert part in report
+    for plot in ("FD-judge against redness", "FD-judge against spread (judge)"):
+        assert f"<figcaption>{plot}</figcaption>" in report
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,32 @@
-"""Metrics with one value a set of images, for every arm of a comparison: values, disjoint blocks, permutation tests."""
+"""Metrics with one value a set of images.  To add one, append its record to `SET_METRICS`.
+
+Every metric has a value for each arm, values on disjoint blocks, and a permutation test against the baseline.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from eval.comparison.results import SetMetric, SetValue
+from eval.comparison.results import Better, SetMetric, SetValue
+from eval.features.extractors import ClassExtractor, Extractor
+from eval.features.reference import Reference
+from eval.features.store import What
 from eval.metrics.feature_sets import unit_rows
 from eval.metrics.frechet import frechet_distance, moments
 from eval.metrics.inception_score import inception_score
 from eval.metrics.kernels import Kernel, cmmd, cubic_kernel, mmd_squared, rbf_kernel
 from eval.metrics.precision_recall import covered, radii
 from eval.stats.paired import holm, prompt_numbers
-from eval.stats.permutation import mmd_permutation_test, permutation_test
+from eval.stats.permutation import MIN_PROMPTS, mmd_permutation_test, permutation_test
+
+if TYPE_CHECKING:
+    from eval.comparison.bench import ImageBench
 
 BLOCKS = 3
 
@@ -26,12 +35,41 @@ NEIGHBOURS = 3  # of precision and recall
 #: Widest features whose Frechet distance is tested: two eigenproblems a permutation, 10 ms at 128, 200 ms at 512.
 WIDEST_TEST = 256
 
-#: Most images whose recall is tested: all distances among two arms are held, 64 MB at 2,000.
+#: Most images whose recall is tested: all distances between two arms are held, 64 MB at 2,000.
 MOST_TESTED = 2000
 
 Rows = Float[np.ndarray, "n d"]
-
 Prompts = Sequence[str]
+Test = Callable[[Rows, Rows, Prompts, int], float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SetData:
+    """What a set metric is computed from.
+
+    Attributes:
+        rows: Arm -> features of its images, the baseline first.
+        reference: Reference set in the same features; None for metrics that need none.
+    """
+
+    rows: Mapping[str, Rows]
+    reference: Reference | None = None
+
+    @property
+    def n(self) -> int:
+        """Images of an arm."""
+        return len(next(iter(self.rows.values())))
+
+    @property
+    def real(self) -> Rows:
+        """Features of the reference's images."""
+        assert self.reference is not None and self.reference.features is not None
+        return self.reference.features
+
+    @property
+    def has_images(self) -> bool:
+        """Tell whether the features of the reference's images are known, not only their moments."""
+        return self.reference is not None and self.reference.features is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,192 +77,294 @@ class SetStatistic:
     """A set metric, ready to be computed.
 
     Attributes:
-        metric: What it is.
         rows: Arm -> rows it is computed from, the baseline first.
         value: Of the rows of an arm.
-        test: p-value of baseline rows, an arm's rows and prompts; None where no test is run.
+        test: p-value of baseline rows, an arm's rows, prompts and a number of permutations, where there is a faster way
+            than to compute `value` for every swap.
+        tested: False where a test would take too long.
+        width: Number of features, for a metric that is biased below ``n = 2 width``.
     """
 
-    metric: SetMetric
     rows: Mapping[str, Rows]
     value: Callable[[Rows], float]
-    test: Callable[[Rows, Rows, Prompts], float | None] | None
+    test: Test | None = None
+    tested: bool = True
+    width: int | None = None
 
 
-def frechet_statistic(
-    rows: Mapping[str, Rows], mu: np.ndarray, sigma: np.ndarray, title: str, reference: str, permutations: int
-) -> SetStatistic:
-    """Frechet distance to a reference."""
+@dataclasses.dataclass(frozen=True)
+class SetMeasure:
+    """Everything that `eval.images` and its report know of a metric with one value a set.
 
-    def value(x: Rows) -> float:
-        return frechet_distance(
-            torch.as_tensor(mu), torch.as_tensor(sigma), *map(torch.as_tensor, moments(x))
-        )
+    Attributes:
+        key: Name in tables: "fd".
+        title: Name for people, formatted with the network's ``label``: "FD-{label}".
+        better: Which way is better.
+        note: One sentence of definition, formatted with the name of the ``reference`` and the ``width`` of features.
+        network: Picks the network whose features are compared; None where the metric does not apply.
+        statistic: Prepares the computation; None where the data do not suffice.
+        what: "embed" for features, "probabilities" for those of classes.
+        needs_reference: False for metrics of the generated images alone.
+        published: Title on features of the published Inception, if it has one of its own.
+        distance: The report plots image metrics against the first distance there is.
+        tradeoff: Key of another set metric that the report plots against this one.
+    """
 
-    def test(a: Rows, b: Rows, prompts: Prompts) -> float:
-        both = np.concatenate([a, b])
-        return _test_rows(lambda i: value(both[i]), len(a), prompts, permutations)
-
-    note = f"Frechet distance of {len(mu)} features to {reference}; biased upwards at small n."
-    metric = SetMetric("fd", title, "lower", note)
-    return SetStatistic(metric, rows, value, test if len(mu) <= WIDEST_TEST else None)
-
-
-def kernel_statistic(
-    rows: Mapping[str, Rows], real: Rows, title: str, reference: str, permutations: int
-) -> SetStatistic:
-    """Kernel distance (KID's estimator on all rows at once), times 1000."""
-    target = torch.as_tensor(real).double()
-
-    def value(x: Rows) -> float:
-        return 1000 * mmd_squared(target, torch.as_tensor(x).double(), cubic_kernel).unbiased
-
-    note = f"1000 times the unbiased MMD with kernel (x.y/d + 1)^3 to {reference}; 0 for equal distributions."
-    return SetStatistic(
-        SetMetric("kd", title, "lower", note), rows, value, _mmd_test(real, cubic_kernel, permutations)
-    )
+    key: str
+    title: str
+    better: Better
+    note: str
+    network: Callable[[ImageBench], Extractor | None]
+    statistic: Callable[[SetData], SetStatistic | None]
+    what: What = "embed"
+    needs_reference: bool = True
+    published: str = ""
+    distance: bool = False
+    tradeoff: str = ""
 
 
-def cmmd_statistic(
-    rows: Mapping[str, Rows], real: Rows, title: str, reference: str, permutations: int
-) -> SetStatistic:
-    """CMMD of embeddings of a CLIP, the published (biased) form."""
-    unit = {arm: unit_rows(x).numpy() for arm, x in rows.items()}
-    note = f"1000 times the squared MMD of CLIP embeddings under a Gaussian kernel (sigma 10) to {reference}."
-    test = _mmd_test(unit_rows(real).numpy(), rbf_kernel, permutations)
-    return SetStatistic(SetMetric("cmmd", title, "lower", note), unit, lambda x: cmmd(real, x).biased, test)
+@dataclasses.dataclass(frozen=True)
+class MeasuredSets:
+    """A set metric, its values for all arms, and the `SetStatistic.width` of its features."""
+
+    metric: SetMetric
+    values: list[SetValue]
+    width: int | None
 
 
-def precision_statistic(
-    rows: Mapping[str, Rows], real: Rows, label: str, reference: str, permutations: int, k: int = NEIGHBOURS
-) -> SetStatistic:
-    """Share of generated images within the manifold of real ones."""
-    target = torch.as_tensor(real).double()
-    radius = radii(target, k)
-    inside = {
-        arm: covered(torch.as_tensor(x).double(), target, radius).double()[:, None].numpy()
-        for arm, x in rows.items()
-    }
-
-    def test(a: Rows, b: Rows, prompts: Prompts) -> float:
-        both = np.concatenate([a, b])[:, 0]
-        return _test_rows(lambda i: float(both[i].mean()), len(a), prompts, permutations)
-
-    note = f"Share of images within the manifold of {reference} (k = {k}): how many look real."
-    metric = SetMetric("precision", f"precision ({label})", "higher", note)
-    return SetStatistic(metric, inside, lambda x: float(x.mean()), test)
-
-
-def recall_statistic(
-    rows: Mapping[str, Rows], real: Rows, label: str, reference: str, permutations: int, k: int = NEIGHBOURS
-) -> SetStatistic:
-    """Share of real images within the manifold of generated ones."""
-    target = torch.as_tensor(real).double()
-
-    def test(a: Rows, b: Rows, prompts: Prompts) -> float | None:
-        if len(a) > MOST_TESTED:
-            return None
-        both = torch.as_tensor(np.concatenate([a, b])).double()
-        among, across = torch.cdist(both, both).float(), torch.cdist(both, target).float()
-
-        def recall(rows: Int[np.ndarray, " n"]) -> float:
-            i = torch.as_tensor(rows)
-            radius = among[i].index_select(1, i).topk(k + 1, dim=1, largest=False).values[:, -1:]
-            return float((across[i] <= radius).any(0).double().mean())
-
-        return _test_rows(recall, len(a), prompts, permutations)
-
-    def value(x: Rows) -> float:
-        centres = torch.as_tensor(x).double()
-        return float(covered(target, centres, radii(centres, k)).double().mean())
-
-    note = f"Share of {reference} within the manifold of the images (k = {k}): how much of it is reached."
-    metric = SetMetric("recall", f"recall ({label})", "higher", note)
-    return SetStatistic(metric, rows, value, test)
+def measure_sets(bench: ImageBench, permutations: int) -> list[MeasuredSets]:
+    """Compute every metric of `SET_METRICS` that applies to the images of a bench."""
+    prompts, seeds = [row.prompt_id for row in bench.arms.rows], [row.seed for row in bench.arms.rows]
+    measured = []
+    for measure in SET_METRICS:
+        network = measure.network(bench)
+        if network is None or (measure.needs_reference and not bench.reference):
+            continue
+        reference = bench.read_reference(network) if measure.needs_reference else None
+        data = SetData(bench.read(network, measure.what), reference)
+        if (statistic := measure.statistic(data)) is None:
+            continue
+        title = measure.published if measure.published and network.name == "inception" else measure.title
+        width = next(iter(data.rows.values())).shape[1]
+        note = measure.note.format(reference=reference.name if reference else "", width=width)
+        metric = SetMetric(measure.key, title.format(label=network.label), measure.better, note)
+        values = set_values(measure.key, statistic, prompts, seeds, permutations)
+        measured.append(MeasuredSets(metric, values, statistic.width))
+    return measured
 
 
-def inception_statistic(rows: Mapping[str, Rows], label: str, permutations: int) -> SetStatistic:
-    """Inception score of class probabilities, in one split."""
-
-    def value(x: Rows) -> float:
-        return inception_score(x, splits=1).mean
-
-    def test(a: Rows, b: Rows, prompts: Prompts) -> float:
-        both = np.concatenate([a, b])
-        return _test_rows(lambda i: value(both[i]), len(a), prompts, permutations)
-
-    note = (
-        "exp of the mean KL of class probabilities from their mean, in one split: sharp and varied classes."
-    )
-    return SetStatistic(
-        SetMetric("inception_score", f"inception score ({label})", "higher", note), rows, value, test
-    )
-
-
-def set_values(statistic: SetStatistic, prompts: Prompts, seeds: Sequence[int]) -> list[SetValue]:
+def set_values(
+    key: str, statistic: SetStatistic, prompts: Prompts, seeds: Sequence[int], permutations: int
+) -> list[SetValue]:
     """Compute a set metric of every arm, on all rows and on blocks, and test it against the first arm's.
 
     Args:
-        statistic: The metric and the rows of each arm, the baseline's first.
+        key: Of the metric.
+        statistic: Its computation, with the rows of each arm, the baseline's first.
         prompts: Prompt id of each row.
         seeds: Seed of each row.
+        permutations: Of each test.
     """
-    names = list(statistic.rows)
-    base = statistic.rows[names[0]]
-    blocks = list_blocks(prompts, seeds)
+    baseline, *others = statistic.rows
     values = {name: statistic.value(x) for name, x in statistic.rows.items()}
-    enough = len(set(prompts)) >= 6  # the fewest a permutation test takes
-    tests = {
-        name: statistic.test(base, statistic.rows[name], prompts) if statistic.test and enough else None
-        for name in names[1:]
-    }
-    tested = [name for name, p in tests.items() if p is not None]
-    adjusted = dict(zip(tested, holm([tests[n] for n in tested]), strict=True)) if tested else {}  # type: ignore[misc]
+    tests: dict[str, float] = {}
+    if statistic.tested and len(set(prompts)) >= MIN_PROMPTS:
+        test = statistic.test or _value_test(statistic.value)
+        found = {
+            name: test(statistic.rows[baseline], statistic.rows[name], prompts, permutations)
+            for name in others
+        }
+        tests = {name: p for name, p in found.items() if p is not None}
+    adjusted = dict(zip(tests, holm(list(tests.values())).tolist(), strict=True))
+    blocks = list_blocks(prompts, seeds)
     return [
         SetValue(
-            metric=statistic.metric.key,
+            metric=key,
             arm=name,
             value=values[name],
-            blocks=tuple(statistic.value(statistic.rows[name][rows]) for rows in blocks),
-            difference=None if name == names[0] else values[name] - values[names[0]],
+            blocks=tuple(statistic.value(x[rows]) for rows in blocks),
+            difference=None if name == baseline else values[name] - values[baseline],
             p=tests.get(name),
-            p_holm=float(adjusted[name]) if name in adjusted else None,
+            p_holm=adjusted.get(name),
         )
-        for name in names
+        for name, x in statistic.rows.items()
     ]
 
 
 def list_blocks(prompts: Prompts, seeds: Sequence[int]) -> list[Int[np.ndarray, " rows"]]:
-    """Rows of three disjoint blocks: of seeds where every prompt has three or more, else of prompts; none if too few.
+    """List the rows of three disjoint blocks: of seeds if every prompt has three or more, else of prompts; none if few.
 
     >>> [rows.tolist() for rows in list_blocks(["a", "a", "a", "b", "b", "b"] * 2, range(12))]
     [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     """
     number = prompt_numbers(prompts)
-    if np.bincount(number).min() >= BLOCKS:
+    counts = np.bincount(number)
+    if counts.min() >= BLOCKS:
         order = np.lexsort((np.asarray(seeds), number))
-        rank = np.empty(len(number), np.int64)
-        first = np.concatenate([[0], np.cumsum(np.bincount(number))[:-1]])
-        rank[order] = np.arange(len(number)) - np.repeat(first, np.bincount(number))
-        number = rank
+        first = np.cumsum(counts) - counts
+        number[order] = np.arange(len(number)) - np.repeat(
+            first, counts
+        )  # rank among the seeds of the prompt
     rows = [np.flatnonzero(number % BLOCKS == block) for block in range(BLOCKS)]
     return rows if min(map(len, rows)) > NEIGHBOURS else []
 
 
-def _test_rows(value: Callable[[np.ndarray], float], n: int, prompts: Prompts, permutations: int) -> float:
-    """Permutation p-value of the difference of a value of row numbers, 0..n-1 of one arm and n..2n-1 of the other."""
-
-    def difference(a: np.ndarray, b: np.ndarray) -> float:
-        return value(b[:, 0].astype(np.int64)) - value(a[:, 0].astype(np.int64))
-
-    rows = np.arange(2 * n, dtype=np.float64)[:, None]
+def _index_test(
+    value: Callable[[Int[np.ndarray, " n"]], float], prompts: Prompts, permutations: int
+) -> float:
+    """Test the difference of a value of rows given by number, 0..n-1 of the baseline and n..2n-1 of the other arm."""
     return permutation_test(
-        rows[:n], rows[n:], prompts, difference, two_sided=True, permutations=permutations
+        prompts, lambda a, b: value(b) - value(a), two_sided=True, permutations=permutations
     ).p
 
 
-def _mmd_test(real: Rows, kernel: Kernel, permutations: int) -> Any:
-    def test(a: Rows, b: Rows, prompts: Prompts) -> float:
+def _value_test(value: Callable[[Rows], float]) -> Test:
+    def test(a: Rows, b: Rows, prompts: Prompts, permutations: int) -> float:
+        both = np.concatenate([a, b])
+        return _index_test(lambda i: value(both[i]), prompts, permutations)
+
+    return test
+
+
+def _mmd_test(real: Rows, kernel: Kernel) -> Test:
+    def test(a: Rows, b: Rows, prompts: Prompts, permutations: int) -> float:
         return mmd_permutation_test(a, b, prompts, kernel, reference=real, permutations=permutations).p
 
     return test
+
+
+def frechet_statistic(data: SetData) -> SetStatistic:
+    """Prepare the Frechet distance to a reference."""
+    assert data.reference is not None
+    mu, sigma = data.reference.mu, data.reference.sigma
+    return SetStatistic(
+        data.rows,
+        lambda x: frechet_distance(mu, sigma, *moments(x)),
+        tested=len(mu) <= WIDEST_TEST,
+        width=len(mu),
+    )
+
+
+def kernel_statistic(data: SetData) -> SetStatistic | None:
+    """Prepare the kernel distance (KID's estimator on all rows at once), times 1000."""
+    if not data.has_images or data.n <= NEIGHBOURS:
+        return None
+    real = torch.as_tensor(data.real).double()
+
+    def value(x: Rows) -> float:
+        return 1000 * mmd_squared(real, torch.as_tensor(x).double(), cubic_kernel).unbiased
+
+    return SetStatistic(data.rows, value, _mmd_test(data.real, cubic_kernel))
+
+
+def precision_statistic(data: SetData) -> SetStatistic | None:
+    """Prepare the share of generated images within the manifold of real ones."""
+    if not data.has_images or data.n <= NEIGHBOURS:
+        return None
+    real = torch.as_tensor(data.real).double()
+    radius = radii(real, NEIGHBOURS)
+    inside = {
+        arm: covered(torch.as_tensor(x).double(), real, radius).double()[:, None].numpy()
+        for arm, x in data.rows.items()
+    }
+    return SetStatistic(inside, lambda x: float(x.mean()))
+
+
+def recall_statistic(data: SetData) -> SetStatistic | None:
+    """Prepare the share of real images within the manifold of generated ones."""
+    if not data.has_images or data.n <= NEIGHBOURS:
+        return None
+    real = torch.as_tensor(data.real).double()
+
+    def value(x: Rows) -> float:
+        centres = torch.as_tensor(x).double()
+        return float(covered(real, centres, radii(centres, NEIGHBOURS)).double().mean())
+
+    def test(a: Rows, b: Rows, prompts: Prompts, permutations: int) -> float:
+        both = torch.as_tensor(np.concatenate([a, b])).double()
+        among, across = torch.cdist(both, both).float(), torch.cdist(both, real).float()
+
+        def recall(rows: Int[np.ndarray, " n"]) -> float:
+            i = torch.as_tensor(rows)
+            radius = among[i].index_select(1, i).topk(NEIGHBOURS + 1, dim=1, largest=False).values[:, -1:]
+            return float((across[i] <= radius).any(0).double().mean())
+
+        return _index_test(recall, prompts, permutations)
+
+    return SetStatistic(data.rows, value, test, tested=data.n <= MOST_TESTED)
+
+
+def cmmd_statistic(data: SetData) -> SetStatistic | None:
+    """Prepare CMMD of embeddings of a CLIP, in the published (biased) form."""
+    if not data.has_images:
+        return None
+    unit = {arm: unit_rows(x).numpy() for arm, x in data.rows.items()}
+    test = _mmd_test(unit_rows(data.real).numpy(), rbf_kernel)
+    return SetStatistic(unit, lambda x: cmmd(data.real, x).biased, test)
+
+
+def inception_statistic(data: SetData) -> SetStatistic:
+    """Prepare the inception score of class probabilities, in one split."""
+    return SetStatistic(data.rows, lambda x: inception_score(x, splits=1).mean)
+
+
+#: In the order of tables and plots.
+SET_METRICS = [
+    SetMeasure(
+        "fd",
+        "FD-{label}",
+        "lower",
+        "Frechet distance of {width} features to {reference}; biased upwards at small n.",
+        network=lambda bench: bench.features,
+        statistic=frechet_statistic,
+        published="FID",
+        distance=True,
+    ),
+    SetMeasure(
+        "kd",
+        "KD-{label}",
+        "lower",
+        "1000 times the unbiased MMD with kernel (x.y/d + 1)^3 to {reference}; 0 for equal distributions.",
+        network=lambda bench: bench.features,
+        statistic=kernel_statistic,
+        published="KID",
+        distance=True,
+    ),
+    SetMeasure(
+        "precision",
+        "precision ({label})",
+        "higher",
+        f"Share of images within the manifold of {{reference}} (k = {NEIGHBOURS}): how many look real.",
+        network=lambda bench: bench.features,
+        statistic=precision_statistic,
+    ),
+    SetMeasure(
+        "recall",
+        "recall ({label})",
+        "higher",
+        f"Share of {{reference}} within the manifold of the images (k = {NEIGHBOURS}): how much of it is reached.",
+        network=lambda bench: bench.features,
+        statistic=recall_statistic,
+        tradeoff="precision",
+    ),
+    SetMeasure(
+        "cmmd",
+        "CMMD-{label}",
+        "lower",
+        "1000 times the squared MMD of CLIP embeddings under a Gaussian kernel (sigma 10) to {reference}.",
+        network=lambda bench: bench.clip,
+        statistic=cmmd_statistic,
+        distance=True,
+    ),
+    SetMeasure(
+        "inception_score",
+        "inception score ({label})",
+        "higher",
+        "exp of the mean KL of class probabilities from their mean, in one split: sharp and varied classes.",
+        network=lambda bench: bench.features if isinstance(bench.features, ClassExtractor) else None,
+        statistic=inception_statistic,
+        what="probabilities",
+        needs_reference=False,
+        tradeoff="fd",
+    ),
+]

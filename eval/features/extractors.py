@@ -1,4 +1,4 @@
-"""Networks that grade images, by name: images to features, to class probabilities, or to a space shared with texts."""
+"""Networks that grade images, by name: from images to features, class probabilities or embeddings shared with texts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from guidance.models.clip import Clip, Preprocess, load_clip
 from guidance.models.denoiser import fingerprint
 from guidance.models.pipelines import default_device
 from guidance.models.types import Pipeline
+from guidance.testbed.judges import Judges, load_judges
+from guidance.testbed.models import IMAGE_SIZE
+from guidance.testbed.scenes import ATTRIBUTES
 from guidance.utils.errors import UserError, nearest
 from guidance.utils.images import fit_image, to_float, to_rgb
 
@@ -34,14 +37,14 @@ _TEXTS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """A frozen network that makes a vector of features of an image.
+    """A frozen network that maps an image to a vector of features.
 
     Attributes:
-        name: What it was asked for by: "judge", "vision:facebook/dinov2-small".
-        label: Short, for names of metrics: "judge" gives "FD-judge".
-        fingerprint: Of the weights and of what is done to images before: the key of caches.
-        weights_fingerprint: Of the weights, as in records of the guides: equal means that a guide graded itself.
-        features: Of a batch of RGB images.
+        name: As requested: "judge", "vision:facebook/dinov2-small".
+        label: Short form for names of metrics: "judge" gives "FD-judge".
+        fingerprint: Of weights and preprocessing: the key of caches.
+        weights_fingerprint: Of the weights, as in records of guides: if equal, a guide graded its own work.
+        features: Maps a batch of RGB images to features.
         batch_size: Images at once; results depend on it by rounding only.
     """
 
@@ -53,19 +56,14 @@ class Extractor:
     batch_size: int = 64
 
     def embed(self, images: Images) -> Float[np.ndarray, "n d"]:
-        """Return the features of images, float32.
-
-        Args:
-            images: PIL images or uint8 arrays (h, w, 3).
+        """Return the features of images (PIL, or uint8 arrays), float32.
 
         Raises:
-            UserError: If there is none, one is of another kind, or the network takes no such images.
+            UserError: If the network does not take such images.
         """
         return self._over(images, self.features)
 
     def _over(self, images: Images, function: Batch) -> Float[np.ndarray, "n d"]:
-        if isinstance(images, Image.Image) or not len(images):
-            raise UserError("Expected a list of one or more images; put a single image in a list.")
         parts = []
         for start in range(0, len(images), self.batch_size):
             batch = [_rgb(image) for image in images[start : start + self.batch_size]]
@@ -76,16 +74,12 @@ class Extractor:
 
 @dataclasses.dataclass(frozen=True)
 class TextExtractor(Extractor):
-    """An extractor of a space shared with texts: unit vectors, whose cosines say how well image and text fit.
-
-    Attributes:
-        clip: The adapter.
-    """
+    """An extractor into a space shared with texts: unit vectors, whose cosines tell how well image and text agree."""
 
     clip: Clip = dataclasses.field(kw_only=True)
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        """Return unit vectors of texts, float32; long ones are cut, see :meth:`truncated`."""
+        """Return unit vectors of texts, float32; long texts are truncated, see :meth:`truncated`."""
         return self.clip.embed_texts(texts, batch_size=_TEXTS).float().cpu().numpy()
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
@@ -95,33 +89,48 @@ class TextExtractor(Extractor):
 
 @dataclasses.dataclass(frozen=True)
 class ClassExtractor(Extractor):
-    """An extractor that is a classifier, for the inception score.
-
-    Attributes:
-        class_probabilities: Of a batch of RGB images.
-    """
+    """An extractor that is also a classifier, for the inception score."""
 
     class_probabilities: Batch = dataclasses.field(kw_only=True)
 
     def probabilities(self, images: Images) -> Float[np.ndarray, "n classes"]:
-        """Return the probability of every class, float32; arguments and errors as of :meth:`embed`."""
+        """Return the probability of every class, float32; arguments and errors as for :meth:`embed`."""
         return self._over(images, self.class_probabilities)
 
 
-def _rgb(image: Any) -> Image.Image:
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """Numbers computed from the pixels of single images; cached like a network's features.
+
+    Attributes:
+        name: For caches and progress bars.
+        version: To be raised when the formula changes.
+        function: Maps an RGB image to its numbers.
+    """
+
+    name: str
+    version: int
+    function: Callable[[UInt8[np.ndarray, "h w 3"]], Sequence[float]]
+
+    @property
+    def fingerprint(self) -> str:
+        """The key of caches."""
+        return f"{self.name}-{self.version}"
+
+    def embed(self, images: Images) -> Float[np.ndarray, "n d"]:
+        """Return the numbers of images, float32."""
+        return np.array([self.function(np.asarray(_rgb(image))) for image in images], np.float32)
+
+
+def _rgb(image: Image.Image | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise UserError(
-            f"Expected PIL images or uint8 arrays (h, w, 3), got {array.dtype} of shape {array.shape}; round floats to "
-            "0..255 first, networks would scale them twice."
-        )
-    return Image.fromarray(array)
+    assert image.dtype == np.uint8, "expected 0..255: networks would scale floats twice"
+    return Image.fromarray(image)
 
 
 def network_key(network: nn.Module, preprocess: Mapping[str, Any]) -> str:
-    """Identify weights, buffers (running statistics of batch norm are no parameters) and preprocessing."""
+    """Hash weights, buffers (batch norm keeps running statistics there) and preprocessing."""
     digest = hashlib.sha256(f"{type(network).__name__} {fingerprint(network)}".encode())
     digest.update(json.dumps(dict(preprocess), sort_keys=True, default=str).encode())
     for name, buffer in sorted(network.named_buffers()):
@@ -129,14 +138,12 @@ def network_key(network: nn.Module, preprocess: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_extractor(
-    name: str | nn.Module | Extractor, *, device: torch.device | str | None = None, batch_size: int = 64
-) -> Extractor:
+def load_extractor(name: str, *, device: torch.device | str | None = None, batch_size: int = 64) -> Extractor:
     """Load a network that grades, frozen, in eval mode and float32.
 
     Args:
-        name: A key of `EXTRACTORS`, with ``:NAME`` where it takes one.  A module with an attribute ``image_size`` is
-            taken with pixels in 0..1; for other conventions call `extractor_from_module`.
+        name: A key of `EXTRACTORS`, with ``:NAME`` where it takes one.  For other networks call
+            `extractor_from_module`.
         device: None picks CUDA, then MPS, then the CPU.
         batch_size: Images at once.
 
@@ -148,18 +155,7 @@ def load_extractor(
     """
     if batch_size < 1:
         raise UserError(f"Expected a batch size from 1, got {batch_size}.")
-    if isinstance(name, Extractor):
-        return dataclasses.replace(name, batch_size=batch_size)
     chosen = torch.device(default_device() if device is None else device)
-    if isinstance(name, nn.Module):
-        size = getattr(name, "image_size", None)
-        if not isinstance(size, int):
-            raise UserError(
-                f"Expected a module with an attribute image_size, got {type(name).__name__} without; call "
-                "extractor_from_module(module, name=..., size=...), which also takes mean and std."
-            )
-        found = extractor_from_module(name, name=type(name).__name__, size=size, device=chosen)
-        return dataclasses.replace(found, batch_size=batch_size)
     kind, colon, argument = name.partition(":")
     if kind not in EXTRACTORS or bool(argument) != (kind in _NAMED) or bool(colon) != bool(argument):
         known = [f"{k}:NAME" if k in _NAMED else k for k in EXTRACTORS]
@@ -178,27 +174,19 @@ def extractor_from_module(
     device: torch.device | str | None = None,
     batch_size: int = 64,
 ) -> Extractor:
-    """Grade with any network: RGB float (b, 3, size, size) to (b, d).
+    """Grade with any network that maps RGB float (b, 3, size, size) to (b, d).
 
     Args:
-        module: Is put into eval mode and frozen, and moved to the device.
-        name: For metrics and caches.  Caches tell modules by name, text form, weights and preprocessing: take
+        module: Is put into eval mode, frozen, and moved to the device.
+        name: For metrics and caches.  Caches identify modules by name, repr, weights and preprocessing: choose
             another name after a change of ``forward`` alone.
-        size: Side of the square; the shorter side of an image is resized to it (bicubic, in 8 bits) and the centre cut.
+        size: Side of the square; an image's shorter side is resized to it (bicubic, in 8 bits) and the centre cropped.
         mean, std: Per channel; subtracted and divided by after scaling to ``value_range``.
-        value_range: What black and white become first: (0, 1), (-1, 1), (0, 255).
+        value_range: Values of black and white before that: (0, 1), (-1, 1), (0, 255).
         device: None picks CUDA, then MPS, then the CPU.
         batch_size: Images at once.
-
-    Raises:
-        UserError: If a number makes no sense; when it is used, if the module returns anything but (b, d).
     """
     low, high = value_range
-    if size < 1 or batch_size < 1 or len(mean) != 3 or len(std) != 3 or not all(std) or high <= low:
-        raise UserError(
-            "Expected size and batch_size from 1, three means, three deviations other than 0 and a range (low, high), "
-            f"got size={size}, batch_size={batch_size}, mean={mean}, std={std}, value_range={value_range}."
-        )
     scaled_mean, scaled_std = ([(m - low) / (high - low) for m in mean], [s / (high - low) for s in std])
     preprocess = Preprocess(size, size, tuple(scaled_mean), tuple(scaled_std))
     target = torch.device(default_device() if device is None else device)
@@ -207,9 +195,9 @@ def extractor_from_module(
     def features(images: list[Image.Image]) -> Tensor:
         x = to_float(np.stack([fit_image(image, size) for image in images]), target)
         out = module(preprocess.normalize(x))
-        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise UserError(f"Expected features (b, d) from '{name}', got {got}; flatten or pool its output.")
+        assert out.ndim == 2, (
+            f"expected features (b, d) from '{name}', got {tuple(out.shape)}; flatten or pool them"
+        )
         return out
 
     described = {**dataclasses.asdict(preprocess), "name": name, "module": repr(module)}
@@ -217,27 +205,22 @@ def extractor_from_module(
 
 
 def _label(name: str) -> str:
-    """The last part of a hub id or path."""
+    """Return the last part of a hub id or path."""
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _testbed_array(images: list[Image.Image]) -> UInt8[np.ndarray, "n 64 64 3"]:
-    from guidance.testbed.models import IMAGE_SIZE
-
     for image in images:
         if image.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(
-                f"Expected {IMAGE_SIZE}x{IMAGE_SIZE} images, which is all the testbed's judges know, got "
+                f"Expected {IMAGE_SIZE}x{IMAGE_SIZE} images for the testbed's judges, got "
                 f"{image.width}x{image.height}; choose a clip: or vision: network for other images."
             )
     return np.stack([np.asarray(image) for image in images])
 
 
 def _judge(argument: str, device: torch.device) -> ClassExtractor:
-    """The testbed's judge classifier: 128 features, and probabilities of the 8 objects (of its object head)."""
-    from guidance.testbed.judges import load_judges
-    from guidance.testbed.models import IMAGE_SIZE
-
+    """Load the testbed's judge classifier: 128 features, and probabilities of the 8 objects."""
     classifier = load_judges(device=device).classifier
     return ClassExtractor(
         "judge",
@@ -252,10 +235,7 @@ def _judge(argument: str, device: torch.device) -> ClassExtractor:
 
 
 def _judge_clip(argument: str, device: torch.device) -> TextExtractor:
-    """The testbed's judge CLIP."""
-    from guidance.testbed.judges import load_judges
-    from guidance.testbed.models import IMAGE_SIZE
-
+    """Load the testbed's judge CLIP."""
     judges = load_judges(device=device)
     half = (0.5, 0.5, 0.5)
     clip = Clip(judges.clip, judges.tokenizer, Preprocess(IMAGE_SIZE, IMAGE_SIZE, half, half), "judge-clip")
@@ -276,7 +256,7 @@ def _of_clip(clip: Clip, name: str, label: str) -> TextExtractor:
 
 
 def _vision(argument: str, device: torch.device) -> Extractor:
-    """A vision encoder with its own image processor: pooled output, else the first token (CLS)."""
+    """Load a vision encoder with its own image processor: pooled output, else the first token (CLS)."""
     model, processor, pooled = _load_vision(argument)
     model = model.eval().requires_grad_(False).to(device, torch.float32)
 
@@ -293,10 +273,10 @@ def _vision(argument: str, device: torch.device) -> Extractor:
 
 
 def _load_vision(name: str) -> tuple[Any, Any, Callable[[Any], bool]]:
-    """Load an encoder and its processor, and tell of an output whether its pooled part is worth taking."""
+    """Load an encoder and its processor, and a predicate: whether an output has a trained pooled part."""
     import transformers
 
-    # the processor on Pillow, whether or not torchvision is installed: a cache outlives an installation
+    # the processor uses Pillow, whether or not torchvision is installed: a cache outlives an installation
     newer = int(transformers.__version__.split(".")[0]) >= 5
     on_pillow: dict[str, Any] = {"backend": "pil"} if newer else {"use_fast": False}
     try:
@@ -308,7 +288,7 @@ def _load_vision(name: str) -> tuple[Any, Any, Callable[[Any], bool]]:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"Expected a folder or a reachable hub id of a vision encoder with safetensors and an image processor, but "
+            "Expected a folder or a reachable hub id of a vision encoder with safetensors and an image processor, but "
             f"'{name}' could not be loaded: {str(error).strip().splitlines()[0][:200]}"
         ) from error
     if getattr(model, "main_input_name", "") != "pixel_values" or hasattr(model, "get_image_features"):
@@ -317,7 +297,7 @@ def _load_vision(name: str) -> tuple[Any, Any, Callable[[Any], bool]]:
             "SigLIP."
         )
     missing = {key for key in info["missing_keys"] if not key.endswith("mask_token")}
-    untrained_pooler = {key for key in missing if "pooler" in key}  # drawn at random: of no use
+    untrained_pooler = {key for key in missing if "pooler" in key}  # initialised at random: useless
     if missing - untrained_pooler:
         raise UserError(
             f"Expected all weights of a {type(model).__name__} in '{name}', but {len(missing)} are missing, such as "
@@ -327,10 +307,10 @@ def _load_vision(name: str) -> tuple[Any, Any, Callable[[Any], bool]]:
 
 
 def _inception(argument: str, device: torch.device) -> ClassExtractor:
-    """The Inception of the published FID (2048 features) and inception score ("logits_unbiased", 1008 classes).
+    """Load the Inception of the published FID (2048 features) and inception score ("logits_unbiased", 1008 classes).
 
-    Weights are fetched and unpickled by torch-fidelity itself, at the first use.  Run so far on torch-fidelity 0.3.0
-    with random weights only, never on the published ones.
+    torch-fidelity itself downloads and unpickles the weights at the first use.  Tested on torch-fidelity 0.3.0 with
+    random weights only, never on the published ones.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -344,7 +324,7 @@ def _inception(argument: str, device: torch.device) -> ClassExtractor:
     )
 
     def outputs(images: list[Image.Image], which: int) -> Tensor:
-        # it resizes whole images itself, hence images of their own size; a batch needs one size
+        # the network resizes images itself, so they come in their own size; a batch needs one size
         batches = [images] if len({image.size for image in images}) == 1 else [[image] for image in images]
         arrays = [np.stack([np.asarray(image) for image in batch]) for batch in batches]
         tensors = [rearrange(torch.from_numpy(a), "b h w c -> b c h w").contiguous() for a in arrays]
@@ -369,23 +349,34 @@ EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {
     "inception": _inception,
 }
 
-_NAMED = ("clip", "vision")  # kinds that are followed by a hub id or a folder
+_NAMED = ("clip", "vision")  # followed by a hub id or a folder
 
-PROMPT = "prompt"  # in an image's info: what the denoiser is told of it
+PROMPT = "prompt"  # key of an image's info that holds its prompt
+
+
+def judge_readings(judges: Judges) -> Extractor:
+    """Read the class of each attribute that the testbed's judge classifier sees, in the order of ``ATTRIBUTES``."""
+
+    def features(images: list[Image.Image]) -> Float[Tensor, "b attributes"]:
+        seen = judges.classify(np.stack([np.asarray(image) for image in images]))
+        return torch.tensor(np.stack([seen[name] for name in ATTRIBUTES], 1), dtype=torch.float32)
+
+    weights = fingerprint(judges.classifier)
+    return Extractor("judge classifier", "judge-readings", weights, weights, features)
 
 
 def rating_extractor(pipe: Pipeline, head: Head, *, batch_size: int = 64) -> Extractor:
-    """Rate finished images by a head: encoded, shown to the denoiser at t = 0, read at the head's tap.
+    """Rate finished images by a head: encode them, run the denoiser at t = 0, and read the head's tap.
 
-    The head's own default objective is its score: the expected rating, or what the head has instead.
+    The score is the head's default objective: the expected rating, or what the head has instead.
 
     Args:
         pipe: The model that the head was trained on.
-        head: See :func:`guidance.heads.networks.load_head`.
+        head: The head.
         batch_size: Images at once.
 
     Returns:
-        An extractor of one number an image.  Heads that know captions read them from ``image.info["prompt"]``.
+        An extractor of one number an image.  Heads that use captions read them from ``image.info["prompt"]``.
 
     Raises:
         UserError: If the head does not fit the model.

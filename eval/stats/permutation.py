@@ -5,11 +5,11 @@ not apply.  Under the null hypothesis it does not matter which method is called 
 all pairs of a prompt together, because the prompt is the unit.  ``p = (1 + k) / (1 + n)``, where k of n random swaps
 have a statistic at least as large as the observed one.
 
-    permutation_test(a, b, prompts, lambda x, y: precision_recall(real, x).recall - precision_recall(real, y).recall,
-                     two_sided=True)
+    rows = np.concatenate([a, b])
+    permutation_test(prompts, lambda i, j: recall(rows[i]) - recall(rows[j]), two_sided=True)
     mmd_permutation_test(a, b, prompts, cubic_kernel, reference=real)    # KID of a less that of b, fast
 
-How many of 400 comparisons without a difference it calls different at 5%: ``python -m eval.null``.
+``python -m eval.null`` counts how many of 400 comparisons without a difference these tests call different at 5%.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eval.metrics.feature_sets import Features, two_sets
@@ -27,20 +27,21 @@ from eval.metrics.kernels import BLOCK, Kernel, mmd_squared
 from eval.stats.paired import prompt_numbers
 from guidance.utils.errors import UserError
 
-_LEAST_PROMPTS = (
-    6  # a distance is the same if all are swapped: of fewer, no result could reach 2 / 2^prompts < 5%
-)
+#: A distance is the same if all labels are swapped: with fewer prompts no p could be below 2 / 2^prompts < 5%.
+MIN_PROMPTS = 6
+
+Index = Int[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PermutationResult:
-    """What a permutation test found.
+    """Result of a permutation test.
 
     Attributes:
-        statistic: Of the sets as they are.
+        statistic: Value for the sets as they are.
         p: Share of swaps, this one included, with a statistic at least as large.
-        permutations: Random swaps.
-        n_prompts: Prompts, the units.
+        permutations: Number of random swaps.
+        n_prompts: Number of prompts, the units.
         n_images: Images of each method.
     """
 
@@ -52,10 +53,8 @@ class PermutationResult:
 
 
 def permutation_test(
-    a: Features,
-    b: Features,
     prompts: Sequence[Hashable],
-    statistic: Callable[[np.ndarray, np.ndarray], float],
+    statistic: Callable[[Index, Index], float],
     *,
     two_sided: bool = False,
     permutations: int = 999,
@@ -64,32 +63,30 @@ def permutation_test(
     """Test any statistic of two paired sets; it is evaluated anew for each swap.
 
     Args:
-        a, b: Features of two methods (tensors or arrays), row by row of the same prompt, seed and noise.
-        prompts: The prompt (or its id) of each row.
-        statistic: Of two float64 arrays; larger means more different.
+        prompts: The prompt (or its id) of each of n pairs.
+        statistic: Of two sets, given by the indices of their rows: 0 to n - 1 are the rows of method a, n to 2n - 1
+            those of method b, pair by pair.  Larger means more different.
         two_sided: Compare absolute values: for the difference of two distances to a reference.
-        permutations: Random swaps.
+        permutations: Number of random swaps.
         seed: Of the swaps.
 
     Raises:
-        UserError: If shapes differ, a value is not finite, a set is constant, or there are fewer than six
-            prompts.
+        UserError: If there are fewer than six prompts.
 
     Reference:
         Phipson and Smyth 2010, Permutation p-values should never be zero.
     """
-    x, y, group = _pairs(a, b, prompts)
-    rows_a, rows_b = x.cpu().numpy(), y.cpu().numpy()
-
-    def value(swapped: Bool[np.ndarray, " prompts"]) -> float:
-        swap = swapped[group][:, None]
-        return float(statistic(np.where(swap, rows_b, rows_a), np.where(swap, rows_a, rows_b)))
-
-    swaps = _swaps(len(set(prompts)), permutations, seed)
-    observed = float(statistic(rows_a, rows_b))
-    values = np.array([value(swapped) for swapped in swaps])
-    p = _p_value(observed, values, two_sided)
-    return PermutationResult(observed, p, permutations, swaps.shape[1], len(group))
+    group, n = _groups(prompts), len(prompts)
+    a, b = np.arange(n), np.arange(n, 2 * n)
+    swaps = _swaps(int(group.max()) + 1, permutations, seed)
+    observed = float(statistic(a, b))
+    values = np.array(
+        [
+            float(statistic(np.where(swapped, b, a), np.where(swapped, a, b)))
+            for swapped in (swap[group] for swap in swaps)
+        ]
+    )
+    return PermutationResult(observed, _p_value(observed, values, two_sided), permutations, swaps.shape[1], n)
 
 
 def mmd_permutation_test(
@@ -110,45 +107,46 @@ def mmd_permutation_test(
     product.
 
     Args:
-        a, b, prompts, permutations, seed: As of `permutation_test`; for CMMD, `unit_rows` of embeddings.
+        a, b: Features of the two methods, row by row of the same prompt, seed and noise; for CMMD, their `unit_rows`.
+        prompts, permutations, seed: As for `permutation_test`.
         kernel: `cubic_kernel` for KID (on all rows), `rbf_kernel` for CMMD (unbiased, not times 1000).
         reference: Features of real images; the statistic is ``MMD(a, reference) - MMD(b, reference)``.
 
     Raises:
-        UserError: As of `permutation_test`; if the reference has another width or is constant.
+        UserError: If there are fewer than six prompts, shapes differ, or a set is constant or not finite.
     """
-    x, y, group = _pairs(a, b, prompts)
-    signs = torch.as_tensor(1 - 2.0 * _swaps(len(set(prompts)), permutations, seed)).to(x)
-    owner = torch.as_tensor(group, device=x.device)
-    n = len(x)
+    x, y = two_sets(a, b)
+    assert x.shape == y.shape == (len(prompts), x.shape[1]), "expected a row of each method for each prompt"
+    group, n = torch.as_tensor(_groups(prompts), device=x.device), len(x)
+    signs = torch.as_tensor(1 - 2.0 * _swaps(int(group.max()) + 1, permutations, seed)).to(x)
     if reference is None:
-        d = _swap_matrix(x, y, owner, kernel)
+        d = _swap_matrix(x, y, group, kernel)
         observed = mmd_squared(x, y, kernel).unbiased
         c = 1 / (2 * n * (n - 1)) + 1 / (2 * n**2)
         values = observed + c * (((signs @ d) * signs).sum(1) - d.sum())
     else:
         share = _swap_shares(x, y, two_sets(reference, x)[0], kernel)
-        by_prompt = share.new_zeros(signs.shape[1]).index_add(0, owner, share)
+        by_prompt = share.new_zeros(signs.shape[1]).index_add(0, group, share)
         observed, values = float(by_prompt.sum()), signs @ by_prompt
     p = _p_value(observed, values.cpu().numpy(), two_sided=reference is not None)
     return PermutationResult(observed, p, permutations, signs.shape[1], n)
 
 
 def _swap_matrix(
-    x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], owner: Tensor, kernel: Kernel
+    x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], group: Int[Tensor, " n"], kernel: Kernel
 ) -> Float[Tensor, "prompts prompts"]:
-    prompts = int(owner.max()) + 1
+    prompts = int(group.max()) + 1
     d = x.new_zeros(prompts, prompts)
-    for u, v, group in zip(x.split(BLOCK), y.split(BLOCK), owner.split(BLOCK), strict=True):
+    for u, v, part in zip(x.split(BLOCK), y.split(BLOCK), group.split(BLOCK), strict=True):
         k = kernel(u, x) + kernel(v, y) - kernel(u, y) - kernel(v, x)
-        d.index_add_(0, group, k.new_zeros(len(k), prompts).index_add(1, owner, k))
+        d.index_add_(0, part, k.new_zeros(len(k), prompts).index_add(1, group, k))
     return d
 
 
 def _swap_shares(
     x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], real: Float[Tensor, "m d"], kernel: Kernel
 ) -> Float[Tensor, " n"]:
-    """What each pair adds to ``MMD(x, real) - MMD(y, real)``; swapped, it adds the negative of it."""
+    """Return what each pair adds to ``MMD(x, real) - MMD(y, real)``; swapped, it adds the negative of it."""
     n, m = len(x), len(real)
 
     def shares(z: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -159,6 +157,16 @@ def _swap_shares(
         return torch.cat(parts)
 
     return shares(x) - shares(y)
+
+
+def _groups(prompts: Sequence[Hashable]) -> Index:
+    group = prompt_numbers(prompts)
+    if len(set(prompts)) < MIN_PROMPTS:
+        raise UserError(
+            f"Expected {MIN_PROMPTS} or more prompts, the units, got {len(set(prompts))}; with fewer no result "
+            "could be significant at 5%."
+        )
+    return group
 
 
 def _swaps(prompts: int, permutations: int, seed: int) -> Bool[np.ndarray, "permutations prompts"]:
@@ -173,20 +181,3 @@ def _p_value(observed: float, values: Float[np.ndarray, " n"], two_sided: bool) 
     # the same swap summed in another order must count as equal
     rounding = 1e-9 * max(abs(observed), float(np.abs(values).max()))
     return float((1 + (values >= observed - rounding).sum()) / (1 + len(values)))
-
-
-def _pairs(
-    a: Features, b: Features, prompts: Sequence[Hashable]
-) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"], np.ndarray]:
-    x, y = two_sets(a, b)
-    if x.shape != y.shape or len(prompts) != len(x):
-        raise UserError(
-            f"Expected paired features, a row of each method and a prompt an image, got {len(x)}, {len(y)} and "
-            f"{len(prompts)}; pair the records first."
-        )
-    if len(set(prompts)) < _LEAST_PROMPTS:
-        raise UserError(
-            f"Expected {_LEAST_PROMPTS} or more prompts, the units, got {len(set(prompts))}; of fewer no "
-            "result could be significant at 5%."
-        )
-    return x, y, prompt_numbers(prompts)

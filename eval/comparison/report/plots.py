@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from eval.comparison.image_metrics import IMAGE_METRICS
 from eval.comparison.report.svg import INK, RULE, SERIES, SOFT, plain, svg_axes
 from eval.comparison.report.text import is_plain_cfg
 from eval.comparison.results import ArmSummary, Breakdown, Comparison, ImageMetric, SetMetric
+from eval.comparison.set_metrics import SET_METRICS
 
 Point = tuple[float, float]
 
 _MARKERS, _LINES = "o^DvPX<", ("-", (0, (6, 2)), "-.")
-
-_DISTANCES = {"fd", "fid", "cmmd", "kd", "kid"}
 
 _LABEL = 22  # letters in a line of a forest's labels
 
@@ -100,15 +100,18 @@ def legend(comparison: Comparison) -> list[LegendEntry]:
 
 
 def tradeoffs(comparison: Comparison) -> list[Plot]:
-    """Curves of the first set distance against each metric with a direction, and of the usual pairs that there are."""
-    sets: dict[str, ImageMetric | SetMetric] = {m.key: m for m in comparison.set_metrics}
-    distances = [m for m in comparison.set_metrics if m.key.split("_")[0] in _DISTANCES]
+    """Plot the first set distance against each image metric with a direction, and every declared trade-off."""
+    declared = {m.key: m.tradeoff for m in IMAGE_METRICS} | {m.key: m.tradeoff for m in SET_METRICS}
+    distances = {m.key for m in SET_METRICS if m.distance}
     images = [m for m in comparison.image_metrics if m.better]
-    pairs: list[tuple[Any, Any]] = [(image, distance) for distance in distances[:1] for image in images]
-    sets |= {m.key: m for m in images}
-    for x, y in (("clip_score", "cmmd"), ("recall", "precision"), ("inception_score", "fd")):
-        if x in sets and y in sets and (sets[x], sets[y]) not in pairs:
-            pairs.append((sets[x], sets[y]))
+    sets = {m.key: m for m in comparison.set_metrics}
+    first = [m for m in comparison.set_metrics if m.key in distances][:1]
+    pairs: list[tuple[ImageMetric | SetMetric, SetMetric]] = [(x, y) for y in first for x in images]
+    metrics: list[ImageMetric | SetMetric] = [*images, *sets.values()]
+    for metric in metrics:
+        partner = sets.get(declared.get(metric.key, ""))
+        if partner is not None and (metric, partner) not in pairs:
+            pairs.append((metric, partner))
     return [plot for x, y in pairs if (plot := _tradeoff(comparison, x, y)) is not None]
 
 
