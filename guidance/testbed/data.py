@@ -20,6 +20,7 @@ from guidance.testbed.render import render
 from guidance.testbed.scenes import Scene, combinations, edit_scene, sample_scene
 from guidance.testbed.truth import rating, truth_score
 from guidance.utils.errors import UserError
+from guidance.utils.processes import is_main
 
 _CHUNK = 100
 
@@ -78,7 +79,8 @@ def load_testbed(split: str, n: int, *, seed: int = 0, start: int = 0, workers: 
     _check(split, n=n, seed=seed, start=start, workers=workers, least={"n": 1, "workers": 1})
     jobs = [(split, i, min(_CHUNK, start + n - i), seed) for i in range(start, start + n, _CHUNK)]
     columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
-    with tqdm(total=n, desc=f"draw {split} scenes", unit="scene", disable=n <= _BAR_FROM) as bar:
+    silent = n <= _BAR_FROM or not is_main()
+    with tqdm(total=n, desc=f"draw {split} scenes", unit="scene", disable=silent) as bar:
         for chunk in _map(jobs, workers):
             for name, values in chunk.items():
                 columns[name] += values
@@ -101,7 +103,8 @@ def load_edit_pairs(split: str, n: int, seed: int = 0) -> datasets.Dataset:
     _check(split, n=n, seed=seed, least={"n": 1})
     columns: dict[str, list[Any]] = {name: [] for name in _EDIT_FEATURES}
     pairs = _edits(split, seed)
-    for _ in tqdm(range(n), desc=f"draw {split} edit pairs", unit="pair", disable=n <= _BAR_FROM):
+    silent = n <= _BAR_FROM or not is_main()
+    for _ in tqdm(range(n), desc=f"draw {split} edit pairs", unit="pair", disable=silent):
         scene, instruction, edited = next(pairs)
         columns["image"].append(_png(render(scene)))
         columns["caption"].append(scene.caption)

@@ -1,7 +1,8 @@
-"""The processes of a run: how many there are, and which one this is."""
+"""Join and leave the processes of a run; run a script in processes of its own."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -14,19 +15,24 @@ from guidance.utils.errors import UserError
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def launched() -> int:
-    """How many processes ``accelerate launch`` or ``torchrun`` started; told without a heavy import."""
+    """Return the number of processes that ``accelerate launch`` or ``torchrun`` started, without heavy imports."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_processes() -> PartialState:
-    """Join the processes that ``accelerate launch`` or ``torchrun`` started, or stay alone.
+def is_main() -> bool:
+    """Tell whether this is the main process, which alone shows bars, without heavy imports."""
+    return os.environ.get("RANK", "0") == "0"
 
-    accelerate joins processes on CPUs only if it is told that they are: without that each would do all the work.
+
+def join_processes() -> PartialState:
+    """Join the processes that ``accelerate launch`` or ``torchrun`` started, if any; a script's first call.
+
+    The bars of diffusers and transformers for loading weights, which tear those of the scripts, are turned off.
+    accelerate joins processes on CPUs only with ``cpu=True``; without it each process would do all the work.
 
     Returns:
         accelerate's state: ``process_index``, ``num_processes``, ``device``, ``wait_for_everyone``.
@@ -34,11 +40,13 @@ def join_processes() -> PartialState:
     import torch
     from accelerate import PartialState
 
+    for library in ("diffusers", "transformers"):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     return PartialState(cpu=launched() > 1 and not torch.accelerator.is_available())
 
 
 def leave_processes(state: PartialState) -> None:
-    """Part from the other processes at a script's end; alone there is nothing to part from."""
+    """Leave the process group, if there is one, at the end of a script."""
     if state.num_processes > 1:
         state.destroy_process_group()
 
@@ -47,12 +55,12 @@ def run_script(module: str, words: Sequence[str], *, processes: int = 1) -> None
     """Run a script as a user would, on several processes with one thread each.
 
     Args:
-        module: Its name: "sample.sweep".
-        words: Its arguments.
-        processes: How many share the work.
+        module: Name of the script, for example "sample.sweep".
+        words: Arguments.
+        processes: Number of processes that share the work.
 
     Raises:
-        UserError: If it fails; it has said why.
+        UserError: If it fails; the script has printed the reason.
     """
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [sys.executable, "-m", *(launch if processes > 1 else []), module, *words]
