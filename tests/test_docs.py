@@ -1,7 +1,7 @@
 """The code in README.md and docs/ runs: Python blocks in order, commands through the parsers of their scripts.
 
-A block is run unless its fence says ``no-run`` (it needs weights or a hub that are not here), and then it still has to
-compile.  Commands are parsed; those in a block ``sh run`` are run.
+A block is run unless its fence says ``no-run`` (it needs weights or a hub), and then it still has to compile.  Commands
+are parsed; those in a block ``sh run`` are run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from guidance.models.pipelines import load_pipeline
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPTS = ("train", "sample", "eval")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def name(page: Path) -> str:
@@ -102,21 +102,26 @@ def test_the_commands_in_the_help_of_scripts_are_read(folder: str, monkeypatch, 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)#]+)[)#]", page.read_text(encoding="utf-8")):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
 
 
 def test_every_page_is_found() -> None:
-    """From the README or the first page of docs, by a link, or by a link of a page that is linked."""
-    reached, todo = set(), [ROOT / "README.md", ROOT / "docs" / "how-it-works.md"]
+    """By a link of the README, or by a link of a page that is linked."""
+    reached, todo = set(), [ROOT / "README.md"]
     while todo:
         page = todo.pop().resolve()
         reached.add(page)
-        text = page.read_text(encoding="utf-8")
-        targets = [*re.findall(r"\]\(([^)#]+\.md)\)", text), *re.findall(r"`(docs/[\w-]+\.md)`", text)]
+        targets = re.findall(r"\]\(([^)#]+\.md)[)#]", page.read_text(encoding="utf-8"))
         todo += [p for t in targets if (p := (page.parent / t).resolve()).is_file() and p not in reached]
     assert {p.resolve() for p in PAGES} <= reached
+
+
+def test_the_readme_is_short_and_begins_with_code() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 180 and len(text.split()) <= 1400
+    assert text[: text.index("```python")].count("\n") < 40
 
 
 # --- what finds commands finds them

@@ -348,14 +348,14 @@ def test_a_pipeline_without_denoiser_gets_a_sentence(folder: Path) -> None:
 
 
 def test_pickles_are_refused_and_can_be_converted(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """By the code in docs/scale.md, to which the error points."""
+    """By the code in docs/usage.md, to which the error points."""
     monkeypatch.chdir(tmp_path)
     tiny.save_pretrained("model", safe_serialization=False)
     torch.save({"state_dict": original_checkpoint(tiny)}, "model.ckpt")
     for name in ("model", "model.ckpt"):
-        with pytest.raises(UserError, match=rf"'{name}' has only pickles.* docs/scale.md"):
+        with pytest.raises(UserError, match=rf"'{name}' has only pickles.* docs/usage.md"):
             load_pipeline(name)
-    section = (ROOT / "docs" / "scale.md").read_text().partition("## Weights that are pickles")[2]
+    section = (ROOT / "docs" / "usage.md").read_text().partition("## Weights that are pickles")[2]
     exec(fenced(section)[0][1], {})
     for name, options in (("converted", {}), ("model.safetensors", {"config": "converted"})):
         pipe = load_pipeline(name, parts=DENOISER, **options)

@@ -72,7 +72,7 @@ def refuse_pickles(source: str | Path) -> UserError:
     """Return the error about weights that are pickles."""
     return UserError(
         f"Expected weights in safetensors, but '{source}' has only pickles, which may run code when they are loaded; "
-        "if you trust them, convert them as in docs/scale.md, 'Weights that are pickles'."
+        "if you trust them, convert them as in docs/usage.md, 'Weights that are pickles'."
     )
 
 
