@@ -20,7 +20,7 @@ from PIL import Image
 
 from guidance.apply import apply_guidance, cfg_parts
 from guidance.data.cache import FeatureCache
-from guidance.guides import MidBlockGuide
+from guidance.guides import AmortisedGuide, MidBlockGuide
 from guidance.guides.base import rms, unit_rms
 from guidance.heads import HeadConfig, build_head, save_head
 from guidance.heads.adapter import (
@@ -36,7 +36,6 @@ from guidance.models.pipelines import freeze
 from guidance.sampling import sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
 from guidance.training.adapters import (
-    AmortisedGuide,
     NoisedLatents,
     PairRecorder,
     SampledStates,
@@ -180,29 +179,6 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(load_adapter(tmp_path / "a")(*states()), adapter(*states()))
     save_adapter(small(1), tmp_path / "a")  # an adapter may be replaced
     assert load_adapter(tmp_path / "a").config.width == 8
-
-
-def test_refusals(tmp_path: Path, pipe) -> None:
-    save_adapter(small(), tmp_path / "good")
-    with pytest.raises(UserError, match="Did you mean 'good'"):
-        load_adapter(tmp_path / "goods")
-    with pytest.raises(UserError, match=r"python -m train\.amortise"):
-        load_adapter(tmp_path / "elsewhere" / "a")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="other files"):
-        save_adapter(small(), tmp_path / "notes")
-    config = json.loads((tmp_path / "good" / "config.json").read_text())
-    (tmp_path / "good" / "config.json").write_text(json.dumps(config | {"width": 16}))
-    with pytest.raises(UserError, match="does not fit or is cut short"):
-        load_adapter(tmp_path / "good")
-    (tmp_path / "good" / "config.json").write_text(json.dumps(config | {"colour": 16}))
-    with pytest.raises(UserError, match="keys differ"):
-        load_adapter(tmp_path / "good")
-    with pytest.raises(UserError, match="depth of at least 1, got 0"):
-        small(depth=0)
-    with pytest.raises(UserError, match="normalize='cfg'"):
-        AmortisedGuide(small(), normalize=None)
 
 
 @pytest.mark.parametrize(
@@ -453,14 +429,6 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
     assert any(not torch.equal(fresh[name], whole[name]) for name in whole)
 
 
-def test_training_that_diverges_is_told(tmp_path: Path) -> None:
-    pairs = fake_pairs(tmp_path / "pairs", rows={"train": 64, "test": 64}).select("train")
-    adapter = small()
-    torch.nn.init.constant_(adapter.first.weight, float("nan"))
-    with pytest.raises(UserError, match="finite loss, got nan at step 0"):
-        fit_adapter(adapter, pairs, Stage(2, 8), tmp_path / "work")
-
-
 # ---- the script -----------------------------------------------------------------------------------------------
 
 
@@ -532,15 +500,7 @@ def test_two_processes_record_the_bytes_of_one_and_train_its_weights(options, tm
     ("words", "message"),
     [
         (["steps=0"], "steps above 0, got 0"),
-        (["data.held_out=1"], "data.held_out above 0 and below 1"),
-        (["data.scales=[]"], "at least one of data.scales"),
-        (["data.num_steps=[9,3]"], "[low, high] from 1 on, got [9, 3]"),
         (["teacher=[{heads: x}]"], "Did you mean 'head'?"),
-        (["teacher=[{target: x}]"], "add head: FOLDER"),
-        (["teacher=[]"], "got none; add a head"),
-        (["teacher=[{head: nowhere}]"], "Expected a head, head.safetensors"),
-        (["data.prompts=nowhere.txt"], "found none called 'nowhere.txt'"),
-        (["data.num_prompts=1"], "two prompts or more"),
         (["data.calls_per_run=4", "pairs={tmp}/pairs"], "4 guided steps or more"),
     ],
 )
@@ -556,6 +516,6 @@ def test_bad_input_gets_a_sentence_and_leaves_no_adapter(options, tmp_path, caps
 def test_a_teacher_describes_itself(head, tmp_path: Path) -> None:
     save_head(head, tmp_path / "h")
     terms = read_teacher([{"head": str(tmp_path / "h"), "guidance_scale": -1.0}])
-    (told,) = describe_teacher(terms, [terms[0].guide()])
-    assert told["guidance_scale"] == -1.0 and told["fingerprint"] == fingerprint(head)
-    assert terms[0].guide().strength.guidance_scale == -1.0 and told["predicts"] == "rating"
+    (description,) = describe_teacher(terms, [terms[0].guide()])
+    assert description["guidance_scale"] == -1.0 and description["fingerprint"] == fingerprint(head)
+    assert terms[0].guide().strength.guidance_scale == -1.0 and description["predicts"] == "rating"

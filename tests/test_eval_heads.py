@@ -16,18 +16,19 @@ from scipy.stats import spearmanr
 
 from eval.heads import tables as head_tables
 from eval.heads.__main__ import main
-from eval.heads.intervals import head_intervals, mean_auc, rank_correlation, row_statistics
+from eval.heads.intervals import head_intervals
 from eval.heads.tables import reliability
 from eval.stats.paired import wilson
 from guidance.data.cache import FeatureCache
 from guidance.heads import load_head, save_head
 from guidance.heads.config import HeadConfig
+from guidance.heads.measures import mean_auc, rank_correlation
+from guidance.heads.tasks import get_task
 from guidance.training import caching
 from guidance.training import metrics as head_metrics
 from guidance.training import report as head_report
 from guidance.training.discriminator import open_generated
 from guidance.training.metrics import evaluate_head
-from guidance.training.tasks import two_class_logits
 from guidance.utils.errors import UserError
 from train.head import main as train
 
@@ -88,8 +89,8 @@ def test_the_bootstrapped_functions_give_the_measures_themselves(task: str) -> N
     config = {"class": CLASSES, "binary": BINARY, "regression": plain}.get(task, HeadConfig("conv", 4))
     outputs, target = examples(config)
     overall = evaluate_head(outputs, target, torch.zeros(300), config)["overall"]
-    logits = two_class_logits(outputs) if task == "binary" else outputs
-    for name, statistic in row_statistics(logits, target, config).items():
+    rows = get_task(task).by_row(outputs, target)
+    for name, statistic in get_task(task).statistics(*rows).items():
         assert float(statistic.value(statistic.addends.sum(0))) == pytest.approx(overall[name], abs=1e-5)
         low, high = head_intervals(outputs, target, torch.zeros(300), config, np.arange(300))["overall"][
             f"{name}_interval"
@@ -313,29 +314,24 @@ def changed(head: Path, folder: Path, **options) -> Path:
 @pytest.mark.parametrize(
     ("task", "config", "words", "message"),
     [
-        (None, {}, [], "Expected the folder of a head, got none"),
         ("rating", {}, ["{tmp}/none"], "in '{tmp}/none'"),
         ("rating", {"base_fingerprint": "0" * 12}, ["cache={cache}"], "base_fingerprint=000000000000"),
-        ("rating", {"base_fingerprint": "0" * 12}, [], "but the model gives base_fingerprint="),
         ("rating", {"tap": "down_blocks.2"}, ["cache={cache}"], "features with tap=down_blocks.2"),
         ("rating", {}, ["data.caption=empty"], "Expected data.caption=caption"),
         ("rating", {"target": "beauty"}, ["cache={cache}"], "target_columns=['beauty'], but the cache"),
-        ("rating", {"target": "beauty"}, [], "Expected a column 'beauty'"),
         ("class", {"labels": ["no", "maybe"]}, ["cache={cache}"], "got 'yes' too"),
         ("embedding", {"clip_fingerprint": "0" * 12}, ["cache={cache}"], "clip=000000000000"),
         ("binary", {}, ["cache={cache}"], "generated=null; give both folders"),
         ("binary", {}, ["cache={cache}", "generated={tmp}/none"], "generated.folder={tmp}/none"),
-        ("rating", {}, ["cache={cache}", "data.draws=3"], "draws=3, but the cache"),
-        ("rating", {}, ["split=tests"], "'split'"),
     ],
 )
 def test_bad_input_gets_a_sentence(
     task, config, words, message, heads, data, folder, tmp_path, capsys
 ) -> None:
     names = {"tmp": tmp_path, "cache": folder / "cache"}
-    head = [str(changed(heads[task], tmp_path / "head", **config))] if task else []
+    head = changed(heads[task], tmp_path / "head", **config)
     with pytest.raises(SystemExit) as stop:
-        main([*head, *data, *(word.format(**names) for word in words), f"output={tmp_path / 'out'}"])
+        main([str(head), *data, *(word.format(**names) for word in words), f"output={tmp_path / 'out'}"])
     assert stop.value.code == 2
     assert message.format(**names) in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,6 @@ from guidance.testbed.render import render
 from guidance.testbed.scenes import scenes
 from guidance.training.loop import Optimizer, Stage, batch_indices, fit
 from guidance.training.testbed import denoising_loss
-from guidance.utils.errors import UserError
 from guidance.utils.images import to_float
 
 
@@ -189,18 +188,6 @@ def test_the_whole_recipe_trains_exports_and_loads(tmp_path):
     assert "| unet, before | 2 |" in card and "| vae | 2 |" in card
     weights = sum(f.stat().st_size for f in (tmp_path / "weights").rglob("*"))
     assert weights < 24e6
-
-
-def test_export_before_training_is_refused(tmp_path):
-    from guidance.training.export import export
-    from guidance.training.testbed import Recipe
-
-    recipe = Recipe(tmp_path, 500, {"unet": Stage()})
-    with pytest.raises(UserError, match="data, vae, clip"):
-        export(recipe, tmp_path / "out")
-    with pytest.raises(UserError, match="training step"):
-        recipe.run("vea")
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_tokenizer_is_a_function_of_its_texts() -> None:

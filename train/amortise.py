@@ -5,8 +5,7 @@
     python -m train.amortise 'teacher=[{head: runs/heads/testbed-colour, target: red}]' output=runs/adapters/red
 
 Teacher pairs are recorded first where they are absent. Processes share the recording, whose bytes do not
-depend on their number, and each batch of the training. A killed run goes on when the same command is given
-again.
+depend on their number, and every batch of the training. The same command resumes a killed run.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.utils.config import flat_options, list_differences, load_config, option, parse_config, to_yaml
+from guidance.training.recipes import FeatureRecipe, check_positive, decisive_options
+from guidance.utils.config import option, parse_config, to_yaml
 from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class PairOptions:
-    """Where teacher pairs come from."""
+    """Source and number of the teacher pairs."""
 
     source: Literal["sampling", "latents"] = option(
         "sampling", "states of sampling runs under the teacher, or noised latents of images"
@@ -49,12 +49,12 @@ class PairOptions:
     train: int = option(17_500, "pairs to train on, rounded up to whole runs")
     test: int = option(2_000, "pairs of held-out prompts or images, rounded up to whole runs")
     batch_size: int = option(50, "samples per run")
-    calls_per_run: int = option(10, "denoiser calls recorded of each run; a kill loses one run at most")
+    calls_per_run: int = option(
+        10, "denoiser calls recorded of each run; a killed recording loses at most one run"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("train", "test", "batch_size", "calls_per_run"):
-            if getattr(self, name) < 1:
-                raise UserError(f"Expected data.{name} of at least 1, got {getattr(self, name)}.")
+        check_positive(self, "train", "test", "batch_size", "calls_per_run", prefix="data.")
         if not 0 < self.held_out < 1:
             raise UserError(f"Expected data.held_out above 0 and below 1, got {self.held_out}.")
         if not self.scales or not self.cfg_scales:
@@ -67,17 +67,21 @@ class PairOptions:
 class AmortiseConfig:
     """Options of this script."""
 
-    output: str = option("runs/adapters/testbed-aesthetic", "folder of the finished adapter")
-    overwrite: bool = option(False, "replace an adapter of another config in the output folder")
+    output: str = option("runs/adapters/testbed-aesthetic", "folder of the finished adapter", identity=False)
+    overwrite: bool = option(
+        False, "replace an adapter of another config in the output folder", identity=False
+    )
     teacher: list[dict[str, Any]] = option(
         [{"head": "runs/heads/testbed-aesthetic"}],
         "heads to sum: a list of {head: FOLDER, guidance_scale: 1.0, objective: null, target: null}",
     )
-    pairs: str = option("runs/pairs/testbed-aesthetic", "folder of recorded teacher pairs")
+    pairs: str = option("runs/pairs/testbed-aesthetic", "folder of recorded teacher pairs", identity=False)
     data: PairOptions = option(PairOptions, "where pairs come from when they are absent")
     model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
-    device: str | None = option(None, "device of model and training; null picks CUDA, MPS or CPU")
+    device: str | None = option(
+        None, "device of model and training; null picks CUDA, MPS or CPU", identity=False
+    )
     width: int = option(16, "channels of the adapter's blocks")
     depth: int = option(2, "number of the adapter's blocks")
     patch: int = option(2, "the blocks run on squares of this side in pixels of the latents")
@@ -88,12 +92,10 @@ class AmortiseConfig:
     weight_decay: float = option(0.01, "AdamW's weight decay")
     mse_weight: float = option(0.1, "weight of the squared error beside 1 - cosine")
     seed: int = option(0, "seed of recorded runs, first weights and data order")
-    checkpoint_every: float = option(30.0, "seconds between checkpoints of the training")
+    checkpoint_every: float = option(30.0, "seconds between checkpoints of the training", identity=False)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "width", "depth", "patch"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"Expected {name} above 0, got {getattr(self, name)}.")
+        check_positive(self, "steps", "batch_size", "lr", "width", "depth", "patch")
         for name in ("warmup", "weight_decay", "mse_weight"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"Expected {name} of 0 or more, got {getattr(self, name)}.")
@@ -113,7 +115,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
     Raises:
         UserError: If teacher, model, prompts or output cannot be used.
     """
-    from guidance.heads.adapter import AdapterConfig, build_adapter, load_adapter, save_adapter
+    from guidance.heads.adapter import Adapter, AdapterConfig, build_adapter, load_adapter, save_adapter
     from guidance.models.denoiser import fingerprint, latent_channels
     from guidance.models.pipelines import load_on
     from guidance.schedule import NoiseSchedule
@@ -124,12 +126,13 @@ def amortise(config: AmortiseConfig) -> Adapter:
         measure_adapter,
         read_teacher,
     )
+    from guidance.training.caching import load_finished
     from guidance.training.loop import Stage
     from guidance.utils.io import check_writable
     from guidance.utils.processes import join_processes
 
     terms = read_teacher(config.teacher)
-    finished = _finished_adapter(config)
+    finished = load_finished(Adapter, config, decisive_options, FeatureRecipe(model=config.model))
     if finished is not None:
         return finished
     check_writable(config.output)
@@ -165,7 +168,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
     adapter = build_adapter(shape, config.seed).to(device)
     stage = Stage(config.steps, config.batch_size, config.lr, weight_decay=config.weight_decay)
     stage.warmup = max(1, round(config.warmup * config.steps))
-    identity = json.dumps([_plain(config), pairs.manifest], sort_keys=True, default=str)
+    identity = json.dumps([decisive_options(config), pairs.manifest], sort_keys=True, default=str)
     work = Path(f"{config.output}.training")
     result = fit_adapter(
         adapter,
@@ -189,7 +192,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
 
 
 def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
-    """Make the source of the teacher pairs; its test part shares no prompt or image with the training part."""
+    """Build the source of the teacher pairs; its test part shares no prompt or image with the training part."""
     from guidance.data.prompts import load_prompts
     from guidance.data.sources import load_examples
     from guidance.training.adapters import NoisedLatents, SampledStates
@@ -210,28 +213,6 @@ def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
     return SampledStates(
         split, data.scales, (data.num_steps[0], data.num_steps[1]), data.cfg_scales, data.scheduler
     )
-
-
-def _finished_adapter(config: AmortiseConfig) -> Adapter | None:
-    """Return the adapter in the output folder if this config made it; refuse to replace another one."""
-    from guidance.heads.adapter import ADAPTER_FOLDER, load_adapter
-    from guidance.training.caching import check_current
-    from guidance.training.recipes import FeatureRecipe
-
-    if not ADAPTER_FOLDER.is_kept(config.output, config.overwrite):
-        return None
-    record = Path(config.output) / "train.yaml"
-    old = _plain(load_config(AmortiseConfig, record)) if record.is_file() else {}
-    ADAPTER_FOLDER.check_same(config.output, list_differences(old, _plain(config)))
-    adapter = load_adapter(config.output)
-    made = adapter.config
-    check_current(FeatureRecipe(model=config.model), made.base_model, made.base_fingerprint, config.output)
-    return adapter
-
-
-def _plain(config: AmortiseConfig) -> dict[str, Any]:
-    """The options that decide what an adapter is, as flat plain values."""
-    return flat_options(config, leave_out=("output", "overwrite", "pairs", "device", "checkpoint_every"))
 
 
 def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@
     accelerate launch --num_processes 4 train/cache_features.py --config configs/cache/sd21-parquet.yaml
     python -m train.cache_features folder=runs/cache/my dataset=my.parquet rating_column=score 'target_columns=[score]'
 
-Goes on where a killed run stopped when the same command is given again.
+The same command resumes a killed run.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
     accelerate launch train/head.py --config configs/head/testbed-discriminator.yaml  # samples the fakes first
     python -m train.head task=class target=colour output=runs/heads/testbed-colour
 
-Features are cached first where the cache is absent. A killed run goes on when the same command is given
-again.
+Features are cached first where the cache is absent. The same command resumes a killed run.
 """
 
 from __future__ import annotations
@@ -18,28 +17,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.training.recipes import FeatureRecipe, GenerationRecipe, HeadRecipe
-from guidance.utils.config import flat_options, list_differences, load_config, option, parse_config, to_yaml
+from guidance.training.recipes import FeatureRecipe, GenerationRecipe, HeadRecipe, decisive_options
+from guidance.utils.config import option, parse_config, to_yaml
 from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
     from guidance.data.cache import FeatureSource
     from guidance.heads import Head
 
-#: Options that have no influence on what a head is.
-_INCIDENTAL: tuple[str, ...] = ("output", "overwrite", "log_with", "checkpoint_every", "cache")
-_INCIDENTAL += ("data.device", "data.shard_size", "data.batch_size")
-_INCIDENTAL += ("generated.folder", "generated.batch_size", "generated.shard_size")
-
 
 @dataclasses.dataclass
 class HeadTrainConfig(HeadRecipe):
     """Options of this script."""
 
-    output: str = option("runs/heads/testbed-aesthetic", "folder of the finished head")
-    overwrite: bool = option(False, "replace a head of another config in the output folder")
+    output: str = option("runs/heads/testbed-aesthetic", "folder of the finished head", identity=False)
+    overwrite: bool = option(False, "replace a head of another config in the output folder", identity=False)
     cache: str | None = option(
-        "runs/cache/testbed", "folder of cached features; null computes them on the fly"
+        "runs/cache/testbed", "folder of cached features; null computes them on the fly", identity=False
     )
     data: FeatureRecipe = option(FeatureRecipe, "where features come from when the cache is absent")
     generated: GenerationRecipe = option(GenerationRecipe, "task=binary: images to tell from the real ones")
@@ -47,10 +41,10 @@ class HeadTrainConfig(HeadRecipe):
     compare: list[str] = option([], "further numeric columns to rank the head's score against")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the training")
     log_with: Literal["none", "tensorboard", "wandb"] = option(
-        "none", "tracker; wandb is offline without account"
+        "none", "tracker; wandb is offline without account", identity=False
     )
     checkpoint_every: float = option(
-        60.0, "seconds between checkpoints; one is also written after each epoch"
+        60.0, "seconds between checkpoints; one is also written after each epoch", identity=False
     )
 
 
@@ -66,14 +60,15 @@ def train_head(config: HeadTrainConfig) -> Head:
     Raises:
         UserError: If data, model or output cannot be used.
     """
-    from guidance.heads import load_head
+    from guidance.heads import Head, load_head
+    from guidance.training.caching import load_finished
     from guidance.training.heads import HeadTrainer, prepare_head
     from guidance.training.report import measure_head, write_folder
     from guidance.utils.io import check_writable
     from guidance.utils.tracking import start_tracking, stop_tracking
 
     _check_target(config)
-    finished = _finished_head(config)
+    finished = load_finished(Head, config, _plain, config.data)
     if finished is not None:
         return finished
     check_writable(config.output)
@@ -113,52 +108,42 @@ def train_head(config: HeadTrainConfig) -> Head:
 
 
 def _check_target(config: HeadTrainConfig) -> None:
-    """Refuse a target that does not suit the task, before any work."""
+    """Refuse an unknown task or network, or a target that does not suit the task, before any work."""
     from guidance.data.features import CLIP_PREFIX, clip_name
+    from guidance.heads.networks import find_network
+    from guidance.heads.tasks import get_task
 
-    if (clip_name(config.target) is not None) != (config.task == "embedding"):
+    task = get_task(config.task)
+    find_network(config.kind)
+    if (clip_name(config.target) is not None) != task.clip_target:
         raise UserError(
             f"Expected task=embedding with a target such as {CLIP_PREFIX}testbed, and no other task with one, got "
             f"task={config.task} and target={config.target}; change one of them."
         )
-    if config.task != "binary":
+    if not task.generated:
         return
     if config.generated.folder is None:
         raise UserError(
-            "Expected settings of generated images for task=binary, got generated.folder=null; start from "
+            f"Expected settings of generated images for task={config.task}, got generated.folder=null; start from "
             "--config configs/head/testbed-discriminator.yaml."
         )
     if config.target != "real" or config.cache is None or config.compare:
         raise UserError(
-            "Expected target=real, a cache and no columns to compare for task=binary, got "
+            f"Expected target=real, a cache and no columns to compare for task={config.task}, got "
             f"target={config.target}, cache={config.cache} and compare={config.compare}; change them."
         )
 
 
-def _finished_head(config: HeadTrainConfig) -> Head | None:
-    """Return the head in the output folder if this config made it; refuse to replace another one."""
-    from guidance.heads import HEAD_FOLDER, load_head
-    from guidance.training.caching import check_current
-
-    if not HEAD_FOLDER.is_kept(config.output, config.overwrite):
-        return None
-    record = Path(config.output) / "train.yaml"
-    old = load_config(HeadTrainConfig, record) if record.is_file() else None
-    differs = sorted(list_differences(_plain(old), _plain(config))) if old else ["train.yaml is missing"]
-    HEAD_FOLDER.check_same(config.output, differs)
-    head = load_head(config.output)
-    check_current(config.data, head.config.base_model, head.config.base_fingerprint, config.output)
-    return head
-
-
 def _plain(config: HeadTrainConfig) -> dict[str, Any]:
-    """The options that decide what a head is, as flat plain values."""
-    unused = () if config.task == "binary" else ("generated",)
-    return flat_options(config, leave_out=(*_INCIDENTAL, *unused))
+    """Return the options that decide what is trained, as flat plain values."""
+    from guidance.heads.tasks import get_task
+
+    unused = () if get_task(config.task).generated else ("generated",)
+    return decisive_options(config, leave_out=unused)
 
 
 def _accelerator(config: HeadTrainConfig, work: Path) -> Any:
-    """Make the accelerator; a precision or tracker it cannot have is the user's to change."""
+    """Build the accelerator; refuse a precision or tracker that it does not support here."""
     from accelerate import Accelerator
 
     from guidance.utils.processes import join_processes
@@ -179,11 +164,12 @@ def _features(
 ) -> tuple[Mapping[str, FeatureSource], dict[str, Any]]:
     """Open the cache, fill it first where it is absent or unfinished, or compute features on the fly."""
     from guidance.data.cache import FeatureCache
+    from guidance.heads.tasks import get_task
     from guidance.training.caching import build_cache, live_splits, open_cache, with_targets
 
-    binary = config.task == "binary"
-    targets = [*([] if binary else [config.target]), *config.compare]
-    recipe = with_targets(config.data, targets, config.target if config.task == "rating" else None)
+    task = get_task(config.task)
+    targets = [*([] if task.generated else [config.target]), *config.compare]
+    recipe = with_targets(config.data, targets, config.target if task.rated else None)
     if config.cache is None:
         return live_splits(recipe)
     cache = open_cache(recipe, config.cache)
@@ -199,7 +185,7 @@ def _features(
         accelerator.wait_for_everyone()
         cache = FeatureCache(config.cache)
     splits = {split: cache.select(split) for split in cache.splits}
-    if binary:
+    if task.generated:
         from guidance.training.discriminator import pair_with_generated
 
         folder = str(config.generated.folder)
@@ -209,7 +195,7 @@ def _features(
 
 
 def _identity(config: HeadTrainConfig, settings: Mapping[str, Any]) -> str:
-    """What a checkpoint must agree on to be resumed: the config and the features."""
+    """Identify a training, for its checkpoint: the config and the features."""
     return json.dumps([_plain(config), settings], sort_keys=True, default=str)
 
 

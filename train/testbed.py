@@ -1,4 +1,4 @@
-"""Train the testbed pipeline from nothing and export it in diffusers format.
+"""Train the testbed pipeline from scratch and export it in diffusers format.
 
 python -m train.testbed                                 # hours on two cores, resumable at any time
 python -m train.testbed device=cuda unet.minutes=20 unet.batch_size=512 compile=true
@@ -34,7 +34,7 @@ class StageConfig:
 
 @dataclasses.dataclass
 class TestbedConfig:
-    """What is trained, where, and for how long."""
+    """Options of this script."""
 
     output: str = option("runs/testbed/weights", "folder of the finished pipeline")
     work: str = option("runs/testbed/work", "folder of rendered scenes and checkpoints; resumes from it")
@@ -46,7 +46,7 @@ class TestbedConfig:
     threads: int = option(0, "CPU threads of torch; 0 keeps its default")
     steps: list[str] = option(
         ["data", "vae", "clip", "judge_classifier", "judge_clip", "unet", "export"],
-        "what to run, in this order; what is done already is skipped",
+        "steps to run, in this order; finished ones are skipped",
     )
     unet_channels: list[int] = option([32, 64, 128], "channels of the UNet's three levels")
     vae: StageConfig = option(StageConfig(batch_size=8, lr=2e-3, warmup=50, ema=0.99, minutes=6.5), "decoder")
@@ -64,7 +64,7 @@ class TestbedConfig:
 
 
 def train_testbed(config: TestbedConfig) -> Path:
-    """Run the steps of a config; every one resumes, and is skipped when it is done.
+    """Run the steps of a config; each resumes, and is skipped once it is finished.
 
     Returns:
         The folder of the finished pipeline.

@@ -1,4 +1,4 @@
-"""Measure saved heads by noise level, on any dataset: how good they are, and whether their confidence is earned.
+"""Measure saved heads by noise level, on any dataset: accuracy, ranking and calibration.
 
     python -m eval.heads runs/heads/testbed-aesthetic                                # features on the fly
     python -m eval.heads runs/heads/testbed-aesthetic cache=runs/cache/testbed       # cached, as in training
@@ -45,10 +45,10 @@ class EvalHeadsConfig:
 
 
 def evaluate_heads(config: EvalHeadsConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Measure heads and write what is found.
+    """Measure heads and write the results.
 
     Args:
-        config: Which heads, on what.
+        config: Heads and data.
         progress: Show a bar over the rows.
 
     Returns:
@@ -56,7 +56,7 @@ def evaluate_heads(config: EvalHeadsConfig, *, progress: bool = True) -> dict[st
         ``"reliability"``; see :func:`guidance.training.metrics.evaluate_head`.
 
     Raises:
-        UserError: If there is no such head, or its features cannot be had or do not fit.
+        UserError: If there is no such head, or its features are missing or do not fit.
     """
     from accelerate import Accelerator
 
@@ -102,25 +102,25 @@ def measure(
     """Measure one head on all rows of a source, with and without its temperatures.
 
     Args:
-        head: As it was loaded; its temperatures are set aside for the pass and put back.
-        source: Features; of a discriminator the real rows and then as many generated ones.
+        head: As loaded; its temperatures are removed for the pass and put back.
+        source: Features; for a discriminator the real rows followed by as many generated ones.
         draws: Rows per image.
         accelerator: Where to compute.
         compare: Columns to rank ratings and numbers against.
-        progress: What to write before the progress bar; None shows none.
+        progress: Label of the progress bar; None shows none.
     """
     import numpy as np
 
     from eval.heads.intervals import head_intervals
     from eval.heads.tables import reliability
+    from guidance.heads.tasks import get_task
     from guidance.training.heads import predict
-    from guidance.training.metrics import apply_temperatures, class_index
+    from guidance.training.metrics import apply_temperatures
     from guidance.training.report import evaluate_calibrated
-    from guidance.training.tasks import encode_targets, two_class_logits
 
-    config, temperatures = head.config, head.config.temperature
-    target = encode_targets(source.column(config.target), config.task, config.labels, config.target)
-    columns = {name: source.column(name) for name in compare if config.task in ("rating", "regression")}
+    config, temperatures, task = head.config, head.config.temperature, get_task(head.config.task)
+    target = task.encode(source.column(config.target), config.labels, config.target)
+    columns = {name: source.column(name) for name in compare if task.ranked}
     config.temperature = []
     try:
         outputs, t = predict(head, source, accelerator, progress=progress)
@@ -128,7 +128,7 @@ def measure(
         config.temperature = temperatures
     result = evaluate_calibrated(outputs, target, t, config, temperatures, columns)
     scaled = apply_temperatures(outputs, temperatures, t, config.num_train_timesteps)
-    originals = len(source) // 2 if config.task == "binary" else len(source)
+    originals = len(source) // 2 if task.generated else len(source)
     image = np.arange(len(source)) % originals // draws
     intervals = head_intervals(scaled, target, t, config, image)
     for entry, more in zip(
@@ -136,19 +136,18 @@ def measure(
     ):
         entry.update(more)
     found = {"task": config.task, "target": config.target} | result
-    if config.task in ("rating", "class", "binary"):
-        index = class_index(target, config)
-        curves = {"without temperatures": outputs}
-        curves |= {"with temperatures": scaled} if temperatures else {}
-        found["reliability"] = {
-            label: reliability(two_class_logits(x) if config.task == "binary" else x, index)
-            for label, x in curves.items()
-        }
-    return found
+    curves = {"without temperatures": task.logits(outputs)}
+    curves |= {"with temperatures": task.logits(scaled)} if temperatures else {}
+    reliabilities = {
+        label: reliability(logits, task.class_index(target))
+        for label, logits in curves.items()
+        if logits is not None
+    }
+    return found | ({"reliability": reliabilities} if reliabilities else {})
 
 
 def _names(folders: Sequence[str]) -> dict[str, str]:
-    """Name each head by the end of its path, as long as is needed to tell them apart.
+    """Name each head by the end of its path, as far as is needed to tell them apart.
 
     >>> _names(["/a/colour", "/b/colour", "/b/colour/"])
     {'a/colour': '/a/colour', 'b/colour': '/b/colour/'}

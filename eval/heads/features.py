@@ -1,4 +1,4 @@
-"""The features a saved head is measured on: those it was made for, from a cache or computed on the fly."""
+"""Open the features that a saved head was trained for, from a cache or computed on the fly."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from guidance.data.cache import FeatureCache, FeatureSource
 from guidance.heads.config import HeadConfig
+from guidance.heads.tasks import get_task
 from guidance.training.caching import build_cache, live_splits, open_cache, with_targets
 from guidance.training.discriminator import open_generated
 from guidance.training.recipes import FeatureRecipe
 from guidance.utils.errors import UserError
 
-#: What decides whether features are those a head was trained on, besides the timesteps.
+#: Settings in which features must agree with a head.
 _DECISIVE = ("tap", "noise", "caption", "base_fingerprint", "prediction_type", "num_train_timesteps")
 
 
@@ -26,33 +27,33 @@ def open_features(
     generated: str | None = None,
     compare: Sequence[str] = (),
 ) -> dict[str, tuple[FeatureSource, dict[str, Any]]]:
-    """Find the features of every head, and refuse those it was not made for.
+    """Open the features of every head, and refuse features it was not trained for.
 
     Args:
         heads: Config of each head, by a name for messages.
-        recipe: Which examples, and how their features are computed; tap, noise, caption, model and timesteps
-            are the head's where they are left alone.
+        recipe: Examples, and how their features are computed; tap, noise, caption, model and timesteps default to
+            the head's.
         split: "train", "validation" or "test".
-        cache: Folder of cached features, filled with this split where it lacks it; None computes them when
-            they are read.
+        cache: Folder of cached features, to which a missing split is added; None computes features when read.
         generated: Folder of generated images, for discriminators.
         compare: Further columns to store.
 
     Returns:
-        By name, the features and how they were computed, see :func:`guidance.data.features.describe_features`.
+        By name, the features and their settings, see :func:`guidance.data.features.describe_features`.
 
     Raises:
-        UserError: If features do not fit a head, or cannot be had.
+        UserError: If features are missing or do not fit a head.
     """
     for name, config in heads.items():
-        if config.task == "binary" and (cache is None or generated is None):
+        if get_task(config.task).generated and (cache is None or generated is None):
             raise UserError(
                 f"Expected cached features of real and of generated images for the discriminator '{name}', got "
                 f"cache={_word(cache)} and generated={_word(generated)}; give both folders; 'accelerate launch "
                 "train/head.py --config configs/head/testbed-discriminator.yaml' makes them."
             )
-    targets = [*(config.target for config in heads.values() if config.task != "binary"), *compare]
-    rating = next((config.target for config in heads.values() if config.task == "rating"), None)
+    tasks = [(config.target, get_task(config.task)) for config in heads.values()]
+    targets = [*(target for target, task in tasks if not task.generated), *compare]
+    rating = next((target for target, task in tasks if task.rated), None)
     given = with_targets(recipe, targets, rating)
     recipes = {name: _head_recipe(name, config, given) for name, config in heads.items()}
     found: dict[str, tuple[FeatureSource, dict[str, Any]]] = {}
@@ -68,13 +69,13 @@ def open_features(
             opened.append((recipes[name], found[name]))
         _check_fits(name, config, found[name][1], "the model" if cache is None else f"the cache '{cache}'")
     for name, config in heads.items():
-        if config.task == "binary":
+        if get_task(config.task).generated:
             found[name] = open_generated(real, str(generated), split), found[name][1]
     return found
 
 
 def _head_recipe(name: str, config: HeadConfig, recipe: FeatureRecipe) -> FeatureRecipe:
-    """Fill what a recipe leaves open by what a head was trained on."""
+    """Complete a recipe with the settings a head was trained with."""
     default = FeatureRecipe()
     for key in ("tap", "noise", "caption"):
         if getattr(recipe, key) not in (getattr(default, key), getattr(config, key)):
@@ -82,16 +83,16 @@ def _head_recipe(name: str, config: HeadConfig, recipe: FeatureRecipe) -> Featur
                 f"Expected data.{key}={getattr(config, key)}, which '{name}' was trained with, got "
                 f"{getattr(recipe, key)}; leave it out: it is taken from the head."
             )
-    own: dict[str, Any] = {key: getattr(config, key) for key in ("tap", "noise", "caption")}
+    trained: dict[str, Any] = {key: getattr(config, key) for key in ("tap", "noise", "caption")}
     if recipe.model == default.model and config.base_model:
-        own["model"] = config.base_model
-    return dataclasses.replace(recipe, **own, timesteps=recipe.timesteps or config.timesteps)
+        trained["model"] = config.base_model
+    return dataclasses.replace(recipe, **trained, timesteps=recipe.timesteps or config.timesteps)
 
 
 def _cached(
     given: FeatureRecipe, recipes: Mapping[str, FeatureRecipe], folder: str, split: str
 ) -> FeatureCache:
-    """Open the cache, after filling it where it lacks the split; one cache can serve heads that agree only."""
+    """Open the cache, after adding the split if it is missing, for heads that read the same features."""
     if open_cache(given, folder, [split]) is None:
         (first, recipe), *others = recipes.items()
         for name, other in others:
@@ -113,7 +114,7 @@ def _check_fits(name: str, config: HeadConfig, settings: Mapping[str, Any], wher
     """Refuse features of another model, tap, noise, caption or CLIP than a head was trained with."""
     wanted = {key: getattr(config, key) for key in _DECISIVE if getattr(config, key) != ""}
     got = {key: settings[key] for key in wanted}
-    if config.task == "embedding":
+    if get_task(config.task).clip_target:
         wanted["clip"], got["clip"] = config.clip_fingerprint, settings.get("clip", {}).get(config.clip)
     key = next((key for key in wanted if wanted[key] != got[key]), None)
     if key is not None:

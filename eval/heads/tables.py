@@ -1,4 +1,4 @@
-"""What is shown of measured heads: Markdown tables and the reliability plot."""
+"""Markdown tables and the reliability plot of measured heads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from eval.stats.tables import markdown, with_interval
 from guidance.utils.io import atomic_path
 
-_COLUMNS: tuple[str, ...] = ("rows", "chance", "accuracy", "auc", "spearman", "mae", "cosine", "cosine_other")
+_COLUMNS = ["rows", "chance", "accuracy", "auc", "spearman", "mae", "cosine", "cosine_other", "retrieval"]
 
-_COLUMNS += ("retrieval", "ece", "ece_uncalibrated", "nll", "skill")
+_COLUMNS += ["ece", "ece_uncalibrated", "nll", "skill"]
 
 _BINS = 15  # of the confidence, as in the calibration error
 
@@ -39,9 +39,9 @@ def head_tables(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
     """A table of the measures that any of the rows has."""
-    compared = dict.fromkeys(name for row in rows for name in row if name.startswith("spearman_"))
-    measures = [c for c in _COLUMNS if any(c in row for row in rows)]
-    measures += [name for name in compared if not name.endswith("_interval")]
+    measured = dict.fromkeys(name for row in rows for name in row if not name.endswith("_interval"))
+    measures = [name for name in _COLUMNS if name in measured]
+    measures += [name for name in measured if name not in (*measures, *labels, "low", "high")]
     cells = [{label: row[label] for label in labels} | {m: _cell(row, m) for m in measures} for row in rows]
     return markdown(cells)
 

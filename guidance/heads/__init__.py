@@ -7,7 +7,6 @@ from guidance.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from guidance.heads.adapter import load_adapter as load_adapter
     from guidance.heads.config import HeadConfig as HeadConfig
-    from guidance.heads.networks import HEAD_FOLDER as HEAD_FOLDER
     from guidance.heads.networks import HEADS as HEADS
     from guidance.heads.networks import Head as Head
     from guidance.heads.networks import build_head as build_head
@@ -20,6 +19,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "adapter": ["load_adapter"],
         "config": ["HeadConfig"],
-        "networks": ["HEADS", "HEAD_FOLDER", "Head", "build_head", "check_fits", "load_head", "save_head"],
+        "networks": ["HEADS", "Head", "build_head", "check_fits", "load_head", "save_head"],
     },
 )

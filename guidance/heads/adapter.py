@@ -1,7 +1,6 @@
 """Adapters: small networks that predict the direction of mid-u guidance, so that sampling needs no backward pass.
 
-An adapter is saved as ``adapter.safetensors`` and ``config.json``; the config says which model it was trained on
-and which sum of heads was its teacher, so that :func:`check_adapter_fits` can refuse a model it does not fit.
+An adapter's config names the model it was trained on and the sum of heads that was its teacher.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from guidance.heads.folder import ModelFolder, Published
+from guidance.heads.folder import SavedModel
 from guidance.heads.hub import adapter_card
 from guidance.heads.networks import TimeFilm
 from guidance.models.denoiser import latent_channels
@@ -25,14 +24,12 @@ from guidance.utils.errors import UserError
 
 FORMAT_VERSION = 1
 
-_LIMIT = (
-    10.0  # standardised inputs are cut here: near pure noise an eps model's x0 is a hundred times too large
-)
+_LIMIT = 10.0  # of standardised inputs: near pure noise an eps model's x0 is a hundred times too large
 
 
 @dataclasses.dataclass
 class AdapterConfig:
-    """What an adapter is and what it was trained on.
+    """An adapter's network, and what it was trained on.
 
     Attributes:
         channels: Channels of the latents.
@@ -51,7 +48,7 @@ class AdapterConfig:
     channels: int = 4
     width: int = 16
     depth: int = 2
-    patch: int = 1  # of files that do not say
+    patch: int = 1  # in files without the key
     base_model: str = ""
     base_fingerprint: str = ""
     prediction_type: str = "epsilon"
@@ -76,7 +73,7 @@ class AdapterConfig:
 class AdapterBlock(nn.Module):
     """Residual block ``x + conv(silu(h + W mean(h)))`` with ``h = conv(silu(film(x)))``.
 
-    The mean over all places lets one block see the whole picture, whatever its size.
+    Through the mean over all positions one block sees the whole picture, whatever its size.
     """
 
     def __init__(self, width: int) -> None:
@@ -93,8 +90,8 @@ class AdapterBlock(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
-class Adapter(Published, nn.Module):
-    """Predict the direction that raises the teacher's score from what a denoiser call gives anyway.
+class Adapter(SavedModel):
+    """Predict the direction that raises the teacher's score from inputs and outputs of a denoiser call.
 
     ``f(x_t, eps, x0, t) ~ d``, the gradient of ``sum_i s_i log p_i(y | x_t)`` with respect to the model input, scaled
     to RMS 1 per sample.  Fully convolutional; computes in float32 whatever the dtype of its inputs.
@@ -106,6 +103,12 @@ class Adapter(Published, nn.Module):
         Teacher: J. Whitaker, "Mid-U Guidance", 2023.  Folding guidance into a small trained part: Jensen and Sadat,
         "Adapter Guidance Distillation", TMLR 2025 (there of classifier-free guidance).
     """
+
+    noun = "adapter"
+    weights_file = "adapter.safetensors"
+    config_class = AdapterConfig
+    required_keys = frozenset({"channels", "width", "depth"})
+    training_command = "python -m train.amortise"
 
     input_mean: Tensor
     input_std: Tensor
@@ -133,7 +136,7 @@ class Adapter(Published, nn.Module):
         Args:
             x_t: Input of the denoiser (after ``scale_model_input``), any spatial size and dtype.
             eps: Conditional prediction as noise.
-            x0: Clean latents that this prediction implies.
+            x0: Clean latents that ``eps`` implies.
             t: Timesteps 0..num_train_timesteps - 1, a number or shape (b,).
 
         Raises:
@@ -149,7 +152,7 @@ class Adapter(Published, nn.Module):
             inputs = torch.cat([x_t.float(), eps.float(), x0.float()], dim=1).contiguous()
             patch, (y, x) = self.config.patch, x_t.shape[2:]
             inputs = ((inputs - mean) / std).clamp(-_LIMIT, _LIMIT)
-            if y % patch or x % patch:  # sides that are no multiple of the patch are continued
+            if y % patch or x % patch:  # pad to a multiple of the patch
                 inputs = F.pad(inputs, (0, -x % patch, 0, -y % patch), mode="replicate")
             h = self.first(F.pixel_unshuffle(inputs, patch))
             films = self.film(torch.as_tensor(t, device=h.device).float().expand(len(h)))
@@ -157,10 +160,9 @@ class Adapter(Published, nn.Module):
                 h = block(h, film)
             return F.pixel_shuffle(self.last(F.silu(h)), patch)[:, :, :y, :x]
 
-    @property
-    def kept_as(self) -> ModelFolder[Any]:
-        """How adapters lie in a folder."""
-        return ADAPTER_FOLDER
+    def card(self, name: str) -> str:
+        """See :func:`guidance.heads.hub.adapter_card`."""
+        return adapter_card(self, name)
 
     @torch.no_grad()
     def standardize(self, *inputs: Float[Tensor, "b c y x"]) -> None:
@@ -173,7 +175,7 @@ class Adapter(Published, nn.Module):
 def direction_loss(
     predicted: Float[Tensor, "b c y x"], wanted: Float[Tensor, "b c y x"], mse_weight: float = 0.1
 ) -> Float[Tensor, ""]:
-    """``1 - cos(predicted, wanted) + w |predicted - wanted|^2 / n``, the mean over samples that have a direction.
+    """Mean of ``1 - cos(predicted, wanted) + w |predicted - wanted|^2 / n`` over the samples with a direction.
 
     >>> direction_loss(torch.ones(2, 1, 1, 2), torch.tensor([[[[1.0, -1.0]]], [[[0.0, 0.0]]]]), mse_weight=0.5)
     tensor(2.)
@@ -191,31 +193,9 @@ def build_adapter(config: AdapterConfig, seed: int = 0) -> Adapter:
         return Adapter(config)
 
 
-ADAPTER_FOLDER: ModelFolder[Adapter] = ModelFolder(
-    kind="adapter",
-    weights="adapter.safetensors",
-    config=AdapterConfig,
-    required=frozenset({"channels", "width", "depth"}),
-    format_version=FORMAT_VERSION,
-    command="python -m train.amortise",
-    build=Adapter,
-    card=adapter_card,
-)
-
-
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], card: str = "", **texts: str) -> None:
-    """Save an adapter as a folder that :func:`load_adapter` reads; it appears as a whole or not at all.
-
-    Args:
-        adapter: What to save.
-        folder: A new or empty folder, or an adapter to replace.
-        card: Text of ``README.md``; "" for :func:`guidance.heads.hub.adapter_card`.
-        **texts: Further files: ``train=...`` becomes ``train.yaml``.
-
-    Raises:
-        UserError: If ``folder`` holds something that is not an adapter.
-    """
-    ADAPTER_FOLDER.save(adapter, folder, card or None, **texts)
+    """Save an adapter as a folder that :func:`load_adapter` reads; see :meth:`SavedModel.save_pretrained`."""
+    adapter.save_pretrained(folder, card=card or None, **texts)
 
 
 def load_adapter(
@@ -225,18 +205,8 @@ def load_adapter(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Adapter:
-    """Load an adapter, frozen and in eval mode.
-
-    Args:
-        path: Folder that holds ``adapter.safetensors`` and ``config.json``, or a hub id ``user/name``.
-        device: Where to put it.
-        revision: Branch, tag or commit on the hub.
-        local_files_only: Never reach for the hub; take what its cache has.
-
-    Raises:
-        UserError: If there is no adapter (the message lists those beside it), or its files do not fit together.
-    """
-    return ADAPTER_FOLDER.load(path, device, revision=revision, local_files_only=local_files_only)
+    """Load an adapter from a folder or the hub, frozen and in eval mode; see :meth:`SavedModel.from_pretrained`."""
+    return Adapter.from_pretrained(path, device, revision=revision, local_files_only=local_files_only)
 
 
 def check_adapter_fits(
@@ -248,16 +218,13 @@ def check_adapter_fits(
         adapter: The adapter.
         unet: The denoiser it is to guide.
         schedule: The denoiser's noise schedule.
-        fingerprint: :func:`guidance.models.denoiser.fingerprint` of the denoiser; another than the adapter's only
-            warns, as for heads.
+        fingerprint: :func:`guidance.models.denoiser.fingerprint` of the denoiser; one that differs from the adapter's
+            only warns, as for heads.
 
     Raises:
         UserError: If latent channels, prediction type or number of timesteps differ.
     """
-    config = adapter.config
-    channels = latent_channels(unet)
-    if channels != config.channels:
-        raise UserError(
-            f"Expected latents of {config.channels} channels, got {channels}{ADAPTER_FOLDER.trained_on(config)}."
-        )
-    ADAPTER_FOLDER.check_base(config, schedule, fingerprint, name="The adapter", gives="directions")
+    channels, wanted = latent_channels(unet), adapter.config.channels
+    if channels != wanted:
+        raise UserError(f"Expected latents of {wanted} channels, got {channels}{adapter.advise_training()}")
+    adapter.check_base(schedule, fingerprint, gives="directions")

@@ -1,4 +1,4 @@
-"""The description of a head, saved beside its weights."""
+"""Configuration of a head, saved beside its weights."""
 
 from __future__ import annotations
 
@@ -7,40 +7,39 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from guidance.heads.tasks import get_task
 from guidance.taps.features import split_taps
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError
 
 FORMAT_VERSION = 1
 
 NUM_BINS = 10  # equal bins of the timesteps, for temperatures and metrics
 
-TASKS = ("rating", "class", "regression", "embedding", "binary")
-
 
 @dataclasses.dataclass
 class HeadConfig:
-    """What a head is and what it was trained on.
+    """A head's network, what it predicts, and what it was trained on.
 
     Attributes:
         kind: Architecture, a key of :data:`guidance.heads.networks.HEADS`.
         in_channels: Channels of the features, of all modules of the tap together.
         outputs: Numbers per sample: classes, or 1 for regression and binary.
-        time_conditioned: Whether the head is told the timestep.
-        hidden: Width; 256 is the report's.
+        time_conditioned: Whether the timestep is an input of the head.
+        hidden: Width of the network; 256 in the report.
         target: Dataset column the head predicts.
-        task: What the outputs mean, one of :data:`TASKS`.
+        task: What the outputs mean, a key of :data:`guidance.heads.tasks.TASKS`.
         labels: Names of the outputs ("1" ... "10" for ratings).
         tap: Module whose output is read, or several joined by "+", see :func:`guidance.taps.features.join_maps`.
         tap_channels: Channels of each of several modules, in their order; empty for one.
-        base_model, base_fingerprint: The diffusion model: its name, and
+        base_model, base_fingerprint: Name of the diffusion model, and
             :func:`guidance.models.denoiser.fingerprint` of its weights.
         prediction_type, num_train_timesteps: Its parameterisation and number of timesteps.
         timesteps: Lowest and highest timestep trained on, inclusive.
         noise: "random" (features of noised latents) or "none" (of clean latents at t = 0).
         caption: "caption" or "empty": the prompt the features were computed with.
-        clip, clip_fingerprint: Of an embedding head, the CLIP whose image embeddings it predicts: its name and
-            the fingerprint of its weights; "" for other heads.
-        start, stop: Fractions of the sampling steps (0 the first, at the highest t) where the head beats
+        clip, clip_fingerprint: Name and weights' fingerprint of the CLIP whose image embeddings an embedding head
+            predicts; "" for other heads.
+        start, stop: Fractions of the sampling steps (0 is the first, at the highest t) between which the head beats
             chance.
         temperature: One divisor of the logits per timestep bin (:data:`NUM_BINS`); empty for none.
         metrics: Headline results on held-out data.
@@ -73,9 +72,7 @@ class HeadConfig:
     tap_channels: list[int] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise UserError(f"Expected a known head task, got '{self.task}'.{nearest(self.task, TASKS)}")
-        if self.task in ("rating", "class") and len(self.labels) != self.outputs:
+        if get_task(self.task).labelled and len(self.labels) != self.outputs:
             raise UserError(
                 f"Expected one label per output, got {len(self.labels)} labels for {self.outputs} outputs; "
                 "set labels and outputs to the same length."

@@ -1,7 +1,4 @@
-"""The folder of a small trained model, a head or an adapter: safetensors, a config, and what it says of its base model.
-
-Each kind is one :class:`ModelFolder`; :mod:`guidance.heads` and :mod:`guidance.heads.adapter` are its callers.
-"""
+"""Save and load small trained models, heads and adapters: a folder with safetensors, a config and a model card."""
 
 from __future__ import annotations
 
@@ -9,11 +6,11 @@ import dataclasses
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,88 +22,77 @@ from guidance.utils.io import atomic_dir, read_json, write_json
 
 CONFIG_FILE = "config.json"
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound="SavedModel")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFolder(Generic[M]):
-    """How one kind of model lies in a folder.
+class SavedModel(ModelHubMixin, nn.Module):
+    """A network with a config that is saved as a folder and published on the hub; no pickle is ever read or written.
 
     Attributes:
-        kind: What it is called, after "a " or "an ".
-        weights: Name of the file of its weights.
-        config: Dataclass of its config, with ``base_model``, ``base_fingerprint``, ``prediction_type`` and
+        noun: What a model of this class is called.
+        weights_file: Name of the file of its weights.
+        config_class: Dataclass of its config, with ``base_model``, ``base_fingerprint``, ``prediction_type`` and
             ``num_train_timesteps`` of the diffusion model it was trained on.
-        required: Keys that every config has.
-        format_version: Version of the format.
-        command: The command that trains one.
-        build: Makes an untrained model from its config; the model keeps it as ``config``.
-        card: Model card of a model, given the name that loads it.
+        required_keys: Keys that every config has.
+        training_command: The command that trains one.
     """
 
-    kind: str
-    weights: str
-    config: type[Any]
-    required: frozenset[str]
-    format_version: int
-    command: str
-    build: Callable[[Any], M]
-    card: Callable[[M, str], str]
+    noun: ClassVar[str]
+    weights_file: ClassVar[str]
+    config_class: ClassVar[type[Any]]
+    required_keys: ClassVar[frozenset[str]]
+    training_command: ClassVar[str]
 
-    @property
-    def _one(self) -> str:
-        """The kind with its article."""
-        return f"{'an' if self.kind[0] in 'aeiou' else 'a'} {self.kind}"
+    config: Any
 
-    def write(self, model: M, folder: Path) -> None:
+    @classmethod
+    def build(cls, config: Any) -> SavedModel:
+        """Build an untrained model of a config."""
+        return cls(config)
+
+    def card(self, name: str) -> str:
+        """Return a model card as Markdown, with code that loads the model by ``name``."""
+        raise NotImplementedError
+
+    def _save_pretrained(self, save_directory: Path) -> None:
         """Write weights and config into an existing folder."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, folder / self.weights, {"format": "pt"})
-        write_json(folder / CONFIG_FILE, model.config)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, save_directory / self.weights_file, {"format": "pt"})
+        write_json(save_directory / CONFIG_FILE, self.config)
 
-    def save(self, model: M, folder: str | os.PathLike[str], card: str | None = None, **texts: str) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | os.PathLike[str], *, card: str | None = None, **texts: str
+    ) -> None:
         """Save weights, config and model card as one folder; it appears as a whole or not at all.
 
         Args:
-            model: What to save.
             folder: A new or empty folder, or one with a model of this kind to replace.
-            card: Text of ``README.md``; None takes :attr:`card`.
+            card: Text of ``README.md``; None takes :meth:`card`.
             **texts: Further files: ``train=...`` becomes ``train.yaml``.
 
         Raises:
             UserError: If ``folder`` holds something else.
         """
         self.check_replaceable(folder)
-        files = {"README.md": card or self.card(model, os.fspath(folder))}
-        files |= {f"{name}.yaml": text for name, text in texts.items()}
         with atomic_dir(folder) as temporary:
-            self.write(model, temporary)
-            for name, text in files.items():
-                (temporary / name).write_text(text, encoding="utf-8")
+            self._save_pretrained(temporary)
+            (temporary / "README.md").write_text(card or self.card(os.fspath(folder)), encoding="utf-8")
+            for name, text in texts.items():
+                (temporary / f"{name}.yaml").write_text(text, encoding="utf-8")
 
-    def check_replaceable(self, folder: str | os.PathLike[str]) -> None:
-        """Refuse to replace a folder that is not empty and holds no model of this kind."""
-        path = Path(folder)
-        if path.is_dir() and any(path.iterdir()) and not (path / self.weights).exists():
-            raise UserError(
-                f"Expected '{folder}' to be new, empty or {self._one}, but it has other files; choose another."
-            )
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish weights, config and model card as ``user/name``; see :func:`guidance.heads.hub.push_folder`.
 
-    def is_kept(self, folder: str | os.PathLike[str], overwrite: bool) -> bool:
-        """Tell whether a training's output folder holds a model already that is not to be replaced."""
-        self.check_replaceable(folder)
-        return not overwrite and (Path(folder) / CONFIG_FILE).is_file()
+        That function publishes the folder of a training whole, with its measurements.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, **options)
 
-    def check_same(self, folder: str | os.PathLike[str], differs: Sequence[str]) -> None:
-        """Refuse to take the model in a training's output folder for this training's if the config differs."""
-        if differs:
-            raise UserError(
-                f"Expected '{folder}' to be new or trained with this config, but it holds {self._one} of another "
-                f"({differs[0]}); choose another output, or set overwrite=true."
-            )
-
-    def load(
-        self,
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls: type[M],
         path: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         *,
@@ -119,114 +105,94 @@ class ModelFolder(Generic[M]):
             path: Folder that holds weights and config, or a hub id ``user/name``.
             device: Where to put it.
             revision: Branch, tag or commit on the hub.
-            local_files_only: Never reach for the hub; take what its cache has.
+            local_files_only: Take what the hub's cache has, without any connection.
 
         Raises:
             UserError: If there is none (the message lists those beside it), or its files do not fit together.
         """
         folder, advice = Path(path), ""
         if is_hub_id(path):
-            options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-            folder = fetch(os.fspath(path), (self.weights, CONFIG_FILE), **options)
+            files = (cls.weights_file, CONFIG_FILE)
+            folder = fetch(os.fspath(path), files, revision=revision, local_files_only=local_files_only)
             advice = " The repository has no such files: choose another, or another revision."
         elif revision is not None:
             raise UserError(
                 f"Expected a hub id with revision='{revision}', got the folder '{path}'; leave revision out."
             )
-        weights, description = folder / self.weights, folder / CONFIG_FILE
-        if not weights.is_file() or not description.is_file():
+        if not all((folder / name).is_file() for name in (cls.weights_file, CONFIG_FILE)):
             raise UserError(
-                f"Expected {self._one}, {self.weights} and {CONFIG_FILE}, in '{path}'.{advice or self._beside(folder)}"
+                f"Expected {cls._article()} {cls.noun}, {cls.weights_file} and {CONFIG_FILE}, in '{path}'."
+                f"{advice or cls._siblings(folder)}"
             )
+        return cls._from_pretrained(model_id=os.fspath(folder)).to(device)
+
+    @classmethod
+    def _from_pretrained(cls: type[M], *, model_id: str) -> M:  # type: ignore[override]
+        """Read config and weights of a folder."""
+        description, weights = Path(model_id) / CONFIG_FILE, Path(model_id) / cls.weights_file
         values = read_json(description)
-        known = {field.name for field in dataclasses.fields(self.config)}
-        if not isinstance(values, dict) or not self.required <= values.keys() <= known:
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        if not isinstance(values, dict) or not cls.required_keys <= values.keys() <= known:
             raise UserError(
-                f"Expected the config of {self._one} of format {self.format_version} in '{description}', but its "
-                f"keys differ; update this package, or train the {self.kind} anew."
+                f"Expected the config of {cls._article()} {cls.noun} in '{description}', but its keys differ; update "
+                f"this package, or train the {cls.noun} anew."
             )
-        model = self.build(self.config(**values))
+        model = cls.build(cls.config_class(**values))
+        assert isinstance(model, cls)
         try:
             model.load_state_dict(load_file(weights))
         except (RuntimeError, SafetensorError) as error:
             raise UserError(
-                f"Expected weights of the {self.kind} that '{description}' describes, but {self.weights} does "
-                f"not fit or is cut short ({str(error).splitlines()[0]}); train or copy the {self.kind} again."
+                f"Expected weights of the {cls.noun} that '{description}' describes, but {weights.name} does not fit "
+                f"or is cut short ({str(error).splitlines()[0]}); train or copy the {cls.noun} again."
             ) from error
-        return model.to(device).eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
 
-    def _beside(self, folder: Path) -> str:
-        """Name the models in the same folder, for the message about a missing one."""
-        siblings = sorted(p.parent.name for p in folder.parent.glob(f"*/{self.weights}"))
-        advice = f" There is none beside it either: train one with '{self.command}'."
-        return nearest(folder.name, siblings) if siblings else advice
+    @classmethod
+    def check_replaceable(cls, folder: str | os.PathLike[str]) -> None:
+        """Refuse to replace a folder that is not empty and holds no model of this kind."""
+        path = Path(folder)
+        if path.is_dir() and any(path.iterdir()) and not (path / cls.weights_file).exists():
+            raise UserError(
+                f"Expected '{folder}' to be new, empty or {cls._article()} {cls.noun}, but it has other files; choose "
+                "another."
+            )
 
-    def trained_on(self, config: Any) -> str:
-        """The end of a message about a denoiser that a model of this config does not fit."""
-        base = config.base_model or "another model"
-        return f"; the {self.kind} was trained on {base}: train one for this one"
-
-    def check_base(
-        self, config: Any, schedule: NoiseSchedule, fingerprint: str | None, *, name: str, gives: str
-    ) -> None:
-        """Check the parameterisation of a denoiser against a model's config; warn of other weights.
+    def check_base(self, schedule: NoiseSchedule, fingerprint: str | None, *, gives: str) -> None:
+        """Check a denoiser's parameterisation against the config; warn of other weights.
 
         Args:
-            config: The model's.
             schedule: The denoiser's noise schedule.
             fingerprint: :func:`guidance.models.denoiser.fingerprint` of the denoiser; None for no warning.
-            name: What the warning calls the model.
-            gives: What the model gives, which may be off with other weights.
+            gives: What the model predicts, for the warning.
 
         Raises:
             UserError: If prediction type or number of timesteps differ.
         """
+        config = self.config
         for key in ("prediction_type", "num_train_timesteps"):
             wanted, got = getattr(config, key), getattr(schedule, key)
             if wanted != got:
-                raise UserError(f"Expected a model with {key} {wanted}, got {got}{self.trained_on(config)}.")
+                raise UserError(f"Expected a model with {key} {wanted}, got {got}{self.advise_training()}")
         if fingerprint and config.base_fingerprint and fingerprint != config.base_fingerprint:
             warnings.warn(
-                f"{name} was trained on other weights ({config.base_model}, {config.base_fingerprint}) than this "
-                f"model's ({fingerprint}); its {gives} may be off.",
+                f"The {self.noun} was trained on other weights ({config.base_model}, {config.base_fingerprint}) than "
+                f"this model's ({fingerprint}); its {gives} may be off.",
                 stacklevel=3,  # the caller of check_fits
             )
 
+    def advise_training(self) -> str:
+        """Return the end of a message about a denoiser that the model does not fit."""
+        base = self.config.base_model or "another model"
+        return f"; the {self.noun} was trained on {base}: train one for this one."
 
-class Published:
-    """What a model of a :class:`ModelFolder` has beside its network: it saves itself, and goes to the hub."""
+    @classmethod
+    def _article(cls) -> str:
+        return "an" if cls.noun[0] in "aeiou" else "a"
 
-    @property
-    def kept_as(self) -> ModelFolder[Any]:
-        """How models of this kind lie in a folder."""
-        raise NotImplementedError
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Save weights, config and model card as a folder; see :meth:`ModelFolder.save`."""
-        self.kept_as.save(self, folder)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Publish weights, config and model card as ``user/name``; loading takes that name in place of a folder.
-
-        A folder of ``train/head.py`` or ``train/amortise.py`` says more of the training than the model itself knows:
-        :func:`guidance.heads.hub.push_folder`, which this calls and which explains the arguments, publishes it whole.
-        """
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / repo_id.rpartition("/")[2]
-            self.kept_as.save(self, folder, self.kept_as.card(self, repo_id))
-            return push_folder(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                token=token,
-            )
+    @classmethod
+    def _siblings(cls, folder: Path) -> str:
+        """Name the models in the same folder, for the message about a missing one."""
+        names = sorted(p.parent.name for p in folder.parent.glob(f"*/{cls.weights_file}"))
+        advice = f" There is none beside it either: train one with '{cls.training_command}'."
+        return nearest(folder.name, names) if names else advice

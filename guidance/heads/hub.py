@@ -1,4 +1,4 @@
-"""Heads and adapters on the hub: ``user/name`` in place of a folder, and a folder published under such a name.
+"""Heads and adapters on the hub: ``user/name`` in place of a folder, publishing a folder, and model cards.
 
 Only safetensors and JSON are fetched, and nothing that was fetched is run.
 """
@@ -9,12 +9,11 @@ import errno
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guidance.heads.tasks import TASKS
 from guidance.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-#: What is published of a folder; not train.yaml, which names folders of the machine it was trained on.
+#: Files of a folder that are published; not train.yaml, which names folders of the machine it was trained on.
 PUBLISHED = ("*.safetensors", "config.json", "metrics.json", "metrics.png", "README.md")
 
 _LOADS = re.compile(r'(load_(?:head|adapter))\("[^"\n]*"\)')
@@ -51,13 +50,13 @@ def fetch(
         repo_id: ``user/name``.
         files: Their names; no other file of the repository is fetched.
         revision: Branch, tag or commit; None for the main branch.
-        local_files_only: Never reach for the hub; take what the cache has.
+        local_files_only: Take what the cache has, without any connection.
 
     Returns:
-        The folder of the snapshot, with those of the files that the repository has.
+        Folder of the snapshot, with those of the files that the repository has.
 
     Raises:
-        UserError: If the repository cannot be had.
+        UserError: If the repository cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -67,8 +66,8 @@ def fetch(
         )
     except Exception as error:  # the hub's client, its transport and its cache each raise their own
         which = f"'{repo_id}'" + (f" at revision '{revision}'" if revision else "")
-        fixed = "check its name, or give a folder"
-        raise _explain(f"a folder or a reachable hub repository, got {which}", error, fixed) from error
+        expected = f"a folder or a reachable hub repository, got {which}"
+        raise _explain(expected, error, "check its name, or give a folder") from error
     return Path(str(found))
 
 
@@ -87,11 +86,11 @@ def push_folder(
 
     Args:
         folder: As ``train/head.py`` or ``train/amortise.py`` write it, or ``save_pretrained``.
-        repo_id: ``user/name``; made if there is no such repository.
-        private: Whether a new repository is seen by its owner alone.
-        revision: Branch to push to, made if it is new; None for the main branch.
-        commit_message: None for a plain one.
-        token: Of the hub; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
+        repo_id: ``user/name``; created if there is no such repository.
+        private: Make a new repository visible to its owner alone.
+        revision: Branch to push to, created if it is new; None for the main branch.
+        commit_message: None for ``Upload NAME``.
+        token: Access token; None takes that of ``hf auth login`` or ``HF_TOKEN``.
 
     Returns:
         Address of the repository.
@@ -99,76 +98,57 @@ def push_folder(
     Raises:
         UserError: If the folder holds no model, or the hub refuses or cannot be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
-    path = Path(folder)
+    path, token = Path(folder), token or get_token()
+    files = [file for pattern in PUBLISHED for file in path.glob(pattern)]
     if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
         raise UserError(
             f"Expected the folder of a head or an adapter, got '{folder}' without config.json and safetensors; "
             "train one, or save one with save_pretrained."
         )
-    api = HfApi(token=_token(repo_id, token))
-    with tempfile.TemporaryDirectory() as temporary:
-        staged = _stage(path, repo_id, Path(temporary))
-        try:
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=staged,
-                revision=revision,
-                commit_message=commit_message or f"Upload {path.name}",
-                allow_patterns=list(PUBLISHED),
-            )
-        except Exception as error:  # as in fetch
-            fixed = "check name, token and connection"
-            raise _explain(f"to publish '{folder}' as '{repo_id}'", error, fixed) from error
-    return str(url)
-
-
-def _token(repo_id: str, token: str | None) -> str:
-    """The token to publish with, before any file is copied."""
-    from huggingface_hub import constants, get_token
-
     if not _HUB_ID.fullmatch(repo_id):
         raise UserError(f"Expected a hub id as user/name, got '{repo_id}'; write for example 'me/my-head'.")
     if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"Expected to reach the hub to publish '{repo_id}', but HF_HUB_OFFLINE is set; unset it."
-        )
-    found = token or get_token()
-    if not found:
+        raise UserError(f"Expected the hub, to publish '{repo_id}', but HF_HUB_OFFLINE is set; unset it.")
+    if not token:
         raise UserError(
             f"Expected a token of the hub to publish '{repo_id}', found none; run 'hf auth login', or set HF_TOKEN."
         )
-    return found
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.create_commit(
+            repo_id,
+            [CommitOperationAdd(file.name, _published(file, repo_id)) for file in files],
+            commit_message=commit_message or f"Upload {path.name}",
+            revision=revision,
+        )
+    except Exception as error:  # as in fetch
+        raise _explain(
+            f"to publish '{folder}' as '{repo_id}'", error, "check name, token and connection"
+        ) from error
+    return str(url)
 
 
-def _stage(folder: Path, repo_id: str, into: Path) -> Path:
-    """Copy what is published; the card's code loads by the name on the hub, not by the folder's."""
-    for pattern in PUBLISHED:
-        for file in folder.glob(pattern):
-            shutil.copyfile(file, into / file.name)
-    card = into / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        card.write_text(_LOADS.sub(rf'\1("{repo_id}")', text), encoding="utf-8")
-    return into
+def _published(file: Path, repo_id: str) -> Path | bytes:
+    """The content to publish; a card's code loads the model by the name on the hub, not by the folder's."""
+    if file.name != "README.md":
+        return file
+    return _LOADS.sub(rf'\1("{repo_id}")', file.read_text(encoding="utf-8")).encode()
 
 
-def _explain(expected: str, error: Exception, fixed: str) -> Exception:
-    """One sentence about an error of the hub's client; the disk's own errors are told by the scripts."""
+def _explain(expected: str, error: Exception, advice: str) -> Exception:
+    """Put an error of the hub's client in one sentence; errors of the disk stay, for :func:`friendly_errors`."""
     if isinstance(error, OSError) and error.errno in _DISK:
         return error
     reason = (str(error).strip().splitlines() or [""])[0][:150].rstrip(". ")
-    kind = type(error).__name__
-    return UserError(f"Expected {expected}, but it failed ({kind}: {reason}); {fixed}.")
+    return UserError(f"Expected {expected}, but it failed ({type(error).__name__}: {reason}); {advice}.")
 
 
 LIBRARY = "midblock-guidance"
-
-NOT_MEASURED = "Not measured."
 
 
 def head_card(head: Head, name: str, *, facts: Sequence[str] = (), measured: str | None = None) -> str:
@@ -181,26 +161,22 @@ def head_card(head: Head, name: str, *, facts: Sequence[str] = (), measured: str
         measured: Text of its measurements; None for a table of the config's.
     """
     config = head.config
-    told = "told" if config.time_conditioned else "not told"
     low, high = config.timesteps
     lines = [
         f"outputs: {', '.join(config.labels) or config.outputs}",
         f"features: noise {config.noise}, timesteps {low} to {high}, prompt: {config.caption}",
-        f"{told} the timestep; {_parameters(head)} parameters",
+        f"{'told' if config.time_conditioned else 'not told'} the timestep; {_parameters(head)} parameters",
         f"guides in the fractions {config.start} to {config.stop} of the sampling steps",
         *facts,
     ]
-    what = (
-        f"A {config.kind} head that reads `{config.target}` ({config.task}) off `{config.tap}` of "
-        f"{_base(config)}."
-    )
-    return _card(config, name, config.target, what, _head_usage(config, name), lines, measured)
+    what = f"A {config.kind} head that reads `{config.target}` ({config.task}) off `{config.tap}` of {_base(config)}."
+    return _card(config, name, config.target, what, TASKS[config.task].guide(config, name), lines, measured)
 
 
 def adapter_card(
     adapter: Adapter, name: str, *, facts: Sequence[str] = (), measured: str | None = None
 ) -> str:
-    """Return the model card of an adapter as Markdown; arguments as :func:`head_card` takes them."""
+    """Return the model card of an adapter as Markdown; arguments as for :func:`head_card`."""
     config = adapter.config
     terms = [
         f"{term.get('guidance_scale', 1):g} x `{term['predicts']}` ({term['head']})"
@@ -213,12 +189,7 @@ def adapter_card(
         *facts,
     ]
     what = f"An adapter that predicts the directions of mid-u guidance without a backward pass, for {_base(config)}."
-    usage = [
-        "from guidance import AmortisedGuide, apply_guidance, load_adapter, load_pipeline",
-        "",
-        *_sampling(config, f'AmortisedGuide(load_adapter("{name}"))'),
-    ]
-    return _card(config, name, "directions", what, usage, lines, measured)
+    return _card(config, name, "directions", what, f'AmortisedGuide(load_adapter("{name}"))', lines, measured)
 
 
 def _base(config: Any) -> str:
@@ -227,47 +198,22 @@ def _base(config: Any) -> str:
     return f"`{config.base_model or 'another model'}` ({weights})"
 
 
-def _head_usage(config: Any, name: str) -> list[str]:
-    """The lines of code that guide with a head."""
-    if config.task != "embedding":
-        imports = ["from guidance import MidBlockGuide, apply_guidance, load_head, load_pipeline"]
-        options = ""
-        if config.task == "class":
-            options = f', target="{config.labels[0]}"'
-        elif config.task == "binary":  # the published form: the raw gradient of the log-odds
-            options = ", normalize=None"
-        return [*imports, "", *_sampling(config, f'MidBlockGuide(load_head("{name}"){options})')]
-    imports = ["from guidance import EmbeddingGuide, apply_guidance, load_clip, load_head, load_pipeline"]
-    guide = f'EmbeddingGuide(load_head("{name}"), load_clip("{config.clip}"), texts=["a prompt"])'
-    return [*imports, "", *_sampling(config, guide)]
-
-
-def _sampling(config: Any, guide: str) -> list[str]:
-    return [
+def _card(
+    config: Any, name: str, target: str, what: str, guide: str, facts: Sequence[str], measured: str | None
+) -> str:
+    code = [
         f'pipe = load_pipeline("{config.base_model}")',
         f"with apply_guidance(pipe, [{guide}]):",
         '    image = pipe("a prompt").images[0]',
     ]
-
-
-def _card(
-    config: Any,
-    name: str,
-    target: str,
-    what: str,
-    usage: Sequence[str],
-    facts: Sequence[str],
-    measured: str | None,
-) -> str:
-    """Put the parts together."""
-    text = measured if measured is not None else _metrics_table(config.metrics)
+    called = sorted(set(re.findall(r"(\w+)\(", "\n".join(code))) - {"pipe"})
     parts = [
         f"---\n{_front_matter(config, name, target)}\n---",
         f"# {Path(name).name}",
         what,
-        "\n".join(["```python", *usage, "```"]),
+        "\n".join(["```python", f"from guidance import {', '.join(called)}", "", *code, "```"]),
         "\n".join(f"- {fact}" for fact in facts),
-        text,
+        _metrics_table(config.metrics) if measured is None else measured,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -276,21 +222,17 @@ def _front_matter(config: Any, name: str, target: str) -> str:
     """The hub's YAML: library, base model (if the hub has it) and headline metrics."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    held_out: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": "rows held out from training"}
     results = [
         EvalResult(
-            task_type="other",
-            task_name=f"predict {target}",
-            dataset_type="held-out",
-            dataset_name="rows held out from training",
-            metric_type=key,
-            metric_value=value,
+            task_type="other", task_name=f"predict {target}", metric_type=key, metric_value=value, **held_out
         )
         for key, value in numbers(config.metrics).items()
     ]
-    given = {"base_model": config.base_model} if is_hub_id(config.base_model) else {}
-    given |= {"model_name": Path(name).name, "eval_results": results} if results else {}
+    known: dict[str, Any] = {"base_model": config.base_model} if is_hub_id(config.base_model) else {}
+    known |= {"model_name": Path(name).name, "eval_results": results} if results else {}
     tags = ["guidance", "classifier-guidance", "diffusion"]
-    return ModelCardData(library_name=LIBRARY, tags=tags, **given).to_yaml().strip()
+    return ModelCardData(library_name=LIBRARY, tags=tags, **known).to_yaml().strip()
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -306,7 +248,7 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _metrics_table(metrics: Mapping[str, Any]) -> str:
     rows = [f"| {key} | {f'{v:.3f}' if isinstance(v, float) else v} |" for key, v in numbers(metrics).items()]
     if not rows:
-        return NOT_MEASURED
+        return "Not measured."
     return "\n".join(
         ["Measured on rows held out from training.", "", "| metric | value |", "| --- | ---: |", *rows]
     )

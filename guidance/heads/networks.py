@@ -1,14 +1,13 @@
-"""The networks of heads: convolutional (the report's), linear, attention, multi-scale; optionally told the timestep.
+"""Networks of heads: convolutional (the report's), linear, attention, multi-scale; optionally conditioned on time.
 
-All of them read any spatial size, and the joined map of several taps as well as that of one.
+All of them read features of any spatial size, from one tap or joined from several.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +15,17 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from guidance.heads.config import FORMAT_VERSION, HeadConfig, timestep_bins
-from guidance.heads.folder import ModelFolder, Published
+from guidance.heads.config import HeadConfig, timestep_bins
+from guidance.heads.folder import SavedModel
 from guidance.heads.hub import head_card
+from guidance.heads.tasks import get_task
 from guidance.schedule import NoiseSchedule
 from guidance.taps.features import split_taps, tap_channels
 from guidance.utils.errors import UserError, nearest
 
 
 class TimeFilm(nn.Module):
-    """Sinusoidal embedding of the timestep, turned into one (scale, shift) per modulated layer (FiLM).
+    """Sinusoidal embedding of the timestep, mapped to one (scale, shift) per modulated layer (FiLM).
 
     The last layers start at zero, so a new head ignores the timestep.
 
@@ -52,38 +52,46 @@ class TimeFilm(nn.Module):
 
 
 def _modulate(x: Tensor, film: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Scale and shift the channels of x, (b, c, ...); None leaves it alone."""
+    """Scale and shift the channels of x, (b, c, ...); None changes nothing."""
     if film is None:
         return x
     shape = "b c -> b c" + " 1" * (x.ndim - 2)
     return x * (1 + rearrange(film[0], shape)) + rearrange(film[1], shape)
 
 
-class Head(Published, nn.Module):
-    """Base of all heads: standardises the features, calls :meth:`outputs`, divides by the temperature.
+class Head(SavedModel):
+    """Base of all heads: standardise the features, call :meth:`outputs`, divide by the temperature.
 
-    Computes in float32 (float64 after ``.double()``) whatever the dtype of the features; only while training
-    may an enclosing autocast lower the precision.
+    Computes in float32 (float64 after ``.double()``) whatever the dtype of the features; an enclosing autocast lowers
+    the precision in training only.
 
     Args:
         config: Description; ``in_channels``, ``outputs``, ``hidden``, ``time_conditioned`` shape the network.
     """
 
-    modulated: tuple[int, ...] = ()  # channels of the layers that see the timestep
+    noun = "head"
+    weights_file = "head.safetensors"
+    config_class = HeadConfig
+    required_keys = frozenset({"kind", "in_channels"})
+    training_command = "accelerate launch train/head.py"
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("feature_mean", torch.zeros(config.in_channels))
         self.register_buffer("feature_std", torch.ones(config.in_channels))
-        if config.task == "regression":  # the network itself predicts standardised targets
+        if get_task(config.task).standardized:
             self.register_buffer("output_mean", torch.zeros(config.outputs))
             self.register_buffer("output_std", torch.ones(config.outputs))
 
-    @property
-    def kept_as(self) -> ModelFolder[Head]:
-        """How heads lie in a folder."""
-        return HEAD_FOLDER
+    @classmethod
+    def build(cls, config: HeadConfig) -> Head:
+        """Build the network that the config names, see :func:`build_head`."""
+        return build_head(config)
+
+    def card(self, name: str) -> str:
+        """See :func:`guidance.heads.hub.head_card`."""
+        return head_card(self, name)
 
     def _build_film(self, channels: Sequence[int]) -> None:
         config = self.config
@@ -95,7 +103,7 @@ class Head(Published, nn.Module):
         return [None] * self._num_films if self.film is None else list(self.film(t))
 
     def outputs(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, "b outputs"]:
-        """The network proper, on standardised features."""
+        """Run the network on standardised features; for subclasses."""
         raise NotImplementedError
 
     def forward(
@@ -123,19 +131,44 @@ class Head(Published, nn.Module):
         mean, std = (rearrange(x, "c -> 1 c 1 1") for x in (self.feature_mean, self.feature_std))
         lower = self.training and torch.is_autocast_enabled(h.device.type)
         with torch.autocast(h.device.type, enabled=lower):
-            # channels-last features can crash the backward of torch's CPU kernels: contiguous at the door
+            # channels-last features can crash the backward of torch's CPU kernels
             out = self.outputs((h.to(dtype).contiguous() - mean) / std, t).to(dtype)
-        if self.config.task == "regression":
+        if get_task(self.config.task).standardized:
             return out * self.output_std + self.output_mean
         return out / self.temperature(t)[:, None] if self.config.temperature else out
 
     def temperature(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """The temperature of each timestep's bin; 1 for an uncalibrated head."""
+        """Return the temperature of each timestep's bin; 1 for an uncalibrated head."""
         if not self.config.temperature:
             return torch.ones_like(t)
         return t.new_tensor(self.config.temperature)[timestep_bins(t, self.config.num_train_timesteps)]
 
 
+HEADS: dict[str, type[Head]] = {}
+
+
+def register_head(kind: str) -> Callable[[type[Head]], type[Head]]:
+    """Enter a network in :data:`HEADS`; ``kind=KIND`` then trains it."""
+
+    def enter(cls: type[Head]) -> type[Head]:
+        HEADS[kind] = cls
+        return cls
+
+    return enter
+
+
+def find_network(kind: str) -> type[Head]:
+    """Return the class of a kind of head.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if kind not in HEADS:
+        raise UserError(f"Expected a known kind of head, got '{kind}'.{nearest(kind, HEADS)}")
+    return HEADS[kind]
+
+
+@register_head("conv")
 class ConvHead(Head):
     """The report's head; with ``time_conditioned=False`` and ``hidden=256`` it is the report's bit for bit.
 
@@ -176,8 +209,9 @@ class ConvHead(Head):
         return h
 
 
+@register_head("linear")
 class LinearHead(Head):
-    """Global average pool and one linear layer: the cheapest probe of what a tap knows."""
+    """Global average pool and one linear layer: the cheapest probe of a tap."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__(config)
@@ -189,6 +223,7 @@ class LinearHead(Head):
         return self.linear(_modulate(h.mean((2, 3)), self.films(t)[0]))
 
 
+@register_head("attention")
 class AttentionHead(Head):
     """Attention pooling with one learned query per attention head, then a two-layer network."""
 
@@ -217,8 +252,9 @@ class AttentionHead(Head):
         return self.mlp(rearrange(pooled, "b k 1 d -> b (k d)"))
 
 
+@register_head("multiscale")
 class MultiScaleHead(Head):
-    """For each tap a projection of every position, GELU and the global average; a two-layer network on all of them.
+    """Projection of every position, GELU and global average for each tap; a two-layer network on all of them.
 
     ``out = W2 gelu(W1 [mean_yx gelu(P_k h_k + b_k)]_k)``.  No tap drowns another, whatever their channels; the
     nonlinearity before the average keeps what an average of the features would lose (how much they vary).
@@ -241,54 +277,18 @@ class MultiScaleHead(Head):
         return self.mlp(torch.cat(pooled, dim=1))
 
 
-HEADS: dict[str, type[Head]] = {
-    "conv": ConvHead,
-    "linear": LinearHead,
-    "attention": AttentionHead,
-    "multiscale": MultiScaleHead,
-}
-
-
 def build_head(config: HeadConfig) -> Head:
     """Build an untrained head.
 
     Raises:
         UserError: If ``config.kind`` is unknown; the message lists the choices.
     """
-    if config.kind not in HEADS:
-        raise UserError(f"Expected a known kind of head, got '{config.kind}'.{nearest(config.kind, HEADS)}")
-    return HEADS[config.kind](config)
-
-
-HEAD_FOLDER: ModelFolder[Head] = ModelFolder(
-    kind="head",
-    weights="head.safetensors",
-    config=HeadConfig,
-    required=frozenset({"kind", "in_channels"}),
-    format_version=FORMAT_VERSION,
-    command="accelerate launch train/head.py",
-    build=build_head,
-    card=head_card,
-)
+    return find_network(config.kind)(config)
 
 
 def save_head(head: Head, folder: str | os.PathLike[str]) -> None:
-    """Save weights, config and model card as a folder that :func:`load_head` reads; as a whole or not at all.
-
-    Raises:
-        UserError: If ``folder`` holds something that is not a head.
-    """
-    HEAD_FOLDER.save(head, folder)
-
-
-def write_head(head: Head, folder: Path) -> None:
-    """Write the two files of a head into an existing folder."""
-    HEAD_FOLDER.write(head, folder)
-
-
-def check_replaceable(folder: str | os.PathLike[str]) -> None:
-    """Refuse to replace a folder that is not empty and holds no head."""
-    HEAD_FOLDER.check_replaceable(folder)
+    """Save a head as a folder that :func:`load_head` reads; see :meth:`SavedModel.save_pretrained`."""
+    head.save_pretrained(folder)
 
 
 def load_head(
@@ -298,18 +298,8 @@ def load_head(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Head:
-    """Load a head, frozen and in eval mode.
-
-    Args:
-        path: Folder that holds ``head.safetensors`` and ``config.json``, or a hub id ``user/name``.
-        device: Where to put it.
-        revision: Branch, tag or commit on the hub.
-        local_files_only: Never reach for the hub; take what its cache has.
-
-    Raises:
-        UserError: If there is no head (the message lists those beside it), or its files do not fit together.
-    """
-    return HEAD_FOLDER.load(path, device, revision=revision, local_files_only=local_files_only)
+    """Load a head from a folder or the hub, frozen and in eval mode; see :meth:`SavedModel.from_pretrained`."""
+    return Head.from_pretrained(path, device, revision=revision, local_files_only=local_files_only)
 
 
 def check_fits(head: Head, unet: nn.Module, schedule: NoiseSchedule, fingerprint: str | None = None) -> None:
@@ -319,8 +309,8 @@ def check_fits(head: Head, unet: nn.Module, schedule: NoiseSchedule, fingerprint
         head: The head.
         unet: The denoiser it is to guide.
         schedule: The denoiser's noise schedule.
-        fingerprint: :func:`guidance.models.denoiser.fingerprint` of the denoiser; another than the head's only
-            warns, since fine-tuned descendants of a model share its features to some extent.
+        fingerprint: :func:`guidance.models.denoiser.fingerprint` of the denoiser; one that differs from the head's
+            only warns, since fine-tuned descendants of a model share its features to some extent.
 
     Raises:
         UserError: If a tap, its channels, prediction type or number of timesteps differ.
@@ -331,7 +321,6 @@ def check_fits(head: Head, unet: nn.Module, schedule: NoiseSchedule, fingerprint
         if channels not in (None, wanted):
             raise UserError(
                 f"Expected {wanted} channels at '{tap}', but {type(unet).__name__} has {channels} there"
-                f"{HEAD_FOLDER.trained_on(config)}."
+                f"{head.advise_training()}"
             )
-    name = f"The head for '{config.target}'"
-    HEAD_FOLDER.check_base(config, schedule, fingerprint, name=name, gives="scores")
+    head.check_base(schedule, fingerprint, gives="scores")

@@ -1,6 +1,7 @@
 """Objectives: what a guide climbs, as a function of a head's outputs.
 
-Each maps outputs (b, outputs) to one log-probability or reward per sample, (b,), larger is better.
+Each maps outputs (b, outputs) to one log-probability or reward per sample, (b,); larger is better.  Which of them suit
+a head, its task says (:attr:`guidance.heads.tasks.Task.objectives`).
 """
 
 from __future__ import annotations
@@ -13,23 +14,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from guidance.heads.config import HeadConfig
+from guidance.heads.tasks import TASKS
 from guidance.utils.errors import UserError, nearest
-
-#: What a guide climbs by default, by the task of its head: a key of :data:`OBJECTIVES`.
-DEFAULT_OBJECTIVES = {"rating": "expected", "class": "class", "regression": "regression", "binary": "binary"}
 
 Target = str | int | float | None
 
 Objective = Callable[[Float[Tensor, "b outputs"]], Float[Tensor, " b"]]
 
-#: Bound of the discriminator's probability (Kim et al. 2023, "Refining Generative Process with Discriminator
-#: Guidance"), without which its log-odds explode.
+#: Bound of the discriminator's probability, without which its log-odds explode (Kim et al. 2023, see `binary`).
 CLIP_PROBABILITY = 1e-5
 
 
 def expected_value(config: HeadConfig, target: Target) -> Objective:
-    """The mean label, ``E[rating] = sum_k k p_k``, in units of the labels."""
-    _require(config, "expected", ("rating", "class"))
+    """Mean label, ``E[rating] = sum_k k p_k``, in units of the labels."""
     _refuse_target("expected", target)
     values = _numeric_labels(config, "expected")
 
@@ -40,8 +37,7 @@ def expected_value(config: HeadConfig, target: Target) -> Objective:
 
 
 def at_least(config: HeadConfig, target: Target) -> Objective:
-    """The log-probability of a label of at least ``target``: ``log sum_{k >= target} p_k``."""
-    _require(config, "at_least", ("rating", "class"))
+    """Log-probability of a label of at least ``target``: ``log sum_{k >= target} p_k``."""
     values = _numeric_labels(config, "at_least")
     try:
         threshold = float(target)  # type: ignore[arg-type]
@@ -62,27 +58,24 @@ def at_least(config: HeadConfig, target: Target) -> Objective:
 
 
 def label_probability(config: HeadConfig, target: Target) -> Objective:
-    """The log-probability of one label, ``log p(target)``."""
-    _require(config, "class", ("rating", "class"))
+    """Log-probability of one label, ``log p(target)``."""
     index = label_index(config, target)
     return lambda outputs: outputs.log_softmax(dim=1)[:, index]
 
 
 def regression(config: HeadConfig, target: Target) -> Objective:
-    """The predicted number itself; ``target`` chooses among several outputs."""
-    _require(config, "regression", ("regression",))
+    """Predicted number; ``target`` chooses among several outputs."""
     index = 0 if target is None and config.outputs == 1 else label_index(config, target)
     return lambda outputs: outputs[:, index]
 
 
 def binary(config: HeadConfig, target: Target) -> Objective:
-    """The log-odds ``log d / (1 - d)`` of ``d = sigmoid(output)``, with d within 1e-5 of neither 0 nor 1.
+    """Log-odds ``log d / (1 - d)`` of ``d = sigmoid(output)``, with d clipped to 1e-5 .. 1 - 1e-5.
 
     Reference:
         Kim et al., "Refining Generative Process with Discriminator Guidance in Score-based Diffusion
         Models", ICML 2023.
     """
-    _require(config, "binary", ("binary",))
     _refuse_target("binary", target)
     # clipping d is clipping its log-odds, which are the output
     bound = math.log((1 - CLIP_PROBABILITY) / CLIP_PROBABILITY)
@@ -103,7 +96,7 @@ def build_objective(config: HeadConfig, name: str | None = None, target: Target 
 
     Args:
         config: The head's config.
-        name: A key of :data:`OBJECTIVES`; None takes the default of the head's task: the expected
+        name: A key of :data:`OBJECTIVES`; None takes the first that suits the head's task: the expected
             rating, the class (``target`` is then required), the number, or the log-odds.
         target: Label (by name or index) or threshold, where the objective needs one.
 
@@ -117,20 +110,27 @@ def build_objective(config: HeadConfig, name: str | None = None, target: Target 
     >>> objective(torch.zeros(1, 10))  # all ten ratings equally likely
     tensor([5.5000])
     """
+    suitable = TASKS[config.task].objectives
     if name is None:
-        if config.task not in DEFAULT_OBJECTIVES:
+        if not suitable:
             raise UserError(
                 f"Expected an objective for a head of task '{config.task}', got none; an embedding has a score "
                 "only beside a target: use guidance.guides.embedding.EmbeddingGuide."
             )
-        name = DEFAULT_OBJECTIVES[config.task]
+        name = suitable[0]
     if name not in OBJECTIVES:
         raise UserError(f"Expected a known objective, got '{name}'.{nearest(name, OBJECTIVES)}")
+    if name not in suitable:
+        tasks = " or ".join(task for task in TASKS if name in TASKS[task].objectives)
+        raise UserError(
+            f"Expected a head of task {tasks} for the objective '{name}', got '{config.task}'; leave the objective "
+            "out to take the head's default."
+        )
     return OBJECTIVES[name](config, target)
 
 
 def label_index(config: HeadConfig, target: Target) -> int:
-    """Return the output that ``target`` means: a label by name, or an index if labels are not numbers."""
+    """Return the index of the output that ``target`` names: a label, or an index if labels are not numbers."""
     name = f"{target:g}" if isinstance(target, float) else str(target)
     if name in config.labels:
         return config.labels.index(name)
@@ -158,14 +158,6 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _require(config: HeadConfig, objective: str, tasks: tuple[str, ...]) -> None:
-    if config.task not in tasks:
-        raise UserError(
-            f"Expected a head of task {' or '.join(tasks)} for the objective '{objective}', got "
-            f"'{config.task}'; leave the objective out to take the head's default."
-        )
 
 
 def _refuse_target(objective: str, target: Target) -> None:

@@ -139,7 +139,7 @@ def truth_score(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]
     return np.sum(weighted, axis=0) / SCALE
 
 
-def rating(truth: Float[np.ndarray, " n"] | float, rng: np.random.Generator) -> NDArray[np.int64]:
+def rating(truth: Float[np.ndarray, " n"] | float, rng: np.random.Generator) -> NDArray[np.int64] | np.int64:
     """Draw one crowd vote, 1..10, on images of this truth score.
 
     The noise is to be that of Simulacra Aesthetic Captions (SAC; Pressman, Crowson et al. 2022).  What its

@@ -63,7 +63,7 @@ _STATISTICS_ROWS = 2048
 
 @contextmanager
 def recording(pipe: Pipeline, teacher: Sequence[Guide], recorder: PairRecorder) -> Iterator[None]:
-    """Record every denoiser call in the ``with`` block; leave nothing behind."""
+    """Record every denoiser call in the ``with`` block."""
     guides: list[Any] = [*teacher, recorder]
     with apply_guidance(pipe, guides):
         pipe.unet.forward = recorder.wrap(pipe.unet.forward)  # apply_guidance takes both off again
@@ -72,7 +72,7 @@ def recording(pipe: Pipeline, teacher: Sequence[Guide], recorder: PairRecorder) 
 
 @dataclasses.dataclass(frozen=True)
 class SampledStates:
-    """States of sampling runs under the teacher: those an adapter visits.
+    """Teacher pairs at states of sampling runs under the teacher, which an adapter visits.
 
     Attributes:
         prompts: Texts by split; none is in both.
@@ -89,7 +89,7 @@ class SampledStates:
     scheduler: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """All that decides which pairs these are; the prompts by a checksum."""
+        """Return everything that decides which pairs these are; of the prompts a checksum."""
         texts = {split: zlib.crc32("\n".join(texts).encode()) for split, texts in self.prompts.items()}
         return {"source": "sampling"} | dataclasses.asdict(self) | {"prompts": texts}
 
@@ -102,7 +102,7 @@ class SampledStates:
         calls: int,
         rng: np.random.Generator,
     ) -> PairRecorder:
-        """Record a random ``calls`` of the steps of one sampling run in which the teacher guides."""
+        """Record ``calls`` random steps of one sampling run, out of those in which the teacher guides."""
         low, high = self.num_steps
         guided = {steps: guided_steps(teacher, steps) for steps in range(low, high + 1)}
         choices = [steps for steps, found in guided.items() if len(found) >= calls]
@@ -124,7 +124,7 @@ class SampledStates:
 
 @dataclasses.dataclass(frozen=True)
 class NoisedLatents:
-    """Noised latents of a dataset's images, one full forward each: no sampling, for large models.
+    """Teacher pairs at noised latents of a dataset's images, one full forward each: no sampling, for large models.
 
     Attributes:
         dataset: As :func:`guidance.data.sources.load_examples` takes it.
@@ -138,7 +138,7 @@ class NoisedLatents:
     caption_column: str | None = "caption"
 
     def settings(self) -> dict[str, Any]:
-        """All that decides which pairs these are."""
+        """Return everything that decides which pairs these are."""
         sizes = {split: len(rows) for split, rows in self.examples.items()}
         return {"source": "latents", "dataset": self.dataset, "examples": sizes}
 
@@ -152,7 +152,7 @@ class NoisedLatents:
         calls: int,
         rng: np.random.Generator,
     ) -> PairRecorder:
-        """Noise ``n`` random images at ``calls`` timesteps in which the teacher guides."""
+        """Record ``n`` random images, noised to ``calls`` timesteps in which the teacher guides."""
         from guidance.data.encoding import FeatureEncoder
         from guidance.data.sources import decode_image
 
@@ -196,23 +196,23 @@ def cache_pairs(
     progress: bool = True,
     state: PartialState | None = None,
 ) -> FeatureCache:
-    """Record teacher pairs into shards, one run each; whole shards that are there are kept.
+    """Record teacher pairs into shards, one run each; complete shards are kept.
 
     Args:
-        pipe: Pipeline to sample with, or to run the denoiser of.
+        pipe: The diffusion model.
         teacher: Guides with ``every=1`` in eps space.
-        source: Where the pairs come from.
-        folder: The cache.
+        source: Source of the pairs.
+        folder: Folder of the cache.
         rows: Pairs by split ("train", "test"), rounded up to whole runs.
         described: Model and teacher, for the manifest.
         batch_size: Samples per run.
         calls_per_run: Denoiser calls recorded of each run.
         seed: Seed of prompts, noise, scales and steps.
-        progress: Show a progress bar: of this process's share, on the main process.
-        state: Processes that share the runs and all call this; None for this one alone.
+        progress: Show a progress bar on the main process, of its own share.
+        state: Processes that share the runs and all call this; None for one process.
 
     Returns:
-        The finished cache, once every process has done its share.
+        The cache, finished by all processes.
 
     Raises:
         UserError: If the cache was recorded with other settings, or predictions are not finite.
@@ -235,7 +235,7 @@ def cache_pairs(
         for split, i in todo:
             rng = np.random.default_rng([seed, zlib.crc32(split.encode()), i])
             recorder = source.record(pipe, teacher, split, batch_size, calls_per_run, rng)
-            write_json(folder / MANIFEST, manifest)  # not before: a run that is refused leaves nothing
+            write_json(folder / MANIFEST, manifest)  # not before: a refused run leaves nothing
             with atomic_dir(folder / shard_name(split, i)) as temporary:
                 np.save(temporary / "h.npy", torch.cat(recorder.pairs).numpy())
                 np.save(temporary / "t.npy", torch.cat(recorder.times).numpy())
@@ -246,7 +246,7 @@ def cache_pairs(
 
 
 def _check_plan(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a cache that was begun with other settings."""
+    """Refuse a cache of other settings."""
     if not (folder / MANIFEST).exists():
         return
     both = read_json(folder / MANIFEST), json.loads(json.dumps(manifest))
@@ -260,7 +260,7 @@ def _check_plan(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_pairs(pairs: FeatureCache, rows: Any, device: Any = "cpu") -> tuple[tuple[Tensor, ...], Tensor]:
-    """Read the inputs ``(x_t, eps, x0, t)`` of an adapter and the directions it should give, float32."""
+    """Read the inputs ``(x_t, eps, x0, t)`` of an adapter and the teacher's directions, float32."""
     h, t = (value.to(device, torch.float32) for value in pairs.read(rows))
     x_t, eps, x0, direction = h.chunk(4, dim=1)
     return (x_t, eps, x0, t), direction
@@ -306,7 +306,7 @@ def fit_adapter(
 
 
 def _share(wanted: Tensor) -> Tensor:
-    """What part of the batch's samples with a direction this process has: its weight in the mean over all."""
+    """Return this process's share of the batch's samples with a direction: its weight in the mean over all."""
     here = wanted.flatten(1).any(1).sum().float()
     everywhere = here.clone()
     dist.all_reduce(everywhere)
@@ -334,18 +334,18 @@ def measure_adapter(adapter: Adapter, pairs: FeatureCache, batch_size: int = 256
     return {"cosine": float(cosines[known].mean()), "rows": int(known.sum()), "bins": bins}
 
 
-_FLOAT16 = 6e4  # pairs are kept in half precision
+_FLOAT16 = 6e4  # largest value of pairs, which are saved in half precision
 
 
 class PairRecorder:
-    """A guide that pushes nowhere and writes down what the denoiser sees and where its companions push.
+    """A guide with a zero direction that records the denoiser's inputs and the shift of the other guides.
 
-    Each sample then moves on by its own multiple of the teacher's shift, 0 and negative ones included, so that the
-    recorded states are those an adapter will meet at any scale.
+    Each sample continues with its own multiple of the teacher's shift, 0 and negative ones included, so that the
+    recorded states are those an adapter meets at any scale.
 
     Args:
         scales: Multiple of the shift for each sample, (b,).
-        calls: Which denoiser calls to keep; None for all.
+        calls: Denoiser calls to record; None for all.
     """
 
     name, tap, strength = "record", "direct", Strength()
@@ -362,7 +362,7 @@ class PairRecorder:
         self.scales = self.scales.to(device_of(pipe))
 
     def direction(self, x_t: Tensor, eps: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """Remember what an adapter would be given; push nowhere."""
+        """Store what an adapter would be given; return a zero direction."""
         self.seen = x_t, eps, x0, t
         return torch.zeros_like(x_t)
 
@@ -397,7 +397,7 @@ class PairRecorder:
 
 
 def guided_steps(teacher: Sequence[Guide], num_steps: int) -> list[int]:
-    """Indices of the sampling steps in which any of the teacher's guides pushes."""
+    """Return the indices of the sampling steps in which any of the teacher's guides pushes."""
     return [i for i in range(num_steps) if any(g.strength.active(i / num_steps) for g in teacher)]
 
 
@@ -417,7 +417,7 @@ class TeacherHead:
 
 
 def describe_teacher(teacher: Sequence[TeacherHead], guides: Sequence[MidBlockGuide]) -> list[dict[str, Any]]:
-    """Return what the config of an adapter says about its teacher."""
+    """Describe the teacher for the config of an adapter."""
     facts = [{"predicts": g.head.config.target, "fingerprint": fingerprint(g.head)} for g in guides]
     return [dataclasses.asdict(part) | fact for part, fact in zip(teacher, facts, strict=True)]
 

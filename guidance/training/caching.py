@@ -1,11 +1,12 @@
-"""From a :class:`FeatureRecipe` to features: load model and examples, cache splits, open a cache."""
+"""Turn a :class:`FeatureRecipe` into features: load model and examples, cache splits, open a cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,12 +22,16 @@ from guidance.data.features import (
     load_embedders,
 )
 from guidance.data.sources import SPLITS, load_examples
+from guidance.heads.folder import CONFIG_FILE, SavedModel
 from guidance.models.denoiser import fingerprint
 from guidance.models.pipelines import TESTBED, load_pipeline
 from guidance.training.recipes import FeatureRecipe
+from guidance.utils.config import list_differences, load_config
 from guidance.utils.errors import UserError
 
-#: What a manifest tells of the examples.
+M = TypeVar("M", bound=SavedModel)
+
+#: Options that a cache's manifest records of the examples.
 RECORDED = ("dataset", "train", "validation", "test", "image_column", "caption_column", "group_column")
 
 
@@ -34,8 +39,8 @@ def with_targets(recipe: FeatureRecipe, targets: Sequence[str], rating: str | No
     """Return a recipe that stores the targets of heads beside the columns it was given.
 
     Args:
-        recipe: Its default columns count as none given.
-        targets: Columns.
+        recipe: Its target columns are kept, unless they are the default.
+        targets: Columns to store.
         rating: The one among them that must hold ratings in 1..10; None for none.
     """
     given = [] if recipe.target_columns == FeatureRecipe().target_columns else recipe.target_columns
@@ -52,13 +57,13 @@ def build_cache(
     num_processes: int = 1,
     progress: bool = True,
 ) -> int:
-    """Cache splits of a recipe; continues what a killed run left.
+    """Cache splits of a recipe; resume what a killed run left.
 
     Args:
         recipe: Model, dataset and noise.
         folder: The cache.
-        splits: Which splits; others can follow later.
-        process_index, num_processes: Which shards are this process's.
+        splits: Splits to cache; others can be added later.
+        process_index, num_processes: Choose this process's shards.
         progress: Show progress bars.
 
     Returns:
@@ -127,10 +132,42 @@ def open_cache(
     return cache
 
 
+def load_finished(
+    model: type[M], config: Any, decisive: Callable[[Any], dict[str, Any]], recipe: FeatureRecipe
+) -> M | None:
+    """Load what this config has already trained; refuse to replace what another one has.
+
+    Args:
+        model: Class of the trained model.
+        config: Config of the training, with ``output`` and ``overwrite``.
+        decisive: Reduces a config to the values that decide what is trained.
+        recipe: Names the diffusion model.
+
+    Raises:
+        UserError: If the output folder holds something else.
+    """
+    folder = Path(config.output)
+    model.check_replaceable(folder)
+    if config.overwrite or not (folder / CONFIG_FILE).is_file():
+        return None
+    record = folder / "train.yaml"
+    differences = ["train.yaml is missing"]
+    if record.is_file():
+        differences = list_differences(decisive(load_config(type(config), record)), decisive(config))
+    if differences:
+        raise UserError(
+            f"Expected '{folder}' to be new or trained with this config, but another was used there "
+            f"({min(differences)}); choose another output, or set overwrite=true."
+        )
+    found = model.from_pretrained(folder)
+    check_current(recipe, found.config.base_model, found.config.base_fingerprint, folder)
+    return found
+
+
 def check_current(
     recipe: FeatureRecipe, base_model: str, base_fingerprint: str, folder: str | os.PathLike[str]
 ) -> None:
-    """Refuse what was made from other weights of the testbed than the present ones.
+    """Refuse a folder that was made from other weights of the testbed than the present ones.
 
     Only the testbed is checked: it loads within a second, and its weights change with the package.
     """
@@ -157,7 +194,7 @@ def _check_clip(recipe: FeatureRecipe, settings: dict[str, Any], folder: str | o
 def live_splits(
     recipe: FeatureRecipe, splits: Sequence[str] = SPLITS
 ) -> tuple[dict[str, LiveFeatures], dict[str, Any]]:
-    """Return features that are computed when read, by split, and the settings a manifest would have."""
+    """Return features that are computed when read, by split, and the settings for a manifest."""
     examples = {split: load_split(recipe, split) for split in splits}
     pipe = load_model(recipe)
     encoders = {split: FeatureEncoder(pipe, split=split, **encoding_options(recipe)) for split in splits}
@@ -200,7 +237,7 @@ def load_split(recipe: FeatureRecipe, split: str) -> Any:
 
 
 def encoding_options(recipe: FeatureRecipe) -> dict[str, Any]:
-    """The options of :class:`FeatureEncoder` in a recipe."""
+    """Return the options of :class:`FeatureEncoder` in a recipe."""
     return {
         "tap": recipe.tap,
         "noise": recipe.noise,

@@ -1,8 +1,8 @@
-"""Generated images beside real ones, for a discriminator: sampled once, kept as latents, noised like the real.
+"""Generate images to train a discriminator against real ones: latents are sampled once and noised like the real ones.
 
 A folder holds ``latents/`` (float32 shards ``SPLIT/shard-00000.npy``, and a manifest) and ``features/``, an
 ordinary feature cache of them.  Row i of a split has the caption, the timestep and the noise of real row i, so
-that nothing but the clean image tells them apart, and the splits of the captions are kept.
+that only the clean image tells them apart.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ REAL = "real"
 
 
 class RealAndGenerated:
-    """A feature source of n real rows, label 1, followed by the n generated rows that go with them, label 0.
+    """A feature source of n real rows, label 1, followed by the n matching generated rows, label 0.
 
     Args:
         real: Features of real images; rows beyond those generated are left out.
         generated: Features of generated images.
 
     Raises:
-        UserError: If the timesteps of the rows differ: a discriminator must not tell by them.
+        UserError: If the timesteps of the rows differ: they would give the generated rows away.
     """
 
     def __init__(self, real: FeatureSource, generated: FeatureSource) -> None:
@@ -59,7 +59,7 @@ class RealAndGenerated:
         return 2 * self.n
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return the label "real" of all rows, or their timesteps "t"."""
+        """Return the labels ("real") or the timesteps ("t") of all rows."""
         if name == "t":
             return np.tile(self.generated.column("t"), 2)
         if name != REAL:
@@ -91,19 +91,17 @@ def pair_with_generated(
 ) -> dict[str, RealAndGenerated]:
     """Put generated rows beside the real rows of every split; generate and cache them first where absent.
 
-    Training rows are generated from training captions, the others from those of their own split.  A killed
-    run goes on where it was.
+    Every split is generated from its own captions.  A killed run is resumed.
 
     Args:
         real: Caches of the real images, by split.
-        recipe: Where the real examples come from; what their cache records counts before it.
+        recipe: Source of the real examples; the settings in their cache take precedence.
         generation: Number and sampling of the generated images.
-        folder: Where they lie.
+        folder: Folder of the generated images.
         accelerator: Its processes share the work.
 
     Raises:
-        UserError: If the folder holds images made in another way, or more are asked for than there are real
-            ones.
+        UserError: If the folder holds images of other settings, or more are asked for than there are real ones.
     """
     settings: dict[str, Any] = real["train"].manifest["settings"]
     draws = settings["draws"]
@@ -120,7 +118,7 @@ def pair_with_generated(
 
 
 def open_generated(real: FeatureCache, folder: str | os.PathLike[str], split: str) -> RealAndGenerated:
-    """Put the rows of images that were generated before beside the real rows of a split; generate none.
+    """Put rows of images that were generated before beside the real rows of a split.
 
     Args:
         real: Cache of the real images of the split.
@@ -160,7 +158,7 @@ def _count(generation: GenerationRecipe, split: str, available: int) -> int:
 
 
 def _describe(settings: Mapping[str, Any], sampling: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the manifest of the generated features has to say."""
+    """Return the settings in the manifest of the generated features."""
     shared = {name: value for name, value in settings.items() if name != "clip"}
     return shared | {"target_columns": [], "source": settings["source"] | {"generated": sampling}}
 
@@ -175,7 +173,7 @@ def _is_finished(folder: Path, described: Mapping[str, Any], rows: Mapping[str, 
 
 
 def _recorded(recipe: FeatureRecipe, settings: Mapping[str, Any]) -> FeatureRecipe:
-    """The recipe that the cache of the real rows was made by."""
+    """Return the recipe that the cache of the real rows was made with."""
     known = {name: settings["source"][name] for name in RECORDED}
     known |= {name: settings[name] for name in ("tap", "noise", "caption", "timesteps", "draws", "seed")}
     known |= {"model": settings["base_model"], "target_columns": [], "rating_column": None}
@@ -238,7 +236,7 @@ def generate_latents(
     num_processes: int = 1,
     progress: bool = True,
 ) -> int:
-    """Sample one image per caption and keep its latents, shard by shard; shards that are there are kept.
+    """Sample one image per caption and save its latents in shards; existing shards are kept.
 
     The seed of an image is a function of (seed, split, row) alone.
 
@@ -246,10 +244,10 @@ def generate_latents(
         pipe: The diffusion model.
         captions: Prompts.
         folder: Folder of the latents.
-        recipe: How to sample, and how many at once and per shard.
+        recipe: Sampling, batch size and shard size.
         split: Part of the folder, and of the seeds.
-        source: What else decides the images, for the manifest.
-        process_index, num_processes: Which shards are this process's: every ``num_processes``-th.
+        source: Everything else that decides the images, for the manifest.
+        process_index, num_processes: This process takes every ``num_processes``-th shard.
         progress: Show a progress bar.
 
     Returns:
@@ -276,7 +274,7 @@ def generate_latents(
 def _sample(
     pipe: Pipeline, captions: Sequence[str], rows: range, recipe: GenerationRecipe, split: str
 ) -> Float[Tensor, "b c y x"]:
-    salt = zlib.crc32(f"generated {split}".encode())  # another than that of the noise of the features
+    salt = zlib.crc32(f"generated {split}".encode())  # differs from that of the features' noise
     states = [np.random.SeedSequence([recipe.seed, salt, i]).generate_state(1, np.uint64)[0] for i in rows]
     latents = sample_latents(
         pipe,
@@ -295,7 +293,7 @@ def _sample(
 
 
 def _has(path: Path, rows: int) -> bool:
-    """Tell whether a shard is there and whole; remove what a killed run of it left."""
+    """Tell whether a shard is complete; remove what a killed run left of it."""
     for leftover in path.parent.glob(f".{path.stem}.tmp-*"):
         leftover.unlink(missing_ok=True)
     try:

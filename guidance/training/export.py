@@ -56,7 +56,7 @@ def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
     """Write the pipeline, both CLIPs and the judge classifier to ``folder``; replaces it as a whole.
 
     Args:
-        recipe: A recipe whose steps are all done.
+        recipe: A recipe whose steps are all finished.
         folder: Final folder, in diffusers format.
         notes: A paragraph for the model card.
 
@@ -111,11 +111,11 @@ def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
 
 
 def adopt(recipe: Recipe, folder: Path) -> None:
-    """Start a working folder from an exported pipeline: all but the denoiser counts as done, and it starts from there.
+    """Start a working folder from an exported pipeline: only the denoiser is trained, from its exported weights.
 
     Args:
-        recipe: Its data step must be done, with the scenes of the exported pipeline (same seed).
-        folder: What :func:`export` wrote.
+        recipe: Its data step must be finished, with the scenes of the exported pipeline (same seed).
+        folder: Result of :func:`export`.
     """
     work, records = recipe.work, read_json(folder / "training.json")["records"]
     if (work / "unet-start.json").exists():

@@ -1,7 +1,7 @@
-"""Train a head on features: one resumable loop over all processes.
+"""Train a head on features, resumably and on any number of processes.
 
-The order of the rows is a function of (seed, epoch) and a checkpoint holds all the rest, so a run that is
-killed and started again goes on to the same weights as one that is not.
+The order of the rows is a function of (seed, epoch) and a checkpoint holds all other state, so a killed and resumed run
+ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from guidance.data.cache import FeatureSource
 from guidance.data.features import clip_name
 from guidance.heads.config import HeadConfig
 from guidance.heads.networks import Head, build_head
+from guidance.heads.tasks import get_task
 from guidance.training.loop import learning_rate
 from guidance.training.recipes import HeadRecipe
-from guidance.training.tasks import class_labels, encode_targets, head_loss
 from guidance.utils.errors import UserError
 from guidance.utils.io import atomic_path
 
@@ -42,7 +42,7 @@ Log = Callable[[dict[str, float], int], None]
 
 @dataclasses.dataclass
 class FitState:
-    """Where a training is; all of it lies in the checkpoint.
+    """Progress of a training, kept in its checkpoint.
 
     Attributes:
         step: Optimiser steps done.
@@ -66,12 +66,12 @@ class HeadTrainer:
     Args:
         head: Built and initialised; changed in place.
         train, validation: Features.
-        targets: "train" and "validation" targets, see :func:`encode_targets`.
+        targets: "train" and "validation" targets, see :meth:`guidance.heads.tasks.Task.encode`.
         recipe: How to train.
         accelerator: An ``accelerate.Accelerator``.
         work: Folder of the checkpoint.
-        identity: What a checkpoint must agree on to be resumed.
-        checkpoint_every: Seconds between checkpoints; besides, one is written after every epoch.
+        identity: Identifies the training: a checkpoint of another one is refused.
+        checkpoint_every: Seconds between checkpoints; one is also written after every epoch.
     """
 
     def __init__(
@@ -103,20 +103,14 @@ class HeadTrainer:
             )
         self.steps_per_epoch = len(train) // self.batch_size
         self.total = self.steps_per_epoch * recipe.epochs
-        scaled = head.config.task in ("rating", "regression")
-        self.scale = max(self._target_std(), 1e-6) if scaled else 1.0
+        self.task = get_task(head.config.task)
+        self.scale = self.task.scale(targets["train"])
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         optimizer = kinds[recipe.optimizer](head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(head, optimizer)
 
-    def _target_std(self) -> float:
-        y = self.targets["train"].double()
-        if self.head.config.task == "rating":
-            y = y @ torch.arange(1, y.shape[1] + 1, dtype=y.dtype)
-        return float(y.std())
-
     def fit(self, log: Log = lambda values, step: None, *, progress: bool = True) -> FitState:
-        """Train to the end and leave the chosen weights in the head, in eval mode."""
+        """Train to the end; leaves the chosen weights in the head, in eval mode."""
         self._resume()
         state, started = self.state, time.monotonic()
         saved, before = started, state.seconds
@@ -143,7 +137,7 @@ class HeadTrainer:
         return state
 
     def _step(self, step: int) -> Tensor:
-        """One optimiser step; every process takes an equal, interleaved part of the batch."""
+        """Take one optimiser step; every process has an equal, interleaved part of the batch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.train))
@@ -158,7 +152,7 @@ class HeadTrainer:
         with self.accelerator.autocast():
             outputs = self.model(h, t)
         target = self.targets["train"][rows].to(device)
-        loss = head_loss(outputs.float(), target, self.head, self.recipe, self.scale)
+        loss = self.task.loss(outputs.float(), target, self.recipe, self.scale)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         self.optimizer.step()
@@ -175,7 +169,7 @@ class HeadTrainer:
         train_loss = self._average(self.epoch_loss / self.steps_per_epoch)
         self.epoch_loss.zero_()
         outputs, _ = predict(self.head, self.validation, self.accelerator, self.batch_size)
-        loss = float(head_loss(outputs, self.targets["validation"], self.head, self.recipe, self.scale))
+        loss = float(self.task.loss(outputs, self.targets["validation"], self.recipe, self.scale))
         epoch = state.step // self.steps_per_epoch
         state.history.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": loss})
         log({"validation/loss": loss}, state.step)
@@ -187,7 +181,7 @@ class HeadTrainer:
         self._save()
 
     def _save(self) -> None:
-        """Write all of the training's state, atomically, from the first process."""
+        """Write the state of the training atomically, from the main process."""
         if not self.accelerator.is_main_process:
             return
         tensors = {f"model.{k}": v for k, v in self.head.state_dict().items()}
@@ -202,7 +196,7 @@ class HeadTrainer:
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, meta)
 
     def _resume(self) -> None:
-        """Go on from the checkpoint, if there is one of this very training."""
+        """Restore the checkpoint, if there is one of this training."""
         if not self.path.exists():
             return
         with safe_open(self.path, "pt") as file:
@@ -244,7 +238,7 @@ def predict(
         source: Features.
         accelerator: Its processes share the rows.
         batch_size: Rows per forward.
-        progress: What to write before a progress bar; None shows none.
+        progress: Label of a progress bar; None shows none.
 
     Returns:
         Outputs and timesteps in the order of the rows, float32, on the CPU of every process.
@@ -267,6 +261,8 @@ def predict(
 
 _STATISTICS_ROWS = 4096  # enough for a mean and a deviation per channel
 
+_RECORDED = ("tap", "base_model", "base_fingerprint", "prediction_type", "num_train_timesteps", "timesteps")
+
 
 def prepare_head(
     sources: Mapping[str, FeatureSource], recipe: HeadRecipe, settings: Mapping[str, Any]
@@ -275,28 +271,21 @@ def prepare_head(
 
     Args:
         sources: "train" and other splits.
-        recipe: What the head predicts, and its network.
-        settings: How the features were computed, see :func:`guidance.data.features.describe_features`.
+        recipe: Target, task and network of the head.
+        settings: Settings of the features, see :func:`guidance.data.features.describe_features`.
 
     Returns:
         The untrained head and its targets by split.
     """
+    task = get_task(recipe.task)
     columns = {split: source.column(recipe.target) for split, source in sources.items()}
-    ratings = [str(k) for k in range(1, 11)] if recipe.task == "rating" else []
-    labels = class_labels(columns["train"], recipe.target) if recipe.task == "class" else ratings
-    targets = {s: encode_targets(values, recipe.task, labels, recipe.target) for s, values in columns.items()}
-    described = (
-        "tap",
-        "base_model",
-        "base_fingerprint",
-        "prediction_type",
-        "num_train_timesteps",
-        "timesteps",
-    )
+    labels = task.labels(columns["train"], recipe.target)
+    targets = {split: task.encode(values, labels, recipe.target) for split, values in columns.items()}
+    clip = clip_name(recipe.target) if task.clip_target else None
     config = HeadConfig(
         kind=recipe.kind,
         in_channels=sources["train"].read([0])[0].shape[1],
-        outputs=targets["train"].shape[1] if recipe.task == "embedding" else len(labels) or 1,
+        outputs=task.num_outputs(labels, targets["train"]),
         time_conditioned=recipe.time_conditioned,
         hidden=recipe.hidden,
         target=recipe.target,
@@ -305,8 +294,9 @@ def prepare_head(
         noise=settings["noise"],
         caption=settings["caption"],
         tap_channels=settings.get("tap_channels", []),
-        **_clip_of(recipe, settings),
-        **{name: settings[name] for name in described},
+        clip=clip or "",
+        clip_fingerprint=settings["clip"][clip] if clip else "",
+        **{name: settings[name] for name in _RECORDED},
     )
     torch.manual_seed(recipe.seed)
     head = build_head(config)
@@ -314,19 +304,6 @@ def prepare_head(
         kaiming_init(head)
     set_statistics(head, sources["train"], targets["train"], recipe)
     return head, targets
-
-
-def _clip_of(recipe: HeadRecipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Which CLIP an embedding head is to predict, as the cache recorded it."""
-    if recipe.task != "embedding":
-        return {}
-    name = clip_name(recipe.target)
-    if name is None:
-        raise UserError(
-            f"Expected a target clip:NAME for task=embedding, got target={recipe.target}; for example "
-            "target=clip:testbed."
-        )
-    return {"clip": name, "clip_fingerprint": settings["clip"][name]}
 
 
 def kaiming_init(head: Head) -> None:
@@ -346,6 +323,6 @@ def set_statistics(head: Head, train: FeatureSource, target: Tensor, recipe: Hea
         square = torch.stack([(p - mean[:, None, None]).square().mean((0, 2, 3)) * len(p) for p in parts])
         head.feature_mean.copy_(mean)
         head.feature_std.copy_((square.sum(0) / len(rows)).sqrt().clamp(min=1e-4))
-    if head.config.task == "regression":
+    if get_task(head.config.task).standardized:
         head.output_mean.copy_(target.mean(0))
         head.output_std.copy_(target.std(0).clamp(min=1e-6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ Loss = Callable[[int, torch.Generator], Tensor]
 
 @dataclasses.dataclass
 class Stage:
-    """How one network is trained.
+    """Length, batch size and optimiser of the training of one network.
 
     Attributes:
         steps: Optimiser steps.
@@ -48,7 +49,7 @@ class Stage:
 
 @dataclasses.dataclass
 class FitResult:
-    """What a training took: optimiser steps, samples seen, seconds, final smoothed loss."""
+    """Length and result of a training: optimiser steps, samples seen, seconds, final smoothed loss."""
 
     steps: int
     samples: int
@@ -69,7 +70,7 @@ def fit(
 ) -> FitResult:
     """Train ``model`` in place; resume from ``folder/name.safetensors`` if it is there.
 
-    With several processes of ``torch.distributed`` gradients are averaged; each draws noise of its own.
+    With several processes of ``torch.distributed`` gradients are averaged; each process draws its own noise.
 
     Args:
         name: Name of the checkpoint and of the progress bar.
@@ -139,7 +140,7 @@ def fit(
 
 
 def world() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
+    """Return the rank of this process and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -177,7 +178,7 @@ def _resume(path: Path, model, params, optimizer, ema) -> tuple[int, float, floa
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
-    """The ``step``-th batch of an endless sequence of epochs, each a seeded permutation of ``n`` items."""
+    """Return the ``step``-th batch of an endless sequence of epochs, each a seeded permutation of ``n`` items."""
     wanted = np.arange(step * batch_size, (step + 1) * batch_size)
     out = np.empty(batch_size, np.int64)
     for epoch in np.unique(wanted // n):
@@ -186,16 +187,9 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> NDArray[np.i
     return out
 
 
-_PERMUTATIONS: dict[tuple[int, int, int], NDArray[np.int64]] = {}
-
-
+@functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    key = (n, seed, epoch)
-    if key not in _PERMUTATIONS:
-        if len(_PERMUTATIONS) > 3:
-            _PERMUTATIONS.clear()
-        _PERMUTATIONS[key] = np.random.default_rng([seed, epoch]).permutation(n)
-    return _PERMUTATIONS[key]
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 class Optimizer:
@@ -229,7 +223,7 @@ class Optimizer:
             )
 
     def step(self, lr: float) -> None:
-        """One step at this learning rate, from the gradients of the model's parameters."""
+        """Take a step at this learning rate, with the gradients of the model's parameters."""
         for p, matrix in self._matrices.values():
             matrix.grad = None if p.grad is None else p.grad.view(matrix.shape)
         for part in self.parts:
@@ -238,12 +232,12 @@ class Optimizer:
             part.step()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state as ``{"KEY.parameter": tensor}``, step counts left out."""
+        """Return the optimizer's state as ``{"KEY.parameter": tensor}``, step counts left out."""
         states = {n: next(o.state[p] for o in self.parts if p in o.state) for n, p in self.state_of.items()}
         return {f"optimizer.{k}.{n}": v for n, s in states.items() for k, v in s.items() if k != "step"}
 
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Take up what :meth:`tensors` gave after ``step`` steps."""
+        """Restore what :meth:`tensors` returned after ``step`` steps."""
         for n, p in self.state_of.items():
             part = self.parts[1 if n in self._matrices else 0]
             keys = ("momentum_buffer",) if n in self._matrices else ("exp_avg", "exp_avg_sq")

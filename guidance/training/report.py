@@ -1,4 +1,4 @@
-"""The end of a head's training: calibrate on validation rows, measure on test rows, write the folder."""
+"""Finish the training of a head: calibrate on validation rows, measure on test rows, write the folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from guidance.data.cache import FeatureSource
 from guidance.heads.config import HeadConfig
 from guidance.heads.hub import head_card
-from guidance.heads.networks import Head, check_replaceable, write_head
+from guidance.heads.networks import Head
+from guidance.heads.tasks import get_task
 from guidance.training.heads import FitState, predict
 from guidance.training.metrics import (
     apply_temperatures,
@@ -23,12 +24,7 @@ from guidance.training.metrics import (
     plot_metrics,
     useful_range,
 )
-from guidance.training.tasks import two_class_logits
 from guidance.utils.io import atomic_dir, write_json
-
-_HEADLINES = ["cosine", "cosine_other", "retrieval", "accuracy", "chance", "auc", "ece"]
-
-_HEADLINES += ["spearman", "spearman_truth", "mae", "skill"]
 
 
 def measure_head(
@@ -45,30 +41,30 @@ def measure_head(
     Args:
         head: Trained head; its config's temperature, start, stop and metrics are set.
         sources: "validation" and "test" features.
-        targets: Their targets, see :func:`guidance.training.tasks.encode_targets`.
+        targets: Their encoded targets.
         accelerator: Shares the rows among processes.
-        calibrate: Fit temperatures (of logits: ratings, classes, binary).
+        calibrate: Fit temperatures, of a task with logits.
         compare: Further numeric columns of the sources to rank the score against.
 
     Returns:
         ``{"validation": ..., "test": ...}``, see :func:`guidance.training.metrics.evaluate_head`.
     """
-    config = head.config
+    config, task = head.config, get_task(head.config.task)
     config.temperature, config.metrics = [], {}
-    calibrate = calibrate and config.task not in ("regression", "embedding")
     results: dict[str, Any] = {}
     temperatures: list[float] = []
     for split in ("validation", "test"):
         outputs, t = predict(head, sources[split], accelerator)
         columns = {name: sources[split].column(name) for name in compare}
-        if calibrate and split == "validation":
-            logits = two_class_logits(outputs) if config.task == "binary" else outputs
+        logits = task.logits(outputs)
+        if calibrate and split == "validation" and logits is not None:
             temperatures = fit_temperatures(logits, targets[split], t, config.num_train_timesteps)
         results[split] = evaluate_calibrated(outputs, targets[split], t, config, temperatures, columns)
     config.temperature = temperatures
     if config.noise == "random":  # a head on clean latents was never shown the other noise levels
         config.start, config.stop = useful_range(results["validation"], config.num_train_timesteps)
-    config.metrics = {k: results["test"]["overall"][k] for k in _HEADLINES if k in results["test"]["overall"]}
+    overall = results["test"]["overall"]
+    config.metrics = {name: overall[name] for name in task.headlines if name in overall}
     return results
 
 
@@ -80,7 +76,7 @@ def evaluate_calibrated(
     temperatures: Sequence[float],
     compare: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Any]:
-    """Measure outputs with temperatures; beside each ``ece`` stands ``ece_uncalibrated``, that without them.
+    """Measure outputs with temperatures, and the calibration error without them as ``ece_uncalibrated``.
 
     Args:
         outputs: Outputs without temperatures.
@@ -110,17 +106,17 @@ def write_folder(
 
     Args:
         head: Measured head.
-        folder: Final folder; one that holds something else than a head is refused.
+        folder: New or empty folder, or a head to replace.
         results: Result of :func:`measure_head`.
         fit: Result of the training.
         config_yaml: The config of the run, for ``train.yaml``.
         trained: Facts of the run for the model card, for example rows and device.
     """
-    check_replaceable(folder)
+    head.check_replaceable(folder)
     cost = {"seconds": round(fit.seconds, 1)} | dict(trained)
     training = {k: v for k, v in dataclasses.asdict(fit).items() if k != "seconds"}
     with atomic_dir(folder) as temporary:
-        write_head(head, temporary)
+        head._save_pretrained(temporary)
         write_json(temporary / "metrics.json", {**results, "training": training, "cost": cost})
         config, T = head.config, head.config.num_train_timesteps
         plot_metrics(
@@ -145,18 +141,18 @@ def model_card(
         "Measured on test rows; nothing was chosen on them. Skill is the lower end of a 95% interval; 0 is "
         "chance.",
         "",
-        *_bins_table(test["bins"]),
+        *_bins_table(test["bins"], get_task(head.config.task).headlines),
         "Overall: " + ", ".join(f"{k} {_cell(v)}" for k, v in test["overall"].items()) + ".",
     ]
     chosen = "that range is where it clearly beat chance on validation rows"
     return head_card(head, name, facts=[chosen, fact], measured="\n".join(lines))
 
 
-def _bins_table(bins: Sequence[Mapping[str, Any]]) -> list[str]:
+def _bins_table(bins: Sequence[Mapping[str, Any]], headlines: Sequence[str]) -> list[str]:
     """Results by timestep; nothing where no bin has enough rows."""
     if not bins:
         return []
-    columns = [c for c in ("low", "high", "rows", *_HEADLINES, "nll") if c in bins[0]]
+    columns = [c for c in ("low", "high", "rows", *headlines, "nll") if c in bins[0]]
     return [
         "| " + " | ".join(columns) + " |",
         "|" + " ---: |" * len(columns),

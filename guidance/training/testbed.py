@@ -1,7 +1,7 @@
-"""The whole training of the testbed, network by network, in one working folder.
+"""Train the testbed, network by network, in one working folder.
 
 Order: ``data`` -> ``vae``, ``clip`` -> ``unet``; ``judge_classifier`` and ``judge_clip`` need only the data.
-Each step leaves ``done-NAME.json`` and is skipped when that is there; a killed one resumes from its checkpoint.
+A finished step writes ``done-NAME.json`` and is skipped from then on; a killed one resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def _render_chunk(args: tuple[str, int, int]) -> np.ndarray:
 
 @dataclasses.dataclass
 class Recipe:
-    """State shared by the steps: where the work lies, how many scenes, which device, which stages.
+    """Settings and data shared by the training steps.
 
     Args:
-        work: Working folder; everything resumes from what lies there.
+        work: Working folder; everything resumes from its contents.
         num_scenes: Training scenes (a multiple of 500).
         stages: One :class:`Stage` per trained network.
         seed: Seed of the world and of all training.
@@ -71,7 +71,7 @@ class Recipe:
     latent_noise: float = 0.05  # noise on the latents the decoder is trained on: sampled ones are not exact
 
     def run(self, step: str) -> dict[str, Any]:
-        """Run one step, or return its record when it is done already."""
+        """Run one step, or return its record if it is finished."""
         if step not in STEPS:
             raise UserError(f"Expected a training step out of {', '.join(STEPS)}, got '{step}'.")
         done = self.work / f"done-{step}.json"
