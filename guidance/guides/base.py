@@ -1,6 +1,7 @@
-"""What a guide is: a score of what the denoiser sees, and how strongly, when and in which space it pushes.
+"""The protocol of guides: a score of features of the denoiser, and its strength, interval and space.
 
-One method a file beside this one.  :mod:`guidance.apply` turns guides into a shift of the denoiser's output.
+Each guidance method has a file beside this one.  :mod:`guidance.apply` turns guides into a shift of the denoiser's
+output.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from guidance.guides.phases import step_phases
 from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError
 
-#: Prompts of the conditional part of the batch, set by our own loop; None inside other pipelines.
+#: Prompts of the conditional part of the batch, set by our sampling loop; None inside other pipelines.
 run_prompts: ContextVar[tuple[str, ...] | None] = ContextVar("run_prompts", default=None)
 
-#: Factors of all guides' scales, one for each sample of the conditional part, set by our own loop; None: 1.
+#: Factors of all guides' scales, one per sample of the conditional part, set by our sampling loop; None: 1.
 run_factors: ContextVar[tuple[float, ...] | None] = ContextVar("run_factors", default=None)
 
 SPACES = ("eps", "x")
@@ -31,15 +32,15 @@ NORMALIZE = ("cfg", None)
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """How strongly and when a guide pushes.
+    """Strength, interval and space of a guide.
 
     Attributes:
-        guidance_scale: Factor of the gradient; negative pushes away, 0 does nothing.
+        guidance_scale: Factor of the gradient; a negative one pushes away, 0 does nothing.
         normalize: "cfg" makes the scale portable: per sample, the shift's RMS is ``guidance_scale`` times the RMS of
             ``eps_cond - eps_uncond`` (of eps itself without classifier-free guidance).  None: the raw gradient,
             ``eps - guidance_scale * sigma_t * grad log p`` (Dhariwal and Nichol 2021, algorithm 2).
-        start, stop: Fractions of the sampling steps, 0 is the first (pure noise), 1 the end.
-        every: Take a gradient each ``every``-th step and reuse the last shift's direction between.
+        start, stop: Fractions of the sampling steps; 0 is the first step (pure noise), 1 the end.
+        every: Take a gradient every ``every``-th step and reuse the direction of the last shift in between.
         space: "eps" shifts the prediction; "x" moves the latents between steps, ``x <- x + s grad`` (the mid-u
             report's form; its total strength grows with the number of steps, and ``normalize`` must be None).
     """
@@ -71,40 +72,31 @@ class Strength:
 
     @classmethod
     def within(
-        cls, own: tuple[float, float], *, start: float | None, stop: float | None, **options: Any
+        cls, default: tuple[float, float], *, start: float | None, stop: float | None, **options: Any
     ) -> Strength:
-        """Build the strength of a guide that has a range of its own, as trained heads and adapters do.
-
-        Args:
-            own: The guide's own range, fractions of the steps.
-            start, stop: The user's choice; None takes the guide's own.
-            **options: The other attributes.
-
-        Raises:
-            UserError: If a value is out of range.
-        """
-        start = own[0] if start is None else start
-        return cls(start=start, stop=own[1] if stop is None else stop, **options)
+        """Build a strength whose ``start`` and ``stop`` fall back to those of a trained head or adapter."""
+        start = default[0] if start is None else start
+        return cls(start=start, stop=default[1] if stop is None else stop, **options)
 
     def active(self, fraction: float) -> bool:
-        """Tell whether the guide pushes at this fraction of the steps (0 first, below 1 last)."""
+        """Tell whether the guide is active at a fraction of the steps."""
         return self.guidance_scale != 0 and self.start <= fraction < self.stop
 
     def phases(self, num_steps: int, first: int = 0) -> list[str]:
-        """What the guide does in each step of a run, see :func:`guidance.guides.phases.step_phases`."""
+        """Return the phase of each step of a run, see :func:`guidance.guides.phases.step_phases`."""
         start, stop = (self.start, self.stop) if self.guidance_scale != 0 else (1.0, 1.0)
         return step_phases(start, stop, self.every, num_steps, first)
 
 
 @runtime_checkable
 class Guide(Protocol):
-    """Scores features at a tap; everything :func:`guidance.apply_guidance` needs.
+    """Score of features at a tap: everything that :func:`guidance.apply_guidance` needs.
 
     ``tap`` is the name of a module of the denoiser, or :data:`guidance.taps.hooks.X0` (the features are the x0
-    predicted by the conditional part, in the model's latent space; their gradient is taken there, as MPGD does), or
-    :data:`guidance.taps.hooks.X0_THROUGH_UNET` (the same with the exact gradient).  Instead of ``score`` a guide may
-    have a method ``direction(x_t, eps, x0, t)`` that returns a direction of the latents itself, (b, c, y, x), without
-    any gradient.
+    prediction of the conditional part, in the model's latent space; the gradient stops there, as in MPGD), or
+    :data:`guidance.taps.hooks.X0_THROUGH_UNET` (the same with the exact gradient).  Instead of ``score``, a guide may
+    have a method ``direction(x_t, eps, x0, t)`` that returns a direction of the latents, (b, c, y, x), without a
+    gradient.
     """
 
     name: str
@@ -115,25 +107,36 @@ class Guide(Protocol):
         """Check that the guide fits the pipeline (UserError if not) and move to its device."""
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Differentiable score of features at timesteps ``t``, float32 or float64; larger is better."""
+        """Score features at timesteps ``t``, differentiably, in float32 or float64; larger is better."""
+
+
+def own_prompts(batch: int) -> tuple[str, ...]:
+    """Return the prompt of each sample of the conditional part, as targets of a guide without others."""
+    prompts = run_prompts.get()
+    if prompts is None or len(prompts) != batch:
+        found = "none" if prompts is None else f"{len(prompts)} prompts"
+        raise UserError(
+            f"Expected the prompts of the {batch} samples, got {found}; pass texts or images to the guide: each "
+            "sample's own prompt is known only inside guidance.sample_latents and sample_images."
+        )
+    return prompts
 
 
 def is_direct(guide: Guide) -> bool:
-    """Tell whether a guide gives directions of the latents itself, so that no gradient is taken."""
+    """Tell whether a guide returns directions of the latents, so that no gradient is taken."""
     return hasattr(guide, "direction")
 
 
 def describe_scorer(guide: Guide) -> dict[str, Any]:
-    """What a record says of a guide that scores and does not push: its name, its networks, what it asks of them.
+    """Describe a guide that only scores, for a record: its name and what its method ``describe`` adds, if it has one.
 
-    A guide says the last two by a method ``describe``: "networks" are fingerprints of weights, which must not grade
-    what they have chosen.
+    Its "networks" are fingerprints of weights, which must not grade the images that they have selected.
     """
     return {"guide": guide.name, **(guide.describe() if hasattr(guide, "describe") else {})}
 
 
 def scale_for(guide: Guide, like: Tensor) -> float | Tensor:
-    """A guide's scale: a number, or with ``run_factors`` one for each sample, (b, 1, ...) as ``like`` has axes."""
+    """Return a guide's scale: a number, or with ``run_factors`` one per sample, broadcastable to ``like``."""
     factors, scale = run_factors.get(), guide.strength.guidance_scale
     if factors is None:
         return scale

@@ -16,20 +16,20 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from guidance.guides.base import Strength, run_prompts
+from guidance.guides.base import Strength, own_prompts
 from guidance.models.clip import Clip, resize
 from guidance.models.denoiser import denoiser_of, device_of, is_offloaded
 from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError, nearest
 
-#: ``through`` -> tap: the gradient stops at the x0 prediction, or goes on through the denoiser to its input.
+#: ``through`` -> tap: the gradient stops at the x0 prediction, or continues through the denoiser to its input.
 TAPS = {"x0": "x0", "unet": "x0/unet"}
 
 
 def spherical_distance(u: Float[Tensor, "... d"], v: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
     """Squared angle between unit vectors, halved: ``2 asin(|u - v| / 2)^2 = arccos(u . v)^2 / 2``.
 
-    Computed as ``2 atan2(|u - v|, |u + v|)^2``, the same number for unit vectors, whose gradient is finite also where
+    Computed as ``2 atan2(|u - v|, |u + v|)^2``, which is equal for unit vectors and has a finite gradient also where
     they are equal or opposite.
 
     Returns:
@@ -61,7 +61,7 @@ SIMILARITIES: dict[str, Callable[[Clip, Tensor, Tensor], Tensor]] = {
 
 
 class ClipGuide:
-    """Push samples towards texts or images as CLIP sees them; the classic that mid-block guidance is compared with.
+    """Push samples towards texts or images as CLIP sees them: the baseline of mid-block guidance.
 
     With ``u_j`` the embedding of cutout ``j`` of the decoded x0 prediction and ``v_k`` that of target ``k``::
 
@@ -73,27 +73,28 @@ class ClipGuide:
 
     Args:
         clip: See :func:`guidance.models.clip.load_clip`; do not grade with the same network.
-        guidance_scale: Strength; negative pushes away.
+        guidance_scale: Strength; a negative one pushes away.
         texts: One or more texts, the same for all samples.  None, without ``images``: each sample's own prompt
-            (in our own sampling loop only).
-        images: One or more images as targets, beside the texts.
-        weights: One weight per target, texts first; negative pushes away.  None: 1 each.
+            (in our sampling loop only).
+        images: One or more images as targets, besides the texts.
+        weights: One weight per target, texts first; a negative one pushes away.  None: 1 each.
         distance: "spherical" or "cosine".
-        through: "x0" takes the gradient at the x0 prediction and does not carry it through the UNet (MPGD), cheaper;
-            "unet" carries it through, exact.
+        through: "x0" stops the gradient at the x0 prediction (MPGD), which is cheaper; "unet" carries it through the
+            UNet, which is exact.
         cutouts: Random cutouts per image and step; 0 shows CLIP the whole image.
         min_size: Smallest cutout, as a fraction of the image's shorter side.
         decoder: Decodes latents instead of ``pipe.vae``, for example an ``AutoencoderTiny``.
-        seed: Of the cutouts, which depend on it and on the timestep, not on the batch.
+        seed: Seed of the cutouts, which depend on it and on the timestep, not on the batch.
         normalize, start, stop, every: See :class:`~guidance.guides.base.Strength`.
-        name: Name in the records.
 
     Raises:
-        UserError: If targets are missing or empty, weights do not fit them, or a choice is unknown.
+        UserError: If targets are empty, weights do not fit them, or a choice is unknown.
 
     Reference:
         K. Crowson, "CLIP guided diffusion", 2021; Y. He et al., "Manifold Preserving Guided Diffusion", ICLR 2024.
     """
+
+    name = "clip"
 
     def __init__(
         self,
@@ -113,47 +114,38 @@ class ClipGuide:
         start: float = 0.0,
         stop: float = 1.0,
         every: int = 1,
-        name: str = "clip",
     ) -> None:
-        if not isinstance(clip, Clip):
-            raise UserError(f"Expected a Clip, got {type(clip).__name__}; load one with load_clip(...).")
         if clip.dtype not in (torch.float32, torch.float64):
             raise UserError(
                 f"Expected a CLIP in float32, got {clip.dtype}, whose gradients underflow; use load_clip(dtype=None)."
             )
-        if through not in TAPS:
-            raise UserError(
-                f"Expected a place to take the gradient through, got {through!r}.{nearest(str(through), TAPS)}"
-            )
-        if distance not in SIMILARITIES:
-            raise UserError(
-                f"Expected a known distance, got {distance!r}.{nearest(str(distance), SIMILARITIES)}"
-            )
+        for name, value, choices in (("through", through, TAPS), ("distance", distance, SIMILARITIES)):
+            if value not in choices:
+                raise UserError(f"Expected a known value of {name}, got {value!r}.{nearest(value, choices)}")
         if cutouts < 0 or not 0 < min_size <= 1 or seed < 0:
             raise UserError(
                 f"Expected cutouts >= 0, 0 < min_size <= 1 and seed >= 0, got {cutouts}, {min_size} and {seed}."
             )
-        self.clip, self.name, self.tap = clip, name, TAPS[through]
+        self.clip, self.tap = clip, TAPS[through]
         self.strength = Strength(guidance_scale, normalize, start, stop, every)
         self.similarity = functools.partial(SIMILARITIES[distance], clip)
         self.cutouts, self.min_size, self.seed = cutouts, min_size, seed
         self.decoder = decoder
-        self._source: Any = None  # the pipeline's part that _decoder was made from
+        self._source: Any = None  # the module that _decoder was made from
         self._decoder: Any = None
         self._text_cache: dict[str, Tensor] = {}
-        self.targets = self._embed_targets(_listed(texts, str), _listed(images, Image.Image))
+        self.targets = self._embed_targets(_as_list(texts, str), _as_list(images, Image.Image))
         self.weights = _weights(weights, None if self.targets is None else len(self.targets))
 
     # ---- targets ----------------------------------------------------------------------------------------------
     def _embed_targets(self, texts: list[str], images: list[Image.Image]) -> Float[Tensor, "k d"] | None:
-        """Embeddings of the fixed targets, texts first; None where every sample's own prompt is the target."""
-        parts = ([self._embed_texts(texts)] if texts else []) + (
-            [self.clip.embed_pil(images)] if images else []
-        )
+        """Embed the fixed targets, texts first; None if every sample's own prompt is its target."""
+        parts = [self._embed_texts(texts)] if texts else []
+        parts += [self.clip.embed_pil(images)] if images else []
         return torch.cat(parts) if parts else None
 
     def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Embed texts once; later calls read the cache."""
+        """Embed texts, each once."""
         if not all(text.strip() for text in texts):
             raise UserError(
                 "Expected texts to guide towards, got an empty one; give every target some words."
@@ -173,27 +165,17 @@ class ClipGuide:
     def _targets_of(self, batch: int) -> Float[Tensor, "b k d"] | Float[Tensor, "1 k d"]:
         if self.targets is not None:
             return self.targets.to(self.clip.device)[None]
-        prompts = run_prompts.get()
-        if prompts is None:
-            raise UserError(
-                "Expected ClipGuide(texts=...) or images=..., got neither; each sample's own prompt is known inside "
-                "guidance.sample_latents and sample_images only."
-            )
-        if len(prompts) != batch:
-            raise UserError(
-                f"Expected one prompt per sample, got {len(prompts)} for {batch}; give ClipGuide(texts=...)."
-            )
-        return self._embed_texts(prompts)[:, None]
+        return self._embed_texts(own_prompts(batch))[:, None]
 
     # ---- the protocol -----------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
-        """See :func:`~guidance.guides.base.describe_scorer`."""
+        """Describe the guide as a scorer, see :func:`~guidance.guides.base.describe_scorer`."""
         return {"networks": [self.clip.fingerprint]}
 
     def prepare(self, pipe: Pipeline) -> None:
         """Check that the pipeline's latents can be decoded; freeze the decoder, and move it and CLIP to the device.
 
-        A decoder in half precision is copied to float32, once; others are used as they are.
+        A decoder in half precision is copied to float32 once; others are used as they are.
         """
         source: Any = self.decoder if self.decoder is not None else getattr(pipe, "vae", None)
         _check_decoder(source, pipe)
@@ -207,11 +189,7 @@ class ClipGuide:
         self.clip.to(device_of(pipe))
 
     def score(self, x0: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Similarity of predicted clean latents, as the denoiser scales them, to the targets.
-
-        Raises:
-            UserError: Before :meth:`prepare`, or where a sample's own prompt is wanted and not known.
-        """
+        """Score the similarity of predicted clean latents, as the denoiser scales them, to the targets."""
         targets = self._targets_of(len(x0))
         with torch.autocast(x0.device.type, enabled=False):
             u = self._embed(self._decode(x0), t)
@@ -220,15 +198,13 @@ class ClipGuide:
         return weighted.sum(-1).mean(0)
 
     def _decode(self, x0: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
-        """Latents to images in -1..1, unclipped."""
-        if self._decoder is None:
-            raise UserError("Expected a prepared guide, got none; call guide.prepare(pipe) before score.")
+        """Decode latents to images in -1..1, unclipped."""
         config = self._decoder.config
         z = x0.to(self._decoder.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
         return self._decoder.decode(z, return_dict=False)[0]
 
     def _embed(self, images: Float[Tensor, "b 3 h w"], t: Float[Tensor, " b"]) -> Float[Tensor, "n b d"]:
-        """Embeddings of every cutout of every image, or of the whole images."""
+        """Embed every cutout of every image, or the whole images."""
         if self.cutouts == 0:
             return self.clip.embed_images(images)[None]
         if not (t == t[0]).all():  # samples at several timesteps: each gets the cutouts of its own
@@ -241,21 +217,20 @@ class ClipGuide:
         return rearrange(u, "(n b) d -> n b d", n=self.cutouts)
 
 
-def _listed(value: Any, kind: type) -> list[Any]:
-    """One target or several as a list; None as an empty one."""
+def _as_list(value: Any, kind: type) -> list[Any]:
+    """Return one or several targets as a list, and None as an empty one."""
     if value is None:
         return []
     values = [value] if isinstance(value, kind) else list(value)
-    if not values or not all(isinstance(v, kind) for v in values):
-        what = "texts" if kind is str else "PIL images"
+    if not values:
         raise UserError(
-            f"Expected one or more {what}, got {value!r}; leave it out for each sample's own prompt."
+            "Expected one or more targets, got none; leave them out for each sample's own prompt."
         )
     return values
 
 
 def _weights(weights: float | Sequence[float] | None, targets: int | None) -> list[float]:
-    """One finite weight per target; a sample's own prompt is one target."""
+    """Return one finite weight per target; a sample's own prompt is one target."""
     number = 1 if targets is None else targets
     if weights is None:
         return [1.0] * number
@@ -293,52 +268,40 @@ def cutouts(
     min_size: float = 0.5,
     *,
     size: int,
-    power: float = 1.0,
-    flip: float = 0.0,
     noise: float = 0.02,
     mode: str = "bicubic",
 ) -> Float[Tensor, "n b c size size"]:
     """Cut ``n`` random squares out of every image and resize them to CLIP's size; differentiable.
 
-    A gradient that holds for many crops moves what CLIP sees, not the pixels of an adversarial pattern.  The side of a
-    square is ``s (m + (1 - m) u^power)`` with ``s`` the shorter side, ``m = min_size`` and ``u`` uniform in 0..1; its
+    A gradient that agrees over many crops changes what CLIP sees, not the pixels of an adversarial pattern.  The side
+    of a square is ``s (m + (1 - m) u)`` with ``s`` the shorter side, ``m = min_size`` and ``u`` uniform in 0..1; its
     place is uniform.
 
-    All images of a batch get the same squares, flips and noise: what a sample sees depends on the generator alone, not
-    on the samples beside it.
+    All images of a batch get the same squares and noise: what a sample sees depends on the generator alone, not on the
+    rest of the batch.
 
     Args:
         x: Images, any range.
         n: Cutouts per image.
-        generator: CPU generator; everything is drawn from it.
-        min_size: Smallest side as a fraction of the shorter side, above 0 up to 1; 1 keeps squares whole.
+        generator: CPU generator of all random numbers.
+        min_size: Smallest side as a fraction of the shorter side, above 0 up to 1.
         size: Height and width of the result in pixels.
-        power: Above 1 prefers small squares, below 1 large ones.
-        flip: Probability of a horizontal flip.
         noise: Standard deviation of Gaussian noise, in the images' units.
         mode: See :func:`resize`.
 
     Returns:
         The cutouts, first axis the cutout, in the dtype and on the device of ``x``.
 
-    Raises:
-        UserError: If ``n`` or ``min_size`` is out of range.
-
     Reference:
         K. Crowson, "CLIP guided diffusion" (notebooks and repository), 2021: ``MakeCutouts``.
     """
-    if n < 1:
-        raise UserError(f"Expected one or more cutouts, got {n}; embed the whole image instead.")
-    if not 0 < min_size <= 1:
-        raise UserError(f"Expected a min_size above 0 and up to 1, a fraction of the image, got {min_size}.")
     height, width = x.shape[-2:]
     short = min(height, width)
     cuts = []
-    for u, where_y, where_x, coin in torch.rand(n, 4, generator=generator).tolist():
-        side = max(1, round(short * (min_size + (1 - min_size) * u**power)))
-        top, left = int(where_y * (height - side + 1)), int(where_x * (width - side + 1))
-        cut = resize(x[..., top : top + side, left : left + side], size, size, mode)
-        cuts.append(cut.flip(-1) if coin < flip else cut)
+    for u, v, w, _ in torch.rand(n, 4, generator=generator).tolist():
+        side = max(1, round(short * (min_size + (1 - min_size) * u)))
+        top, left = int(v * (height - side + 1)), int(w * (width - side + 1))
+        cuts.append(resize(x[..., top : top + side, left : left + side], size, size, mode))
     out = torch.stack(cuts)
     if noise == 0:
         return out

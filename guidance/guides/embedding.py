@@ -1,4 +1,4 @@
-"""Mid-block CLIP guidance: a head predicts the CLIP embedding of the image to be; neither VAE nor CLIP is run."""
+"""Mid-block CLIP guidance: a head predicts the CLIP embedding of the final image, without running VAE or CLIP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.guides.base import run_prompts
+from guidance.guides.base import own_prompts
 from guidance.guides.midblock import HeadGuide
 from guidance.heads.networks import Head
 from guidance.utils.errors import UserError
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 
 class EmbeddingGuide(HeadGuide):
-    """Push samples towards a text or an image in CLIP's space, as a head sees it in the mid-block.
+    """Push samples towards texts or images in CLIP's embedding space, as a head predicts it from the mid-block.
 
-    With ``e = head(h, t)``, the predicted embedding of the finished image, and unit targets ``y_k``::
+    With ``e = head(h, t)``, the predicted embedding of the final image, and unit targets ``y_k``::
 
         score = logit_scale * mean_k cos(e, y_k)
 
-    This is the mid-block form of GLIDE's noised CLIP: the head takes the place of an image tower trained on noised
-    images, and the gradient passes the encoder half of the UNet only.
+    This is the mid-block form of GLIDE's noised CLIP: the head replaces an image tower trained on noised images, and
+    the gradient passes only through the encoder half of the UNet.
 
     Args:
         head: A trained head of task "embedding".
         clip: The CLIP whose embeddings it predicts, see :func:`guidance.models.clip.load_clip`; it embeds the targets.
-        guidance_scale: Strength; negative pushes away.  With ``normalize="cfg"`` (default) 1 means: as large as
-            the difference that classifier-free guidance works with.
-        texts, images: A text or several, and (PIL) images, all of them targets of every sample; both None takes
-            each sample's own prompt, which only our own loop tells.
+        guidance_scale: Strength; a negative one pushes away.  With ``normalize="cfg"`` (default) the unit is the
+            difference that classifier-free guidance extrapolates.
+        texts, images: One or more texts and (PIL) images, targets of every sample; None takes each sample's own
+            prompt, which is known only in our sampling loop.
         normalize, every, space: See :class:`~guidance.guides.base.Strength`.
-        start, stop: Fractions of the steps; None takes the head's own range, where it tells images apart.
+        start, stop: Fractions of the steps; None takes the head's own range, in which it tells images apart.
 
     Raises:
-        UserError: If the head is of another task or was trained with another CLIP, or there is no target.
+        UserError: If the head has another task or was trained with another CLIP.
 
     Reference:
         Nichol et al., "GLIDE: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion
@@ -64,7 +64,7 @@ class EmbeddingGuide(HeadGuide):
         _check_clip(head, clip)
         self.clip = clip
         self.target = _embed_targets(clip, texts, images)
-        self._own: tuple[tuple[str, ...], Tensor] | None = None  # the prompts embedded last
+        self._last_prompts: tuple[tuple[str, ...], Tensor] | None = None  # and their embeddings
         super().__init__(
             [head],
             f"embedding:{head.config.clip}",
@@ -77,27 +77,21 @@ class EmbeddingGuide(HeadGuide):
         )
 
     def describe(self) -> dict[str, Any]:
-        """With the CLIP; see :func:`~guidance.guides.base.describe_scorer`."""
+        """Describe the guide as a scorer, with its CLIP."""
         return {"networks": [*super().describe()["networks"], self.clip.fingerprint]}
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """``logit_scale * cos``, in about -100..100."""
+        """Return ``logit_scale * cos``, in about -100..100."""
         predicted = F.normalize(self.head(h, t), dim=1)
-        target = self._own_prompts(len(h)) if self.target is None else self.target
+        target = self._embed_prompts(len(h)) if self.target is None else self.target
         return self.clip.logit_scale * (predicted * target.to(predicted)).sum(dim=1)
 
-    def _own_prompts(self, batch: int) -> Float[Tensor, "b d"]:
-        """The embedding of each sample's own prompt."""
-        prompts = run_prompts.get()
-        if prompts is None or len(prompts) != batch:
-            found = "none" if prompts is None else f"{len(prompts)} prompts"
-            raise UserError(
-                f"Expected the prompts of the {batch} samples, got {found}; pass texts or images to EmbeddingGuide: "
-                "only guidance.sample_latents tells a guide the prompts."
-            )
-        if self._own is None or self._own[0] != prompts:
-            self._own = prompts, self.clip.embed_texts(prompts)
-        return self._own[1]
+    def _embed_prompts(self, batch: int) -> Float[Tensor, "b d"]:
+        """Embed each sample's own prompt."""
+        prompts = own_prompts(batch)
+        if self._last_prompts is None or self._last_prompts[0] != prompts:
+            self._last_prompts = prompts, self.clip.embed_texts(prompts)
+        return self._last_prompts[1]
 
 
 def _check_clip(head: Head, clip: Clip) -> None:
@@ -115,9 +109,9 @@ def _check_clip(head: Head, clip: Clip) -> None:
 
 
 def _embed_targets(clip: Clip, texts: str | Sequence[str] | None, images: Any) -> Float[Tensor, "1 d"] | None:
-    """The mean of the targets' unit vectors, whose product is the mean cosine; None where there is no target."""
+    """Return the mean of the targets' unit vectors, whose product is the mean cosine; None without a target."""
     texts = [texts] if isinstance(texts, str) else texts
     images = [images] if images is not None and not isinstance(images, Sequence) else images
-    found = [] if texts is None else [clip.embed_texts(texts)]
-    found += [] if images is None else [clip.embed_pil(images)]
-    return torch.cat(found).mean(dim=0, keepdim=True) if found else None
+    embeddings = [] if texts is None else [clip.embed_texts(texts)]
+    embeddings += [] if images is None else [clip.embed_pil(images)]
+    return torch.cat(embeddings).mean(dim=0, keepdim=True) if embeddings else None

@@ -1,4 +1,4 @@
-"""What all guides share that score features by a trained head."""
+"""Mid-block guidance, and the base class of all guides that score features with a trained head."""
 
 from __future__ import annotations
 
@@ -21,16 +21,13 @@ from guidance.utils.errors import UserError
 
 
 class HeadGuide:
-    """A guide with a trained head; what the score is, subclasses say.
+    """A guide with trained heads; subclasses define the score.
 
     Args:
-        heads: A trained head, or several that read one tap; frozen and put in eval mode.
+        heads: One or more trained heads that read the same tap; frozen and put in eval mode.
         name: Name of the guide.
         start, stop: Fractions of the steps; None takes the range of the first head.
         **options: Other attributes of :class:`~guidance.guides.base.Strength`.
-
-    Raises:
-        UserError: If an option is out of range.
     """
 
     def __init__(
@@ -48,10 +45,10 @@ class HeadGuide:
 
     @functools.cached_property
     def _fingerprints(self) -> list[str]:
-        return [fingerprint(head) for head in self.heads]  # once, not for each image's record
+        return [fingerprint(head) for head in self.heads]
 
     def describe(self) -> dict[str, Any]:
-        """See :func:`~guidance.guides.base.describe_scorer`."""
+        """Describe the guide as a scorer, see :func:`~guidance.guides.base.describe_scorer`."""
         return {"networks": self._fingerprints}
 
     def prepare(self, pipe: Pipeline) -> None:
@@ -65,19 +62,19 @@ class HeadGuide:
 class MidBlockGuide(HeadGuide):
     """Push samples along the gradient of a head's objective, taken from the mid-block to the latents.
 
-    The gradient passes the encoder half of the UNet only: not the up-blocks, the VAE decoder or CLIP.  Several heads
-    of one target (other seeds, other data) are a committee: the score is the mean of theirs minus ``pessimism``
-    standard deviations, so that samples are not pushed where the heads have learnt nothing and disagree.
+    The gradient passes only through the encoder half of the UNet: not the up-blocks, the VAE decoder or CLIP.  Several
+    heads for one target (with other seeds or data) form a committee: the score is the mean of their scores minus
+    ``pessimism`` standard deviations, so that samples are not pushed to where the heads know nothing and disagree.
 
     Args:
         head: A trained head, see :func:`guidance.load_head`, or several of them.
-        guidance_scale: Strength; negative pushes away.  With ``normalize="cfg"`` (default) 1 means: as large as
-            the difference that classifier-free guidance works with.
+        guidance_scale: Strength; a negative one pushes away.  With ``normalize="cfg"`` (default) the unit is the
+            difference that classifier-free guidance extrapolates.
         objective: "expected", "at_least", "class" ..., see :data:`guidance.heads.objectives.OBJECTIVES`; None takes the
             default of the head's task (the expected rating for a rating head).
         target: Label, index or threshold of the objective, where it needs one.
         normalize, every, space: See :class:`~guidance.guides.base.Strength`.
-        start, stop: Fractions of the steps; None takes the head's own range, where it beats chance.
+        start, stop: Fractions of the steps; None takes the head's own range, in which it beats chance.
         pessimism: Standard deviations of a committee to subtract; 0 guides by its mean.
 
     Raises:
@@ -104,7 +101,7 @@ class MidBlockGuide(HeadGuide):
         heads = [head] if isinstance(head, Head) else list(head)
         _check_committee(heads, pessimism)
         self.objective = build_objective(heads[0].config, objective, target)
-        self.asked = {"objective": objective, "target": target}
+        self._request = {"objective": objective, "target": target}
         self.pessimism = pessimism
         super().__init__(
             heads,
@@ -118,21 +115,19 @@ class MidBlockGuide(HeadGuide):
         )
 
     def describe(self) -> dict[str, Any]:
-        """See :func:`~guidance.guides.base.describe_scorer`."""
-        return super().describe() | self.asked | {"pessimism": self.pessimism}
+        """Describe the guide as a scorer, see :func:`~guidance.guides.base.describe_scorer`."""
+        return super().describe() | self._request | {"pessimism": self.pessimism}
 
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """The objective of the head's output, for example the expected rating in 1..10."""
+        """Evaluate the objective of the heads' outputs, for example the expected rating in 1..10."""
         if len(self.heads) == 1:
             return self.objective(self.head(h, t))
         scores = torch.stack([self.objective(head(h, t)) for head in self.heads])
-        # the gradient of a standard deviation is not finite where all agree
+        # the gradient of a standard deviation of 0 is not finite
         return scores.mean(0) - self.pessimism * (scores.var(0) + 1e-12).sqrt()
 
 
 def _check_committee(heads: Sequence[Head], pessimism: float) -> None:
-    if not heads:
-        raise UserError("Expected one head or more, got none.")
     if not (math.isfinite(pessimism) and (pessimism == 0 or len(heads) > 1)):
         raise UserError(
             f"Expected a finite pessimism, and 0 with a single head, got {pessimism} for {len(heads)}; give more heads."

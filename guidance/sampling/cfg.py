@@ -1,4 +1,4 @@
-"""Classifier-free guidance and its variants: rescaling, an interval of steps, a weight that a head turns down."""
+"""Classifier-free guidance and its variants: rescaling, an interval of steps, a weight that a head lowers."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from guidance.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierFree:
-    """How the conditional and the unconditional prediction become one.
+    """Combination of the conditional and the unconditional prediction.
 
     ``eps = eps_uncond + w (eps_cond - eps_uncond)`` (Ho and Salimans 2022), and in the same way for v and x0.
 
     Attributes:
-        scale: The weight w; 1 is off.  Or one for each sample, none of them 1.
+        scale: The weight w; 1 is off.  Or one per sample, none of them 1.
         rescale: ``phi`` of Lin et al. ("Common Diffusion Noise Schedules and Sample Steps Are Flawed", WACV 2024,
-            section 3.4): how far the result's standard deviation per sample is pulled back to that of the conditional
-            prediction, against overexposure; 0 is off, they use 0.7.
-        start, stop: Fractions of the steps between which w holds; outside it is 1 (Kynkaanniemi et al., "Applying
+            section 3.4): how far each sample's standard deviation is pulled back to that of the conditional prediction,
+            against overexposure; 0 is off, they use 0.7.
+        start, stop: Fractions of the steps between which w applies; outside it is 1 (Kynkaanniemi et al., "Applying
             Guidance in a Limited Interval", NeurIPS 2024), and without guides the unconditional part is not computed.
-        modulate: A guide whose score is a log-probability, for example a class head's: with ``p = exp(score)`` of each
-            sample the weight is ``1 + (w - 1) (1 - p)``, so that samples that are there already are left in peace.  No
-            gradient is taken, and the guide's own scale is not used.
+        modulate: A guide whose score is a log-probability, for example that of a class head: with ``p = exp(score)``
+            the weight of each sample is ``1 + (w - 1) (1 - p)``, so that samples that already satisfy the guide are
+            left alone.  No gradient is taken, and the guide's own scale is not used.
     """
 
     scale: float | tuple[float, ...] = 4.0
@@ -41,14 +41,10 @@ class ClassifierFree:
     modulate: Guide | None = None
 
     def __post_init__(self) -> None:
-        several = isinstance(self.scale, tuple)
-        for scale in self.scale if isinstance(self.scale, tuple) else (self.scale,):
-            if not math.isfinite(scale):
-                raise UserError(f"Expected a finite cfg_scale, got {scale}; 1 turns it off.")
-            if several and scale == 1:
-                raise UserError(
-                    "Expected no 1 among the cfg_scale of a batch, which needs no second forward."
-                )
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if not all(map(math.isfinite, scales)):
+            raise UserError(f"Expected a finite cfg_scale, got {self.scale}; 1 turns it off.")
+        assert self.scale == 1 or 1 not in scales  # in a batch, 1 would need no second forward
         if not 0 <= self.rescale <= 1:
             raise UserError(f"Expected a rescale in 0..1, got {self.rescale}; 0 is off, 0.7 is usual.")
         if not 0 <= self.start < self.stop <= 1:
@@ -56,13 +52,13 @@ class ClassifierFree:
 
     @classmethod
     def of(cls, scale: float | Sequence[float] | ClassifierFree) -> ClassifierFree:
-        """Plain classifier-free guidance of a weight; one that is there already stays."""
+        """Convert a weight, or one per sample, to plain classifier-free guidance."""
         if isinstance(scale, ClassifierFree):
             return scale
         return cls(tuple(scale) if isinstance(scale, Sequence) else scale)
 
     def weight(self, fraction: float) -> float | tuple[float, ...]:
-        """The weight at a fraction of the steps (0 first, below 1 last), before modulation."""
+        """Return the weight at a fraction of the steps, before modulation."""
         return self.scale if self.start <= fraction < self.stop else 1.0
 
     def combine(
@@ -72,15 +68,15 @@ class ClassifierFree:
         fraction: float,
         scores: Float[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b c y x"]:
-        """One prediction of two, in the model's own parameterisation.
+        """Combine two predictions, in the model's own parameterisation.
 
         Args:
             uncond, cond: Predictions.
-            fraction: Of the steps.
-            scores: What ``modulate`` says of each sample.
+            fraction: Fraction of the steps.
+            scores: Scores of the guide ``modulate``.
 
         Raises:
-            UserError: If a score is no log-probability.
+            UserError: If a score is not a log-probability.
 
         >>> combine = ClassifierFree(3.0, start=0.5).combine
         >>> [combine(torch.zeros(1), torch.ones(1), fraction).item() for fraction in (0.2, 0.5)]
@@ -100,14 +96,14 @@ class ClassifierFree:
         combined = uncond + weight * (cond - uncond)
         if not self.rescale:
             return combined
-        every = tuple(range(1, cond.ndim))
-        size = combined.float().std(every, keepdim=True).clamp(min=1e-8)
-        pull = self.rescale * cond.float().std(every, keepdim=True) / size + (1 - self.rescale)
-        return combined * pull.to(combined.dtype)
+        axes = tuple(range(1, cond.ndim))
+        deviation = combined.float().std(axes, keepdim=True).clamp(min=1e-8)
+        factor = self.rescale * cond.float().std(axes, keepdim=True) / deviation + (1 - self.rescale)
+        return combined * factor.to(combined.dtype)
 
     def describe(self) -> dict[str, Any] | None:
-        """What a record says of it beside the scale; None for plain classifier-free guidance."""
+        """Describe all options but the scale, for a record; None for plain classifier-free guidance."""
         if self == ClassifierFree(self.scale):
             return None
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "scale"}
-        return own | {"modulate": None if self.modulate is None else describe_scorer(self.modulate)}
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "scale"}
+        return options | {"modulate": None if self.modulate is None else describe_scorer(self.modulate)}

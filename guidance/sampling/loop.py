@@ -1,4 +1,4 @@
-"""Our sampling loop: short, one generator per sample, any diffusers scheduler, guided by wrapping the denoiser."""
+"""Our sampling loop: one generator per sample, any diffusers scheduler, guidance by wrapping the denoiser."""
 
 from __future__ import annotations
 
@@ -39,18 +39,13 @@ SCHEDULERS: dict[str, Any] = {
     "ddpm": DDPMScheduler,
 }
 
-#: ``callback(step, latents, record)``; the record holds per-sample scores and gradient norms, None if unguided.
-#: Latents it returns replace the current ones; None keeps them.
+#: ``callback(step, latents, record)``; the record holds scores and gradient norms per sample, None if unguided.
+#: Returned latents replace the current ones.
 Callback = Callable[[int, Tensor, StepRecord | None], Tensor | None]
 
 
 def build_scheduler(name: str, like: Any) -> Any:
-    """Make a scheduler of another kind with the same noise schedule.
-
-    Args:
-        name: Key of :data:`SCHEDULERS`.
-        like: The pipeline's own scheduler.
-    """
+    """Build a scheduler of :data:`SCHEDULERS` with the noise schedule of another one."""
     if name not in SCHEDULERS:
         raise UserError(f"Expected a scheduler's name, got '{name}'.{nearest(name, SCHEDULERS)}")
     return SCHEDULERS[name].from_config(like.config)
@@ -59,12 +54,13 @@ def build_scheduler(name: str, like: Any) -> Any:
 @contextmanager
 def using_scheduler(pipe: Pipeline, name: str | None) -> Iterator[None]:
     """Give a pipeline another scheduler inside the ``with`` block (None: a fresh copy of its own)."""
-    own = pipe.scheduler
-    pipe.scheduler = type(own).from_config(own.config) if name is None else build_scheduler(name, own)
+    original = pipe.scheduler
+    fresh = type(original).from_config(original.config) if name is None else build_scheduler(name, original)
+    pipe.scheduler = fresh
     try:
         yield
     finally:
-        pipe.scheduler = own
+        pipe.scheduler = original
 
 
 @torch.no_grad()
@@ -87,38 +83,34 @@ def sample_latents(
 ) -> Float[Tensor, "b c y x"]:
     """Sample latents for prompts, one seed each.
 
-    The same (prompt, seed) gives the same latents whatever else is in the batch, up to float rounding.
+    A (prompt, seed) gives the same latents whatever else is in the batch, up to rounding.
 
     Args:
         pipe: A pipeline of Stable Diffusion 1, 2 or XL: ``unet``, ``scheduler``, ``encode_prompt``.
         prompts: One prompt per sample.
-        seeds: One seed per sample, for its initial noise and all later noise.
+        seeds: One seed per sample, for its initial and all later noise.
         num_steps: Sampling steps.
         cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.
-            Several, none of them 1: one for each sample.  Or a
-            :class:`~guidance.sampling.cfg.ClassifierFree` with more to say.
-        negative_prompt: What the unconditional part sees.
+            Or one per sample, none of them 1; or a :class:`~guidance.sampling.cfg.ClassifierFree`.
+        negative_prompt: Prompt of the unconditional part.
         scheduler: Key of :data:`SCHEDULERS`; None keeps the pipeline's.
         eta: DDIM's noise (Song et al. 2021, equation 16): 0 is deterministic, 1 draws as much as DDPM.
         start: :class:`~guidance.sampling.start.FromImage` or :class:`~guidance.sampling.start.FromMask`;
             None starts from noise.
         guides: Guides to apply.
-        guide_prompts: What guides that follow each sample's prompt see; None: ``prompts``.
-        guide_factors: Factors of the guides' scales, one for each sample; None: 1.
-        callback: Called after every step; may return other latents to go on with.
+        guide_prompts: Prompts for guides that follow each sample's prompt; None: ``prompts``.
+        guide_factors: Factors of the guides' scales, one per sample; None: 1.
+        callback: Called after every step, see :data:`Callback`.
         progress: Show a progress bar over the steps.
 
     Returns:
         Final latents as the VAE's decoder expects them times ``scaling_factor``.
 
     Raises:
-        UserError: If seeds, factors or start do not fit the prompts, or the scheduler takes no eta and it is not 0.
+        UserError: If the seeds or the start do not fit the prompts, or the scheduler takes no eta and it is not 0.
     """
     if len(prompts) != len(seeds):
         raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
-    for name, values in (("cfg_scale", cfg_scale), ("guide_factors", guide_factors)):
-        if isinstance(values, Sequence) and len(values) != len(prompts):
-            raise UserError(f"Expected one {name} per prompt, got {len(values)} of {len(prompts)} prompts.")
     cfg = ClassifierFree.of(cfg_scale)
     watch = scoring(pipe, cfg.modulate, len(prompts)) if cfg.modulate else nullcontext()
     with using_scheduler(pipe, scheduler), watch as scorer, apply_guidance(pipe, guides) as handle:
@@ -153,7 +145,7 @@ def sample_latents(
 
 
 def initial_noise(pipe: Pipeline, generators: Sequence[torch.Generator]) -> Float[Tensor, "b c y x"]:
-    """Unit Gaussian latents, one CPU generator per sample; the numbers diffusers draws from the same generators."""
+    """Draw unit Gaussian latents, one CPU generator per sample: the same numbers as diffusers."""
     size = pipe.unet.config.sample_size
     shape = (1, pipe.vae.config.latent_channels, size, size)
     noise = [torch.randn(shape, generator=g, dtype=pipe.unet.dtype) for g in generators]
@@ -166,7 +158,7 @@ def takes_eta(scheduler: Any) -> bool:
 
 
 def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:
-    """What this scheduler's step takes beside output, timestep and latents."""
+    """Return the arguments of a scheduler's step besides output, timestep and latents."""
     if not 0 <= eta <= 1:
         raise UserError(
             f"Expected eta in 0..1, got {eta}; 0 is deterministic, 1 draws as much noise as DDPM."
@@ -183,9 +175,9 @@ def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: flo
 
 @torch.no_grad()
 def check_resampling(pipe: Pipeline, eta: float) -> None:
-    """Take one step on a dummy and refuse a sampler whose latents cannot be copied and exchanged between steps.
+    """Refuse a sampler whose latents cannot be copied between steps, by a step on a dummy.
 
-    Refused are schedulers that remember earlier steps of each sample, or draw no noise (copies stay identical).
+    Schedulers are refused if they remember earlier steps of each sample, or draw no noise (copies stay identical).
     """
     name, ends = type(pipe.scheduler).__name__, []
     x = torch.ones(1, pipe.vae.config.latent_channels, 1, 1)
@@ -212,7 +204,7 @@ def check_resampling(pipe: Pipeline, eta: float) -> None:
 
 @torch.no_grad()
 def decode_latents(pipe: Pipeline, latents: Float[Tensor, "b c y x"]) -> NDArray[np.uint8]:
-    """Decode to RGB images, uint8 (b, h, w, 3); rounded, not floored."""
+    """Decode to RGB images, uint8, (b, h, w, 3), by rounding to the nearest level."""
     z = latents / pipe.vae.config.scaling_factor + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)
     images = pipe.vae.decode(z.to(pipe.vae.dtype), return_dict=False)[0].float()
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -1,8 +1,8 @@
-"""Where sampling starts: from noise, from an image (SDEdit), or from an image of which a mask is repainted.
+"""Starting points of sampling: noise, an image (SDEdit), or an image with a mask to repaint.
 
-A start is data; its ``begin`` gives the loop of :mod:`guidance.sampling` the first latents, the timesteps left and what
-happens around each denoiser call.  Numbers are those of diffusers' img2img and inpaint pipelines *given latents*: given
-pixels they first draw the VAE's posterior from the sample's generator, where :func:`encode_images` takes its mean.
+A start is data; its ``begin`` returns the first latents, the remaining timesteps and the hooks of the sampling loop.
+Results equal those of diffusers' img2img and inpainting pipelines *given latents*; given pixels, these sample the VAE's
+posterior with the sample's generator, whereas :func:`encode_images` takes its mean.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ from guidance.models.types import Pipeline
 from guidance.utils.errors import UserError
 from guidance.utils.images import fit_image, to_float
 
-#: PIL images or arrays: RGB, uint8, (h, w, 3); masks: grey, bool or uint8, (h, w), white (above half) is repainted.
+#: PIL images or uint8 arrays: RGB, (h, w, 3); masks: grey or bool, (h, w), where white (above half) is repainted.
 Pictures = Sequence[Image.Image | NDArray[Any]] | NDArray[Any]
 
 
-class Begun:
-    """A run that has begun: first latents, timesteps left, and hooks of the loop that change nothing."""
+class Trajectory:
+    """The first latents and remaining timesteps of a run, and hooks of the sampling loop, here without effect."""
 
     def __init__(self, x: Float[Tensor, "b c y x"], timesteps: Tensor) -> None:
         self.x, self.timesteps = x, timesteps
 
     def model_input(self, x_in: Float[Tensor, "pb c y x"]) -> Float[Tensor, "pb c2 y x"]:
-        """What the denoiser sees, from the scaled latents of all guidance parts."""
+        """Return the denoiser's input, from the scaled latents of all guidance parts."""
         return x_in
 
     def after_step(self, x: Float[Tensor, "b c y x"], step: int) -> Float[Tensor, "b c y x"]:
-        """The latents after step ``step`` of this run."""
+        """Return the latents to continue with after step ``step`` of this run."""
         return x
 
 
 @runtime_checkable
 class Start(Protocol):
-    """Where sampling starts; None in :func:`guidance.sampling.loop.sample_latents` is :class:`FromNoise`."""
+    """Starting point of sampling; None in :func:`guidance.sampling.loop.sample_latents` is :class:`FromNoise`."""
 
-    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
-        """Prepare a run; ``noise`` is unit Gaussian, the scheduler has its timesteps already."""
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Trajectory:
+        """Prepare a run from unit Gaussian noise; the timesteps of the scheduler are set."""
 
     def at(self, index: slice | Tensor) -> Start:
-        """The start of some of the samples."""
+        """Select some of the samples."""
 
 
 class FromNoise:
     """Start from pure noise."""
 
-    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Trajectory:
         _check_channels(pipe, noise.shape[1], masked=False)
-        return Begun(noise * pipe.scheduler.init_noise_sigma, pipe.scheduler.timesteps)
+        return Trajectory(noise * pipe.scheduler.init_noise_sigma, pipe.scheduler.timesteps)
 
     def at(self, index: slice | Tensor) -> FromNoise:
         return self
@@ -67,7 +67,7 @@ class FromNoise:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FromImage:
-    """Start from an image's latents, noised part of the way: ``x_t = alpha_t x0 + sigma_t eps``, then denoise.
+    """Start from an image's latents, noised part of the way: ``x_t = alpha_t x0 + sigma_t eps``.
 
     Attributes:
         latents: Clean scaled latents, (b, c, y, x), or (1, c, y, x) for all samples; see :func:`encode_images`.
@@ -83,11 +83,11 @@ class FromImage:
     def __post_init__(self) -> None:
         _check_strength(self.strength)
 
-    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Trajectory:
         _check_channels(pipe, noise.shape[1], masked=False)
         known = _like_noise(self.latents, noise, "latents")
         timesteps = _cut_timesteps(pipe.scheduler, self.strength, num_steps)
-        return Begun(_noised(pipe.scheduler, known, noise, timesteps), timesteps)
+        return Trajectory(_noised(pipe.scheduler, known, noise, timesteps), timesteps)
 
     def at(self, index: slice | Tensor) -> FromImage:
         return dataclasses.replace(self, latents=_at(self.latents, index))
@@ -97,18 +97,18 @@ class FromImage:
 class FromMask:
     """Repaint where the mask is 1 and keep the latents where it is 0.
 
-    A denoiser of plain latents: after each step the known part, noised to the new level, is put back::
+    With an ordinary denoiser, the known part, noised to the new level, is restored after each step::
 
         x <- (1 - m) (alpha_t x0 + sigma_t eps) + m x        (alpha = 1, sigma = 0 after the last step)
 
-    with the same ``eps`` the sample started from.  An inpainting denoiser (9 input channels) sees ``[x, m, masked]``
-    instead, and nothing is put back.
+    with the ``eps`` from which the sample started.  An inpainting denoiser (9 input channels) sees ``[x, m, masked]``
+    instead, and nothing is restored.
 
     Attributes:
         latents: Clean scaled latents, (b, c, y, x) or (1, c, y, x).
         mask: 1 where to repaint, (b, 1, y, x) or (1, 1, y, x), in 0..1, at the latents' size; see :func:`encode_masks`.
         strength: Fraction of the steps to take; 1 starts from pure noise, 0 returns the latents.
-        masked_latents: Latents of the image with the masked part grey, for inpainting denoisers only.
+        masked_latents: Latents of the image with the masked part in grey, for inpainting denoisers only.
 
     Reference:
         A. Lugmayr et al., "RePaint: Inpainting using Denoising Diffusion Probabilistic Models", 2022, equation 8.
@@ -138,23 +138,24 @@ class FromMask:
         masked = _encode(pipe, x * (m < 0.5)) if _is_inpainting(pipe) else None
         return cls(_encode(pipe, x), _shrink(pipe, m), strength, masked)
 
-    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Begun:
+    def begin(self, pipe: Pipeline, noise: Float[Tensor, "b c y x"], num_steps: int) -> Trajectory:
         _check_channels(pipe, noise.shape[1], masked=True)
         known = _like_noise(self.latents, noise, "latents")
         mask = _like_noise(self.mask, noise[:, :1], "mask")
         timesteps = _cut_timesteps(pipe.scheduler, self.strength, num_steps)
-        x = (
-            noise * pipe.scheduler.init_noise_sigma
-        )  # as diffusers: img2img at strength 1 keeps a trace, this none
         if self.strength < 1:
             x = _noised(pipe.scheduler, known, noise, timesteps)
+        else:  # as in diffusers: img2img at strength 1 keeps a trace of the image, inpainting none
+            x = noise * pipe.scheduler.init_noise_sigma
         if not _is_inpainting(pipe):
-            return _PutBack(x, timesteps, pipe.scheduler, known, mask, noise)
+            return _RestoredTrajectory(x, timesteps, pipe.scheduler, known, mask, noise)
         if self.masked_latents is None:
             raise UserError(
-                "Expected masked_latents for a denoiser made for inpainting, got none; use FromMask.from_images."
+                "Expected masked_latents for an inpainting denoiser, got none; use FromMask.from_images."
             )
-        return _SeeMask(x, timesteps, mask, _like_noise(self.masked_latents, noise, "masked_latents"))
+        return _MaskedTrajectory(
+            x, timesteps, mask, _like_noise(self.masked_latents, noise, "masked_latents")
+        )
 
     def at(self, index: slice | Tensor) -> FromMask:
         masked = None if self.masked_latents is None else _at(self.masked_latents, index)
@@ -162,8 +163,8 @@ class FromMask:
         return dataclasses.replace(self, latents=latents, mask=mask, masked_latents=masked)
 
 
-class _PutBack(Begun):
-    """Inpainting with a denoiser of plain latents."""
+class _RestoredTrajectory(Trajectory):
+    """Inpainting with an ordinary denoiser."""
 
     def __init__(
         self, x: Tensor, timesteps: Tensor, scheduler: Any, known: Tensor, mask: Tensor, noise: Tensor
@@ -176,8 +177,8 @@ class _PutBack(Begun):
         return (1 - self.mask) * known + self.mask * x
 
 
-class _SeeMask(Begun):
-    """Inpainting with a denoiser that sees mask and masked image."""
+class _MaskedTrajectory(Trajectory):
+    """Inpainting with a denoiser that sees the mask and the masked image."""
 
     def __init__(self, x: Tensor, timesteps: Tensor, mask: Tensor, masked: Tensor) -> None:
         super().__init__(x, timesteps)
@@ -188,7 +189,7 @@ class _SeeMask(Begun):
 
 
 def steps_taken(strength: float, num_steps: int) -> int:
-    """How many steps a start part of the way takes, rounded down as diffusers does.
+    """Return the number of steps of a start part of the way, rounded down as in diffusers.
 
     >>> steps_taken(0.5, 25)
     12
@@ -197,7 +198,7 @@ def steps_taken(strength: float, num_steps: int) -> int:
 
 
 def _cut_timesteps(scheduler: Any, strength: float, num_steps: int) -> Tensor:
-    """The last :func:`steps_taken` timesteps."""
+    """Return the last :func:`steps_taken` timesteps."""
     steps = steps_taken(strength, num_steps)
     if steps < 1 and strength > 0:
         raise UserError(
@@ -210,7 +211,7 @@ def _cut_timesteps(scheduler: Any, strength: float, num_steps: int) -> Tensor:
 
 
 def _noised(scheduler: Any, known: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Latents noised to the first of these timesteps; clean if there is none."""
+    """Noise latents to the first of these timesteps, if there is one."""
     return scheduler.add_noise(known, noise, timesteps[:1].repeat(len(known))) if len(timesteps) else known
 
 
@@ -219,7 +220,7 @@ def _at(value: Tensor, index: slice | Tensor) -> Tensor:
 
 
 def _like_noise(value: Tensor, noise: Tensor, what: str) -> Tensor:
-    """One value per sample, on the noise's device; UserError if shapes do not fit."""
+    """Expand a value to one per sample, on the device of the noise."""
     if value.shape[1:] != noise.shape[1:] or len(value) not in (1, len(noise)):
         raise UserError(
             f"Expected {what} of shape {tuple(noise.shape)} (or 1 for all samples), got {tuple(value.shape)}; "
@@ -248,7 +249,7 @@ def _check_channels(pipe: Pipeline, channels: int, *, masked: bool) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ImageStart:
-    """An image to begin with, opened when its batch is sampled; see :class:`FromImage`.
+    """An image to start from, opened when its batch is sampled; see :class:`FromImage`.
 
     Attributes:
         image: Opens it.
@@ -260,31 +261,23 @@ class ImageStart:
 
 
 def begin_with(pipe: Pipeline, starts: Sequence[ImageStart], strength: float) -> FromImage:
-    """Open and encode the images of a batch, resized and cut to the pipeline's size where they have another."""
+    """Open and encode the images of a batch, resized and cropped to the pipeline's size."""
     size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
     return FromImage(encode_images(pipe, [fit_image(s.image(), size) for s in starts]), strength)
 
 
 def encode_images(pipe: Pipeline, images: Pictures) -> Float[Tensor, "b c y x"]:
-    """Encode RGB images to scaled latents: the mean of the VAE's posterior, no random number drawn.
-
-    Args:
-        pipe: Pipeline with ``vae`` and ``unet``.
-        images: PIL images in RGB, or uint8 arrays (h, w, 3), of the pipeline's size.
-
-    Raises:
-        UserError: For transparency, 16 bits, other modes or another size.
-    """
+    """Encode RGB images of the pipeline's size to scaled latents: the mean of the VAE's posterior."""
     return _encode(pipe, _pixels(pipe, images))
 
 
 def encode_masks(pipe: Pipeline, masks: Pictures) -> Float[Tensor, "b 1 y x"]:
-    """Threshold masks at half and shrink them to the latents' size (nearest), as diffusers does; 1 is repainted."""
+    """Threshold masks at half and shrink them to the latents' size (nearest), as in diffusers; 1 is repainted."""
     return _shrink(pipe, _mask_pixels(pipe, masks))
 
 
 def _encode(pipe: Pipeline, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c y x"]:
-    """Encode one image after the other, so that no latent depends on the batch."""
+    """Encode images one by one, so that no latent depends on the batch."""
     return torch.cat([encode_pixels(pipe.vae, image[None]) for image in x])
 
 
@@ -302,16 +295,14 @@ def _shrink(pipe: Pipeline, mask: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 
 
 
 def _array(picture: Image.Image | NDArray[Any], mode: str, pipe: Pipeline) -> NDArray[np.uint8]:
-    """One picture as a uint8 array of the mode and size the pipeline works with, or a sentence."""
-    what, depth = ("an RGB image", (3,)) if mode == "RGB" else ("a grey mask", ())
+    """Return a picture as a uint8 array, after checking its mode, depth and size."""
+    what, channels = ("an RGB image", (3,)) if mode == "RGB" else ("a grey mask", ())
     array = np.asarray(picture)
     found = picture.mode if isinstance(picture, Image.Image) else f"shape {array.shape}"
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     if array.dtype != np.uint8:
         raise UserError(f"Expected {what} of 8 bits, got {array.dtype}; scale it to 0..255 first.")
-    if found == "RGBA" or array.shape[2:] == (4,):
-        raise UserError(f"Expected {what}, got RGBA; paste it on a background first, it has transparency.")
-    if array.ndim < 2 or array.shape[2:] != depth or found in ("P", "HSV", "LAB", "YCbCr"):
+    if array.ndim < 2 or array.shape[2:] != channels or found in ("P", "HSV", "LAB", "YCbCr"):
         raise UserError(f"Expected {what}, got {found}; use image.convert('{mode}').")
     size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
     if array.shape[:2] != (size, size):

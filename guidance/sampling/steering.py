@@ -1,7 +1,7 @@
-"""Steering without gradients: particles of one prompt are weighted by a guide's score, and the better ones copied.
+"""Steering without gradients: the particles of a prompt are weighted by a guide's score, and the better ones copied.
 
-The score falls out of every forward, so ``n`` particles cost what ``n`` samples cost.  Feynman-Kac steering multiplies
-potentials ``G_t`` along each path whose product, whatever they are on the way, is ``exp(lam r)`` at the end; the
+Every forward pass yields a score, so ``n`` particles cost as much as ``n`` samples.  Feynman-Kac steering multiplies
+potentials ``G_t`` along each path whose product at the end is ``exp(lam r)``, whatever they are on the way; the
 weighted particles then represent ``p(x) exp(lam r(x))``.  With ``r`` the scores so far, oldest first::
 
     diff:  G_t = exp(lam (r_t - r_prev)),  r_prev = 0 at first
@@ -9,9 +9,8 @@ weighted particles then represent ``p(x) exp(lam r(x))``.  With ``r`` the scores
     sum:   G_t = exp(lam (r_1 + .. + r_t))
     last:  G   = exp(lam r_last) / (product of all earlier G of this path)
 
-The denoiser scores the latents that a step *starts* from, so paths are weighted one step late: copies share the noise
-of one step, and ``r`` is the score of the last latents that the denoiser (and the guide, in its own range of steps)
-sees.
+The scores belong to the latents from which a step *starts*, so paths are weighted one step late: copies share the noise
+of one step, and ``r`` is the score of the last latents that the denoiser sees within the guide's range of steps.
 
 Reference: R. Singhal et al., "A General Framework for Inference-time Scaling and Steering of Diffusion Models", 2025.
 """
@@ -48,7 +47,7 @@ SELECT = ("best", "draw", "all")
 
 
 def effective_sample_size(log_weights: Float[Tensor, "*g n"]) -> Float[Tensor, "*g"]:
-    """``(sum w)^2 / sum w^2``: n for equal weights, 1 if one particle has it all.
+    """Compute ``(sum w)^2 / sum w^2``: n for equal weights, 1 if a single particle has all the weight.
 
     >>> effective_sample_size(torch.zeros(4)).item()
     4.0
@@ -57,7 +56,7 @@ def effective_sample_size(log_weights: Float[Tensor, "*g n"]) -> Float[Tensor, "
 
 
 def systematic(weights: Float[Tensor, "g n"], u: Float[Tensor, " g"]) -> Int[Tensor, "g n"]:
-    """Systematic resampling: particle i is copied ``n w_i`` times, rounded up or down, without bias.
+    """Resample systematically: particle i is copied ``n w_i`` times, rounded up or down without bias.
 
     Args:
         weights: Normalised weights.
@@ -73,12 +72,12 @@ def systematic(weights: Float[Tensor, "g n"], u: Float[Tensor, " g"]) -> Int[Ten
 
 
 def particle_seeds(seed: int, particles: int) -> list[int]:
-    """Seeds of a sample's particles: the sample's own first, the others derived from it."""
-    return [int(seed), *(_state(seed, 1, k) for k in range(1, particles))]
+    """Return the seeds of a sample's particles: the sample's own, and others derived from it."""
+    return [int(seed), *(_derived_seed(seed, 1, k) for k in range(1, particles))]
 
 
-def _state(seed: int, *salt: int) -> int:
-    """A number in 0 .. 2^63 - 1 that depends on the seed and on what it is for."""
+def _derived_seed(seed: int, *salt: int) -> int:
+    """Derive a number in 0 .. 2^63 - 1 from a seed and its purpose."""
     return int(np.random.SeedSequence([int(seed) % 2**64, *salt]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -89,7 +88,7 @@ class Population:
         seeds: One seed per group, for its resampling.
         particles: Particles per group.
         lam: Inverse temperature per unit of the score; negative steers away.
-        potential: "diff", "max" or "sum", see the module.
+        potential: "diff", "max" or "sum", see the module's documentation.
         threshold: Resample a group when its effective sample size is below this fraction of its particles.
     """
 
@@ -111,17 +110,17 @@ class Population:
 
         Args:
             scores: Score of each particle, larger is better.
-            last: Whether these are the scores to target: the path's product becomes ``exp(lam score)``.
+            last: Whether these are the target scores: the product of the path becomes ``exp(lam score)``.
         """
         r, finite = scores.double(), scores.isfinite()
         running = torch.maximum(self._running, r) if self.potential == "max" else self._running + r
-        exact = last or self.potential == "diff"  # diff is the potential whose product is right at every step
+        exact = last or self.potential == "diff"  # the product of "diff" is exact at every step
         log_g = self.lam * r - self._spent if exact else self.lam * running
         self._running = torch.where(finite, running, self._running)
         self._spent = self._spent + torch.where(finite, log_g, 0.0)
         self.log_weights = self.log_weights + torch.where(finite, log_g, -torch.inf)
-        lost = self.log_weights.isneginf().all(1, keepdim=True)  # nothing is known of such a group
-        self.log_weights = torch.where(lost, 0.0, self.log_weights)
+        degenerate = self.log_weights.isneginf().all(1, keepdim=True)
+        self.log_weights = torch.where(degenerate, 0.0, self.log_weights)
 
     @property
     def weights(self) -> Float[Tensor, "g n"]:
@@ -132,21 +131,21 @@ class Population:
         """Copy the better particles of each group whose weights have become uneven.
 
         Returns:
-            Ancestor of each particle within its group; itself where the group was left alone.
+            Ancestor of each particle within its group; the particle itself in groups that are not resampled.
         """
         groups, n = self.log_weights.shape
-        due = effective_sample_size(self.log_weights) < self.threshold * n - 1e-9
-        u = torch.tensor([_state(s, 2, step) / 2**63 for s in self.seeds], dtype=torch.float64)
-        own = torch.arange(n).expand(groups, n)
-        ancestors = torch.where(due[:, None], systematic(self.weights, u.clamp(max=1 - 1e-12)), own)
-        self.log_weights = torch.where(due[:, None], 0.0, self.log_weights)
+        uneven = (effective_sample_size(self.log_weights) < self.threshold * n - 1e-9)[:, None]
+        u = torch.tensor([_derived_seed(s, 2, step) / 2**63 for s in self.seeds], dtype=torch.float64)
+        unchanged = torch.arange(n).expand(groups, n)
+        ancestors = torch.where(uneven, systematic(self.weights, u.clamp(max=1 - 1e-12)), unchanged)
+        self.log_weights = torch.where(uneven, 0.0, self.log_weights)
         self._spent, self._running = (v.gather(1, ancestors) for v in (self._spent, self._running))
         return ancestors
 
 
 @dataclasses.dataclass
-class Steered:
-    """What steering made, and how: g (prompt, seed) groups of n particles, s steps.
+class SteeringResult:
+    """Latents, scores and ancestry of a steered run: g (prompt, seed) groups of n particles, s steps.
 
     Attributes:
         latents: (g, c, y, x); with ``select="all"`` (g n, c, y, x), group by group.
@@ -155,7 +154,7 @@ class Steered:
         weights: Normalised weights of the final particles, (g, n).
         score_history: Scores at each step, before its resampling, (s, g, n).
         ess: Effective sample size at each step, before its resampling, (s, g).
-        ancestors: Which particle each one continues after a step, (s, g, n); itself if nothing was resampled.
+        ancestors: The particle that each one continues after a step, (s, g, n); itself without resampling.
     """
 
     latents: Float[Tensor, "m c y x"]
@@ -167,7 +166,7 @@ class Steered:
     ancestors: Int[Tensor, "s g n"]
 
     def lineage(self) -> Int[Tensor, "s_plus_1 g n"]:
-        """Row i: the place that each final particle's path held during step i; the last row is 0 .. n - 1."""
+        """Return in row i the place of each final particle's path during step i; the last row is 0 .. n - 1."""
         places = [torch.arange(self.ancestors.shape[2]).expand(self.ancestors.shape[1:])]
         for ancestors in self.ancestors.flip(0):
             places.append(ancestors.gather(1, places[-1]))
@@ -192,27 +191,27 @@ def steer_latents(
     guide_prompts: Sequence[str] | None = None,
     callback: Callback | None = None,
     **options: Any,
-) -> Steered:
+) -> SteeringResult:
     """Sample with Feynman-Kac steering towards a guide's score; no gradient is taken.
 
     Args:
         pipe, prompts, seeds, scheduler, start, guide_prompts: See :func:`guidance.sampling.loop.sample_latents`.
-        guide: What scores the particles, in its own range of steps; its scale is not used.
-        particles: Particles per prompt; the first has the plain seed.  All run in one batch.
-        potential: "diff", "max" or "sum"; the last two push harder on the way, and pay with uneven final weights.
+        guide: Scores the particles, in its own range of steps; its scale is not used.
+        particles: Particles per prompt, in one batch; the first has the sample's own seed.
+        potential: "diff", "max" or "sum"; the last two steer harder on the way, at the cost of uneven final weights.
         lam: Inverse temperature per unit of the score; 0 does not steer, negative steers away.
-        resample_every: Weigh (and perhaps resample) each so many steps, and always at the guide's last.
+        resample_every: Weigh (and perhaps resample) every so many steps, and always at the guide's last.
         threshold: Resample a group when its effective sample size is below this fraction; 1 nearly always does.
-        eta: DDIM's noise; None is 1 for schedulers that take it, others must draw noise of their own.
+        eta: DDIM's noise; None is 1 for schedulers that take it; other schedulers must draw noise themselves.
         select: "best" (highest final score), "draw" (one by weight: a draw from the target), "all".
         callback: As in :func:`~guidance.sampling.loop.sample_latents`, for all particles, after resampling.
-        **options: Others of :func:`~guidance.sampling.loop.sample_latents`; ``guides=`` pushes the
-            particles by gradients.
+        **options: Others of :func:`~guidance.sampling.loop.sample_latents`; ``guides=`` also guides the particles by
+            gradients.
 
     Raises:
         UserError: If the sampler is deterministic or remembers earlier steps, or an argument is out of range.
     """
-    _check(guide, particles, potential, lam, resample_every, threshold, select)
+    _check(particles, potential, lam, resample_every, threshold, select)
     if not 0 < len(prompts) == len(seeds):
         raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
     with using_scheduler(pipe, scheduler):
@@ -238,16 +237,16 @@ def best_of_n(
     *,
     eta: float = 0.0,
     **options: Any,
-) -> Steered:
-    """Sample ``particles`` times per prompt and keep the one that scores best; any scheduler will do.
+) -> SteeringResult:
+    """Sample ``particles`` times per prompt and keep the best score; any scheduler will do.
 
-    The case of :func:`steer_latents`, with its other arguments, that never resamples.
+    This is :func:`steer_latents`, whose other arguments it takes, without resampling.
     """
     return steer_latents(pipe, prompts, seeds, guide, eta=eta, threshold=0.0, lam=0.0, **options)
 
 
 class _Steering:
-    """Callback of the sampler: weighs the particles after each step, and goes on with the copies."""
+    """Sampler callback that weighs the particles after each step and continues with the copies."""
 
     def __init__(self, scorer: Any, population: Population, every: int, callback: Any) -> None:
         self.scorer, self.population, self.every, self.callback = scorer, population, every, callback
@@ -271,36 +270,32 @@ class _Steering:
         other = None if self.callback is None else self.callback(step, x, record)
         return x if other is None else other
 
-    def result(self, x: Tensor, select: str) -> Steered:
-        """The record of the run, and the latents asked for."""
+    def result(self, x: Tensor, select: str) -> SteeringResult:
+        """Return the selected latents and the history of the run."""
         history, ess, ancestors = map(torch.stack, zip(*self.rows, strict=True))
         weights, n, chosen = self.population.weights, self.scores.shape[1], None
         if select == "best":
             chosen = torch.where(self.scores.isfinite(), self.scores, -torch.inf).argmax(1)
         elif select == "draw":
-            u = torch.tensor([_state(s, 3) / 2**63 for s in self.population.seeds], dtype=torch.float64)
+            u = torch.tensor(
+                [_derived_seed(s, 3) / 2**63 for s in self.population.seeds], dtype=torch.float64
+            )
             chosen = torch.searchsorted(weights.cumsum(1), u[:, None], right=True)[:, 0].clamp(max=n - 1)
         latents = x if chosen is None else x[(torch.arange(len(chosen)) * n + chosen).to(x.device)]
-        return Steered(latents, chosen, self.scores, weights, history, ess, ancestors)
+        return SteeringResult(latents, chosen, self.scores, weights, history, ess, ancestors)
 
 
 def check_copies(pipe: Pipeline, guides: Sequence[Guide], eta: float) -> None:
-    """Refuse a sampler, or guides, under which copies of particles would not go their own ways.
-
-    Raises:
-        UserError: If the sampler is deterministic, or it or a guide remembers earlier steps.
-    """
+    """Refuse a sampler that is deterministic, or that remembers earlier steps as guides with ``every`` do."""
     check_resampling(pipe, eta)
-    if kept := [g.name for g in guides if g.strength.every > 1]:
-        raise UserError(f"Expected guides with every=1, got more for {kept[0]}; copies need theirs.")
+    if rare := [g.name for g in guides if g.strength.every > 1]:
+        raise UserError(
+            f"Expected guides with every=1, got more for {rare[0]}; every copy needs its own gradient."
+        )
 
 
-def _check(
-    guide: Any, particles: int, potential: str, lam: float, every: int, threshold: float, select: str
-) -> None:
-    if not hasattr(guide, "score"):
-        raise UserError(f"Expected a guide with a score, got {type(guide).__name__}, which has none.")
-    for name, value, ok, wanted in (
+def _check(particles: int, potential: str, lam: float, every: int, threshold: float, select: str) -> None:
+    for name, value, valid, wanted in (
         ("particles", particles, particles >= 1, "at least 1"),
         ("potential", potential, potential in POTENTIALS, f"one of {', '.join(POTENTIALS)}"),
         ("lam", lam, math.isfinite(lam), "finite; 0 does not steer"),
@@ -308,5 +303,5 @@ def _check(
         ("threshold", threshold, 0 <= threshold <= 1, "in 0..1; 0 never resamples"),
         ("select", select, select in SELECT, f"one of {', '.join(SELECT)}"),
     ):
-        if not ok:
+        if not valid:
             raise UserError(f"Expected {name} to be {wanted}, got {value!r}.")
