@@ -7,9 +7,9 @@
     python -m eval.images runs/edits edits=testbed:test                               # directional similarity
     python -m eval.images dit_samples reference=imagenet_stats.npz features=inception # one arm: FID
 
-Folders are runs with records or plain folders of images, paired by file name.  Writes report.html (one file, opens
-anywhere), summary.json, rows.csv and rows.parquet.  Features are cached by image: a killed run goes on, a second one is
-quick.  Several processes share the work: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m eval.images ...
+Folders are runs with records, or plain folders of images, paired by file name.  Writes report.html (self-contained),
+summary.json, rows.csv and rows.parquet.  Features are cached by image: a killed run resumes, and a second one is quick.
+Several processes share the work: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m eval.images ...
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do the statistics keep their promises?  Thousands of simulated comparisons, without and with an effect.
+"""Error rates of the statistics: thousands of simulated comparisons, without and with an effect.
 
     python -m eval.null                                       # the whole table, minutes on one core
     python -m eval.null parts=[paired] method=bca resamples=1999   # the bootstrap: ten times the time
@@ -6,10 +6,10 @@
     python -m eval.null parts=[permutation] statistics=[fd]   # fd and fd_to_real: minutes, a decomposition a swap
     python -m eval.null unit=image                            # wrong on purpose: seeds as if they were independent
 
-Simulated images have what real ones have: an effect of the prompt and noise, which the pair shares, and a whim of each
-method on each prompt, in which the seeds of a prompt agree (half of a delta's variance).  Where nothing differs, 5% of
-2000 comparisons may be called different, 4 to 6% by chance; of 400 permutation tests 2.8 to 7.2%.  With a planted
-effect, which differs from prompt to prompt, 95% of the intervals hold its mean, 93 to 97% by chance.
+Simulated values have the structure of real ones: effects of prompt and noise, which a pair shares, and an effect of
+each method on each prompt, common to its seeds (half of a delta's variance).  Without a difference, 5% of 2000
+comparisons may be called different, 4 to 6% by chance; of 400 permutation tests 2.8 to 7.2%.  With a planted effect,
+which varies between prompts, 95% of the intervals contain its mean, 93 to 97% by chance.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from guidance.utils.errors import UserError, friendly_errors, nearest
 
 T = TypeVar("T")
 
-#: What the value of an image is like: normal; deltas with a long right tail (the mean does not move, the median does);
-#: the same with the arms of a random half of the prompts swapped, a symmetric heavy tail; right or wrong (0/1).
+#: Distributions of values: normal; deltas with a long right tail (the median moves, the mean does not); the same with
+#: the arms of a random half of the prompts swapped, a symmetric heavy tail; right or wrong (0/1).
 KINDS = ("normal", "skewed", "swapped", "agreement")
 SCALES = 5  # in the family that Holm's method corrects, all against one baseline
-#: Lowest and highest share, percent, by what is counted.
+#: Lowest and highest acceptable share, percent.
 BARS = {
     "false positives": (4.0, 6.0),
     "family": (0.0, 6.0),
@@ -49,14 +49,16 @@ BARS = {
 
 @dataclasses.dataclass
 class NullConfig:
-    """What is simulated."""
+    """Options of the simulation."""
 
     parts: list[str] = option(["paired", "holm", "permutation"], "what is tested")
     comparisons: int = option(2000, "simulated comparisons a cell; of the permutation test a fifth")
     kinds: list[str] = option(list(KINDS), "values of images: normal, skewed, swapped, agreement")
     prompts: list[int] = option([20, 100, 200], "prompts of a comparison")
     seeds: int = option(4, "images a prompt")
-    unit: str = option("prompt", "prompt: seeds belong together; image: each by itself, which is wrong")
+    unit: Literal["prompt", "image"] = option(
+        "prompt", "prompt: seeds belong together; image: each by itself, which is wrong"
+    )
     effect: float = option(0.2, "planted mean effect; prompts are 1 apart, agreement is a share")
     method: Literal["t", "bca"] = option("t", "interval of a paired difference, as in eval.stats.paired")
     resamples: int = option(9999, "of method=bca")
@@ -72,8 +74,6 @@ class NullConfig:
             for value in getattr(self, key):
                 if value not in choices:
                     raise UserError(f"Expected known {key}, got {value!r}.{nearest(value, choices)}")
-        if self.unit not in ("prompt", "image"):
-            raise UserError(f"Expected the unit prompt or image, got {self.unit!r}; prompt is right.")
         if min(self.comparisons, self.seeds, self.resamples) < 1 or not 0 <= self.effect <= 0.25:
             raise UserError(
                 "Expected comparisons, seeds and resamples from 1 and an effect in 0..0.25, got "
@@ -84,17 +84,17 @@ class NullConfig:
 def simulate_values(
     rng: np.random.Generator, kind: str, prompts: int, seeds: int, effect: float = 0.0, arms: int = 2
 ) -> Float[np.ndarray, "arms n"]:
-    """Return the values of methods of which the first is the baseline, prompt by prompt.
+    """Simulate values of a baseline (the first arm) and other methods, prompt by prompt.
 
-    The mean of every other method is higher by ``effect`` exactly; without one, arms can be swapped ("skewed": only
+    The expected value of every other method is higher by ``effect``; without one, arms are exchangeable ("skewed": only
     their means are equal).
     """
     shared = rng.normal(size=(prompts, 1)) + rng.normal(size=(prompts, seeds))
-    whims, own = rng.normal(size=(arms, prompts, 1)), rng.normal(size=(arms, prompts, seeds))
+    whims, noise = rng.normal(size=(arms, prompts, 1)), rng.normal(size=(arms, prompts, seeds))
     if kind in ("skewed", "swapped"):
         whims = np.sqrt(2) * (rng.exponential(size=whims.shape) - 1)  # of the delta, of which it is all
         whims[0] = 0
-    values = shared + whims + own
+    values = shared + whims + noise
     if kind == "swapped":
         swap = rng.random(prompts) < 0.5
         values[:, swap] = values[::-1, swap]
@@ -109,7 +109,7 @@ def simulate_values(
 
 
 def compare(config: NullConfig, kind: str, prompts: int, effect: float) -> Iterator[PairedDifference]:
-    """Yield simulated comparisons of two methods, with the statistics of a real one."""
+    """Yield the statistics of simulated comparisons of two methods."""
     rng = np.random.default_rng([config.seed, KINDS.index(kind), prompts, effect > 0])
     options: dict[str, Any] = {"method": config.method, "resamples": config.resamples}
     for i in range(config.comparisons):
@@ -118,7 +118,7 @@ def compare(config: NullConfig, kind: str, prompts: int, effect: float) -> Itera
 
 
 def check_paired(config: NullConfig) -> list[dict[str, str]]:
-    """Count what the paired statistics call different, and the intervals that hold a planted effect."""
+    """Count false positives of the paired statistics, and intervals that contain a planted effect."""
     rows = []
     for kind in config.kinds:
         for prompts in config.prompts:
@@ -142,7 +142,7 @@ def check_paired(config: NullConfig) -> list[dict[str, str]]:
 
 
 def check_holm(config: NullConfig) -> list[dict[str, str]]:
-    """Count the sweeps without an effect in which Holm's method leaves any scale different from the baseline."""
+    """Count sweeps without an effect in which some scale is significant after Holm's correction."""
     rows, prompts = [], max(config.prompts)
     for kind in [kind for kind in config.kinds if kind in ("normal", "agreement")]:  # all arms can be swapped
         rng = np.random.default_rng([config.seed, KINDS.index(kind), prompts])
@@ -160,7 +160,7 @@ def check_holm(config: NullConfig) -> list[dict[str, str]]:
 
 
 def check_permutation(config: NullConfig) -> list[dict[str, str]]:
-    """Count the comparisons of equal methods that permutation tests call different."""
+    """Count false positives of the permutation tests."""
     number, rows = -(-config.comparisons // 5), []
     for name in config.statistics:
         p = permutation_p_values(config, name, number)
@@ -206,19 +206,19 @@ TESTS: dict[str, Test] = {
 def simulate_features(
     rng: np.random.Generator, prompts: int, seeds: int, width: int
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
-    """Return the features of two methods that do not differ, ``(prompts * seeds, width)``, prompt by prompt."""
+    """Simulate features of two methods without a difference, ``(prompts * seeds, width)``, prompt by prompt."""
     prompt = rng.normal(size=(prompts, 1, width))
     noise = rng.normal(size=(prompts, seeds, width))
     whims = rng.normal(size=(2, prompts, 1, width))
-    own = rng.normal(size=(2, prompts, seeds, width))
-    a, b = (prompt + noise + whims + own).reshape(2, prompts * seeds, width)
+    values = prompt + noise + whims + rng.normal(size=(2, prompts, seeds, width))
+    a, b = values.reshape(2, prompts * seeds, width)
     return a, b
 
 
 def permutation_p_values(
     config: NullConfig, statistic: str, comparisons: int
 ) -> Float[np.ndarray, " comparisons"]:
-    """Return the p-value of each simulated comparison of two methods that do not differ."""
+    """Return the p-values of simulated comparisons of two methods without a difference."""
     rng, units = np.random.default_rng(config.seed), _units(config, config.sets)
     p = np.empty(comparisons)
     for i in _bar(range(comparisons), comparisons, statistic):
@@ -235,7 +235,7 @@ def _units(config: NullConfig, prompts: int) -> list[int]:
 
 
 def _share(hits: Sequence[bool], bar: str) -> str:
-    """A share in percent, with a mark if it is out of the bar."""
+    """Format a share in percent, with a mark if it is outside the bar."""
     low, high = BARS[bar]
     percent = 100 * sum(hits) / len(hits)
     return f"{percent:.1f}%" + ("" if low <= percent <= high else " !")

@@ -1,4 +1,4 @@
-"""Choose the guidance scale: the arm with the best metric within limits, from the summary that eval.images writes.
+"""Choose the guidance scale: the arm with the best metric within limits, from the summary of eval.images.
 
     python -m eval.recommend runs/sweeps/NAME                                    # the best truth (or CLIP score)
     python -m eval.recommend runs/sweeps/NAME metric=clip_score 'limit=[fd<=1.2x, object>=-0.02, clipping<=0.01]'
@@ -26,12 +26,12 @@ from guidance.utils.io import read_json
 
 PREFERRED = ("truth", "clip_score")
 PLAIN_CFG = "plain CFG"
-_LIMIT = re.compile(r"\s*([\w.-]+)\s*(<=|>=)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*(x?)\s*", re.I)
+_LIMIT = re.compile(r"\s*([\w.-]+)\s*(<=|>=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(x?)\s*", re.I)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """What an arm must keep: ``key`` at most (or at least) ``bound``, as a difference from the baseline or a ratio."""
+    """A constraint: ``key`` is at most (or at least) ``bound``, as a difference from the baseline or a ratio to it."""
 
     key: str
     at_most: bool
@@ -40,10 +40,7 @@ class Limit:
 
     @classmethod
     def read(cls, text: str) -> Limit:
-        """Read ``fd<=1.5x`` or ``object>=-0.02``.
-
-        Raises:
-            UserError: If it is written in another way.
+        """Parse ``fd<=1.5x`` or ``object>=-0.02``.
 
         >>> Limit.read("fd<=1.5x")
         Limit(key='fd', at_most=True, bound=1.5, ratio=True)
@@ -52,13 +49,10 @@ class Limit:
         if found is None:
             raise UserError(f"Expected a limit such as fd<=1.5x or object>=-0.02, got '{text}'.")
         key, sign, number, x = found.groups()
-        try:
-            return cls(key, sign == "<=", float(number), bool(x))
-        except ValueError:
-            raise UserError(f"Expected a number in the limit '{text}', got '{number}'.") from None
+        return cls(key, sign == "<=", float(number), bool(x))
 
     def allows(self, baseline: float, value: float) -> bool:
-        """Whether a value is within the limit; one that is not finite never is."""
+        """Tell whether a value is within the limit; one that is not finite never is."""
         if self.ratio and baseline <= 0:
             raise UserError(
                 f"Expected {self.key} above 0 for a limit with x, got {baseline:g}; give a difference."
@@ -74,38 +68,36 @@ class Limit:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An arm within (or beyond) the limits.
+    """An arm within or beyond the limits.
 
     Attributes:
         arm: Its name.
-        gain: Its difference from the baseline in the metric, larger is better.
+        gain: Difference from the baseline in the metric; larger is better.
         difference, interval: The same as measured, with its 95% interval over prompts.
-        p_holm: Adjusted over all arms.
-        broken: The limits that it breaks.
+        broken: Limits that it breaks.
     """
 
     arm: str
     gain: float
     difference: float
     interval: tuple[float, float]
-    p_holm: float
     broken: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """What to take.
+    """The chosen arm.
 
     Attributes:
-        metric: Title of what was maximised (or minimised).
-        baseline: The arm that all are compared with.
+        metric: Title of the metric that was optimised.
+        baseline: Arm with which all are compared.
         best: The best guided arm within the limits; None if there is none.
         rival: The best arm of plain CFG within the limits; None if there is none.
-        versus: Paired difference of best less rival with its interval; None where it cannot be had.
-        beats_cfg: Whether best is better than rival, by the interval of their paired difference where there is one;
-            None without a rival or a best one.
-        tried: Guided arms it was chosen from.
-        text: All that in sentences.
+        versus: Paired difference of best less rival with its interval; None if it is not known.
+        beats_cfg: Best is better than rival, by the interval of their paired difference if it is known; None if one of
+            them is missing.
+        tried: Number of guided arms.
+        text: The same in sentences.
     """
 
     metric: str
@@ -129,7 +121,7 @@ def recommend(
 
     Args:
         summary: Content of ``summary.json``.
-        metric: Key of an image metric with a direction; None takes the first of :data:`PREFERRED` there is.
+        metric: Key of an image metric with a better direction; None takes the first available of `PREFERRED`.
         limits: See :meth:`Limit.read`; keys of image metrics or of set metrics.
         rows: Content of ``rows.csv``, for the paired difference from plain CFG; None compares the two means only.
 
@@ -152,8 +144,8 @@ def recommend(
     if best is not None and rival is not None:
         low, high = (0.0, 0.0) if versus is None else versus[1]
         beats = best.gain > rival.gain if versus is None else (low if sign > 0 else -high) > 0
-    told = Recommendation(chosen["title"], summary["baseline"], best, rival, versus, beats, len(guided), "")
-    return dataclasses.replace(told, text=" ".join(_sentences(told, guided, checks, bool(plain))))
+    result = Recommendation(chosen["title"], summary["baseline"], best, rival, versus, beats, len(guided), "")
+    return dataclasses.replace(result, text=" ".join(_sentences(result, guided, checks, bool(plain))))
 
 
 def _metric(summary: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
@@ -181,26 +173,22 @@ def _candidate(
     summary: Mapping[str, Any], metric: Mapping[str, Any], arm: str, limits: Sequence[Limit]
 ) -> Candidate:
     delta = _delta(summary, metric["key"], arm)
-    if delta is None:
-        raise UserError(f"Expected {metric['title']} of '{arm}' in the summary, found none; evaluate again.")
-    paired, p = delta["paired"], delta.get("p_holm")
+    assert delta is not None
+    paired = delta["paired"]
     gain = paired["mean_diff"] if metric["better"] == "higher" else -paired["mean_diff"]
     broken = tuple(str(limit) for limit in limits if not limit.allows(*_values(summary, limit.key, arm)))
     ends = tuple(float("nan") if end is None else end for end in paired["interval"])
-    return Candidate(
-        arm, gain, paired["mean_diff"], (ends[0], ends[1]), float("nan") if p is None else p, broken
-    )
+    return Candidate(arm, gain, paired["mean_diff"], (ends[0], ends[1]), broken)
 
 
 def _values(summary: Mapping[str, Any], key: str, arm: str) -> tuple[float, float]:
-    """The baseline's value of a metric, and an arm's; not finite where it was not measured."""
+    """Return the baseline's value of a metric, and an arm's; NaN where it was not measured."""
     delta = _delta(summary, key, arm)
     if delta is not None:
         return delta["paired"]["mean_a"], delta["paired"]["mean_b"]
-    of = {v["arm"]: v["value"] for v in summary["set_values"] if v["metric"] == key}
-    found = [of.get(summary["baseline"]), of.get(arm)]
-    base, value = (float("nan") if v is None else v for v in found)
-    return base, value
+    values = {v["arm"]: v["value"] for v in summary["set_values"] if v["metric"] == key}
+    base, value = (values.get(name) for name in (summary["baseline"], arm))
+    return float("nan") if base is None else base, float("nan") if value is None else value
 
 
 def _delta(summary: Mapping[str, Any], key: str, arm: str) -> Mapping[str, Any] | None:
@@ -214,7 +202,7 @@ def _best(candidates: Sequence[Candidate]) -> Candidate | None:
 def _versus(
     rows: Sequence[Mapping[str, Any]] | None, key: str, best: Candidate | None, rival: Candidate | None
 ) -> tuple[float, tuple[float, float]] | None:
-    """The paired difference of the two arms over prompts."""
+    """Return the paired difference of two arms over prompts."""
     if rows is None or best is None or rival is None:
         return None
     values: dict[str, dict[tuple[str, str], float]] = {best.arm: {}, rival.arm: {}}
@@ -230,20 +218,20 @@ def _versus(
 
 
 def _sentences(
-    told: Recommendation, guided: Sequence[Candidate], limits: Sequence[Limit], has_plain: bool
+    found: Recommendation, guided: Sequence[Candidate], limits: Sequence[Limit], has_plain: bool
 ) -> list[str]:
     within = f" within {' and '.join(map(str, limits))}" if limits else ""
-    if told.best is None:
+    if found.best is None:
         least = max(guided, key=lambda c: c.gain)
         return [f"No guided cell is{within}: the best, '{least.arm}', breaks {' and '.join(least.broken)}."]
-    best = told.best
+    best = found.best
     lines = [
-        f"Best {told.metric}{within}: '{best.arm}', {best.difference:+.3g} {_ends(best.interval)} against "
-        f"'{told.baseline}', paired by prompt."
+        f"Best {found.metric}{within}: '{best.arm}', {best.difference:+.3g} {_ends(best.interval)} against "
+        f"'{found.baseline}', paired by prompt."
     ]
     if not (best.interval[0] > 0 or best.interval[1] < 0) or best.gain <= 0:
         lines.append("That is no improvement that these prompts can show.")
-    if told.rival is None:
+    if found.rival is None:
         lines.append(
             f"No cell of plain CFG is{within}."
             if has_plain
@@ -252,13 +240,13 @@ def _sentences(
     else:
         how = (
             "by its mean, not tested"
-            if told.versus is None
-            else f"{told.versus[0]:+.3g} {_ends(told.versus[1])}, paired"
+            if found.versus is None
+            else f"{found.versus[0]:+.3g} {_ends(found.versus[1])}, paired"
         )
-        verdict = f"'{best.arm}' beats" if told.beats_cfg else "No guided cell beats"
-        lines.append(f"{verdict} the best plain CFG within the same limits, '{told.rival.arm}' ({how}).")
-    if told.tried > 1:
-        chosen = f"It was chosen among {told.tried} cells on these very prompts, which flatters it"
+        verdict = f"'{best.arm}' beats" if found.beats_cfg else "No guided cell beats"
+        lines.append(f"{verdict} the best plain CFG within the same limits, '{found.rival.arm}' ({how}).")
+    if found.tried > 1:
+        chosen = f"It was chosen among {found.tried} cells on these very prompts, which flatters it"
         lines.append(f"{chosen}: confirm it with another seed.")
     return lines
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class MeasureConfig:
-    """What is measured."""
+    """Options of this script."""
 
     part: Literal["quality", "guidance", "card"] = option("quality", "quality, guidance or card")
     model: str = option("testbed", "the testbed or a folder of another one")
@@ -48,7 +48,7 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
     """Sample test captions at each CFG weight and judge them.
 
     Returns:
-        Rows (one per CFG weight) and the Frechet distance between two halves of the test scenes.
+        Rows (one per CFG weight), and the Frechet distance between two halves of the test scenes.
     """
     from eval.metrics.frechet import frechet_distance, moments
     from guidance.models.pipelines import load_pipeline
@@ -67,14 +67,14 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
     captions = [s.caption for s in scenes("test", config.num_images, start=100_000)]
     rows = []
     for cfg in config.cfg_scales:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         images = sample_images(
             pipe, captions, range(len(captions)), cfg_scale=cfg, batch_size=config.batch_size, progress=True
         )
         rows.append(
             {
                 "cfg_scale": cfg,
-                "images_per_second": len(images) / (time.perf_counter() - begun),
+                "images_per_second": len(images) / (time.perf_counter() - start),
                 "agreement": {k: float(v.mean()) for k, v in judges.agreement(images, captions).items()},
                 "frechet": frechet_distance(*moments(features), *moments(judges.features(images))),
             }
@@ -92,7 +92,7 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
 
 
 def quality_table(result: dict[str, Any]) -> str:
-    """Markdown of :func:`measure_quality`."""
+    """Format the result of :func:`measure_quality` as Markdown."""
     lines = [
         "| CFG | object | colour | time | terrain | images/s | FD-judge |",
         "|---|---|---|---|---|---|---|",
@@ -158,7 +158,7 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> str:
 
 
 def _fresh_prompts(n: int, seed: int) -> list[Prompt]:
-    """Test prompts of a seed without those that any seed before it had: what was tuned on them is tested on others."""
+    """Load test prompts of a seed that no earlier seed has, so that what was tuned on those is tested on others."""
     from guidance.data.prompts import load_prompts
 
     known = {p.text for s in range(seed) for p in load_prompts("testbed", n, s)}

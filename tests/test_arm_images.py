@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from test_eval_images import record as make_record
 
 from eval.comparison.arms import load_arms
 from guidance.runs.records import Record, RecordStore
@@ -22,34 +23,9 @@ def picture(seed: int, size: int = 8) -> np.ndarray:
 
 
 def record(arm: str, i: int, **changes) -> Record:
-    scale = [{"method": "midblock", "name": "aesthetic", "guidance_scale": 1.0}] if arm != "unguided" else []
-    made = {
-        "prompt_id": f"p{i}",
-        "prompt": PROMPTS[i],
-        "category": "",
-        "challenge": "",
-        "seed": i,
-        "noise_hash": f"n{i}",
-        "arm": arm,
-        "guides": scale,
-        "cfg_scale": 4.0,
-        "scheduler": "DDIMScheduler",
-        "num_steps": 5,
-        "model": "testbed",
-        "model_fingerprint": "abc",
-        "dtype": "float32",
-        "image": f"images/{arm}/p{i}.png",
-        "sha256": "",
-        "bytes": 0,
-        "seconds": 0.1,
-        "batch_size": 1,
-        "score": None,
-        "nan_skipped": 0,
-        "truncated": False,
-        "head": "",
-        "version": "0",
-    }
-    return Record(**made | changes)
+    guides = [{"method": "midblock", "name": "aesthetic", "guidance_scale": 1.0}] if arm != "unguided" else []
+    same = {"prompt_id": f"p{i}", "guides": guides, "image": f"images/{arm}/p{i}.png"}
+    return make_record(arm, i, PROMPTS[i], **same | changes)
 
 
 @pytest.fixture
@@ -59,9 +35,8 @@ def run(tmp_path):
     def make(name: str = "run", arms=("unguided", "scale=1"), rows=range(3), **changes):
         store = RecordStore(tmp_path / name)
         for a, arm in enumerate(arms):
-            own = changes.get(arm, {})
             for i in rows:
-                store.append(record(arm, i, **own), picture(10 * a + i))
+                store.append(record(arm, i, **changes.get(arm, {})), picture(10 * a + i))
         return store.folder
 
     return make
@@ -103,10 +78,6 @@ def test_two_checkpoints_are_compared_only_when_they_are_meant_to_differ(run) ->
 
 
 def test_arms_of_several_runs_are_called_after_their_folders(run) -> None:
-    assert (
-        load_arms([run("a"), run("b")]).names == ["a/unguided", "a/scale=1", "b/unguided", "b/scale=1"]
-        or True
-    )
     names = set(load_arms([run("a"), run("b")], baseline="b/unguided").names)
     assert names == {"a/unguided", "a/scale=1", "b/unguided", "b/scale=1"}
 
@@ -186,26 +157,18 @@ def test_other_modes_and_sizes_are_converted_and_counted(plain) -> None:
     assert arms.images["odd"][0].open().getpixel((0, 0)) == (255, 255, 255)
 
 
-def refusals(plain, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    twice = plain("twice")
-    Image.new("RGB", (8, 8)).save(twice / "a.jpg")
-    broken = plain("broken")
+def test_folders_that_cannot_be_compared_are_refused(plain, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    broken, one = plain("broken"), plain("one")
     (broken / "a.png").write_bytes(b"not an image")
-    one = plain("one")
-    return {
-        "Expected images .* or records in": [[empty]],
-        "Expected a folder of images": [[tmp_path / "nowhere"]],
-        "lacks 'd', seed 0 of 4": [[one, plain("more", names="abcd")]],
-        "it cannot be read": [[one, broken]],
-        "Expected one or more folders": [[]],
-        "Expected two or more pairs": [[plain("single", names="a")]],
-    }
-
-
-def test_each_bad_folder_gets_a_sentence(plain, tmp_path) -> None:
-    for message, (folders,) in refusals(plain, tmp_path).items():
+    for message, folders in {
+        "Expected images .* or records in": [tmp_path / "empty"],
+        "Expected a folder of images": [tmp_path / "nowhere"],
+        "lacks 'd', seed 0 of 4": [one, plain("more", names="abcd")],
+        "it cannot be read": [one, broken],
+        "Expected one or more folders": [],
+        "Expected two or more pairs": [plain("single", names="a")],
+    }.items():
         with pytest.raises(UserError, match=message):
             load_arms(folders)
 

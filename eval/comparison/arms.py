@@ -1,4 +1,4 @@
-"""Folders of images, with records or without: one image and what is known of it."""
+"""Arms of a comparison, read from folders of images with or without records, and paired image by image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ArmImage:
     """One image of an arm.
 
     Attributes:
-        file: Where it is.
+        file: Its path.
         digest: SHA-256 of its bytes, hexadecimal.
         prompt_id, prompt, category, challenge, seed: As in a record.  A folder without prompts has "" and the
             file's name as ``prompt_id``.
@@ -44,28 +44,23 @@ class ArmImage:
 
     @property
     def pair(self) -> tuple[str, int]:
-        """What images of one pair share."""
+        """Identify the pair: images of a pair have the same prompt and seed."""
         return self.prompt_id, self.seed
 
     def open(self) -> Image.Image:
         """Read it as RGB."""
         with Image.open(self.file) as opened:
             image = to_rgb(opened)
-        image.info["prompt"] = (
-            self.prompt
-        )  # as a PNG's text chunk would say; heads that know captions read it
+        image.info["prompt"] = self.prompt  # as in a PNG's text chunk; heads that use captions read it
         return image
 
 
 def read_folder(folder: Path, prompts: str | os.PathLike[str] | None = None) -> dict[str, list[ArmImage]]:
-    """Read what is in a folder; images are not opened.
+    """List the images of a folder, arm by arm, without opening them.
 
     Args:
-        folder: With ``records.jsonl``, or of images, at any depth.
-        prompts: As of :func:`eval.comparison.arms.load_arms`.
-
-    Returns:
-        Arm -> images; a plain folder is one arm, called like it.
+        folder: With ``records.jsonl``, or of images, at any depth; a plain folder is one arm named after it.
+        prompts: As for `load_arms`.
 
     Raises:
         UserError: If there is no such folder, it has no images, or the table of prompts does not fit.
@@ -76,46 +71,47 @@ def read_folder(folder: Path, prompts: str | os.PathLike[str] | None = None) -> 
         return {folder.resolve().name: _read_plain(folder, prompts)}
     arms: dict[str, list[ArmImage]] = {}
     for r in RecordStore(folder).load(check=None):
-        told = (r.prompt_id, r.prompt, r.category, r.challenge, r.seed, r)
-        arms.setdefault(r.arm, []).append(ArmImage(folder / r.image, r.sha256, *told))
+        image = ArmImage(
+            folder / r.image, r.sha256, r.prompt_id, r.prompt, r.category, r.challenge, r.seed, r
+        )
+        arms.setdefault(r.arm, []).append(image)
     return arms
 
 
-def _read_plain(folder: Path, prompts: Any) -> list[ArmImage]:
+def _read_plain(folder: Path, prompts: str | os.PathLike[str] | None) -> list[ArmImage]:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(
             f"Expected images ({', '.join(IMAGE_SUFFIXES)}) or records in '{folder}', found none."
         )
     tables = [Path(prompts)] if prompts else [folder / name for name in TABLES if (folder / name).is_file()]
-    told = _read_table(tables[0]) if tables else {}
+    table = _read_table(tables[0]) if tables else {}
     images, seeds = [], dict[str, int]()
     for file in files:
         name = file.relative_to(folder).with_suffix("").as_posix()
-        row = told.get(name)
-        if told and row is None:
+        if table and name not in table:
             raise UserError(f"Expected a row for '{name}' in '{tables[0]}', found none; add its prompt.")
-        text = str(row["prompt"]) if row else ""
-        key = str((row or {}).get("prompt_id") or text or name)
+        row = table.get(name, {})
+        key = str(row.get("prompt_id") or row.get("prompt") or name)
         seeds[key] = seeds.get(key, -1) + 1
-        seed = int(row["seed"]) if row and row.get("seed") not in (None, "") else seeds[key]
-        category, challenge = (str((row or {}).get(k) or "") for k in ("category", "challenge"))
-        images.append(ArmImage(file, _digest(file), key, text, category, challenge, seed))
+        seed = seeds[key] if row.get("seed") in (None, "") else int(row["seed"])
+        prompt, category, challenge = (str(row.get(k) or "") for k in ("prompt", "category", "challenge"))
+        images.append(ArmImage(file, _digest(file), key, prompt, category, challenge, seed))
     return images
 
 
 def _read_table(file: Path) -> dict[str, dict[str, Any]]:
-    """Prompts of plain images by the name of the file without its suffix."""
-    told: dict[str, dict[str, Any]] = {}
+    """Read the rows of plain images by the name of the file without its suffix."""
+    table: dict[str, dict[str, Any]] = {}
     for row in read_rows(file):
         name = require_cell(row, ("file_name", "filename", "image", "id"), f"'{file}'", "names of the images")
         prompt = require_cell(row, ("prompt", "caption", "text"), f"'{file}'")
         rest = {str(key).strip().lower(): value for key, value in row.items()}
         key = Path(str(name)).with_suffix("").as_posix()
-        if key in told:
+        if key in table:
             raise UserError(f"Expected one row an image in '{file}', got two for '{name}'; remove one.")
-        told[key] = rest | {"prompt": " ".join(str(prompt or "").split())}
-    return told
+        table[key] = rest | {"prompt": " ".join(str(prompt or "").split())}
+    return table
 
 
 def load_images(folder: str | os.PathLike[str], records: Sequence[Record]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -128,7 +124,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-_SHOWN = 3  # examples in a sentence
+_SHOWN = 3  # examples in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +134,8 @@ class Arms:
     Attributes:
         baseline: Name of the first one.
         images: Arm -> images, all arms in the same order of pairs.
-        audited: Whether records showed that prompt, noise, model, scheduler and steps are the same.
-        excluded: Reason -> pairs ("PROMPT, seed SEED") left out in all arms.
+        audited: Records show that prompt, noise, model, scheduler and steps are the same.
+        excluded: Reason -> pairs ("PROMPT, seed SEED") left out of all arms.
         converted: Mode or size -> number of images that were not plain 8-bit RGB of the usual size.
     """
 
@@ -156,7 +152,7 @@ class Arms:
 
     @property
     def rows(self) -> list[ArmImage]:
-        """The baseline's images: what all arms have in common."""
+        """Images of the baseline, whose prompts and seeds all arms share."""
         return self.images[self.baseline]
 
 
@@ -169,22 +165,22 @@ def load_arms(
     prompts: str | os.PathLike[str] | None = None,
     exclude: bool = False,
 ) -> Arms:
-    """Read the arms of folders and pair their images; one arm alone has nothing to be paired with.
+    """Read the arms of folders and pair their images; a single arm needs no partner.
 
-    A folder with ``records.jsonl`` holds the arms its records name; a plain folder of images is one arm, called like
-    the folder, whose images are paired by file name.  Of several folders with records the arms are called
-    FOLDER/ARM, and FOLDER where it holds one.
+    A folder with ``records.jsonl`` holds the arms its records name; a plain folder of images is one arm, named after
+    the folder, whose images are paired by file name.  The arms of several folders with records are named FOLDER/ARM, or
+    FOLDER where it holds one.
 
     Args:
         folders: One with records, or more of either kind.
-        baseline: Arm the others are compared with; None: "unguided" where there is one, else the first.
-        only: Arms to compare, besides the baseline; empty takes all.
+        baseline: Arm with which the others are compared; None: "unguided" if there is one, else the first.
+        only: Arms to compare besides the baseline; empty takes all.
         vary: Record fields in which pairs may differ on purpose: "cfg_scale", "scheduler", "num_steps", and
             "model_fingerprint" for two checkpoints.  Plain sampling at another CFG weight may always differ in that.
-        prompts: Table with file_name (or id) and prompt, and perhaps category, challenge and seed, for plain folders;
-            None looks for :data:`eval.comparison.arms.TABLES` in each folder.
-        exclude: Leave pairs out, and count them, of which an image is missing, cannot be read or has no partner; else
-            they are refused.
+        prompts: Table with file_name (or id) and prompt, optionally category, challenge and seed, for plain folders;
+            None looks for `TABLES` in each folder.
+        exclude: Leave out and count pairs in which an image is missing, unreadable or without a partner, instead of
+            raising an error.
 
     Raises:
         UserError: If a folder has no images, two arms are not paired, or an image cannot be used.
@@ -213,8 +209,7 @@ def _named(found: Sequence[tuple[Path, dict[str, list[ArmImage]]]]) -> dict[str,
     named: dict[str, list[ArmImage]] = {}
     for folder, arms in found:
         for arm, images in arms.items():
-            own = folder.resolve().name
-            name = own if len(arms) == 1 else f"{own}/{arm}"
+            name = folder.resolve().name if len(arms) == 1 else f"{folder.resolve().name}/{arm}"
             if name in named:
                 raise UserError(
                     f"Expected folders of different names, got two arms called '{name}'; rename one."
@@ -240,8 +235,9 @@ def _selected(
         if name not in found:
             raise UserError(f"Expected arms among {', '.join(found)}, got '{name}'.{nearest(name, found)}")
     kept = [name for name in found if name != base and (not only or name in only)]
-    scale = {name: found[name][0].record.scale if found[name][0].record else 0.0 for name in kept}  # type: ignore[union-attr]
-    return {name: found[name] for name in [base, *sorted(kept, key=lambda n: scale[n])]}
+    records = {name: found[name][0].record for name in kept}
+    kept.sort(key=lambda name: record.scale if (record := records[name]) else 0.0)
+    return {name: found[name] for name in [base, *kept]}
 
 
 def _by_pair(arm: str, images: Sequence[ArmImage]) -> dict[tuple[str, int], ArmImage]:
@@ -261,7 +257,7 @@ def _common(
     exclude: bool,
     excluded: dict[str, list[str]],
 ) -> list[tuple[str, int]]:
-    """Pairs that every arm has, in the baseline's order."""
+    """List the pairs that every arm has, in the baseline's order."""
     union = list(dict.fromkeys(pair for arm in [base, *arms] for pair in arms[arm]))
     lacking = {name: [pair for pair in union if pair not in images] for name, images in arms.items()}
     lacking = {name: pairs for name, pairs in lacking.items() if pairs}
@@ -283,7 +279,7 @@ def _audit(
     base: str,
     vary: Collection[str],
 ) -> bool:
-    """Audit what records tell of the pairs; tells whether every arm has them."""
+    """Audit the records of the pairs; return False if an arm has none."""
     records = {name: [images[pair].record for pair in pairs] for name, images in arms.items()}
     if any(r is None for rows in records.values() for r in rows):
         return False
@@ -304,7 +300,7 @@ def _check_images(
     exclude: bool,
     excluded: dict[str, list[str]],
 ) -> dict[str, int]:
-    """Look at every file once; notes the pairs of those that cannot be read, counts those that are converted."""
+    """Check every file once: exclude the pairs of unreadable files, and count files that have to be converted."""
     converted: dict[str, int] = {}
     sizes: dict[tuple[int, int], int] = {}
     for pair in pairs:
@@ -327,14 +323,14 @@ def _check_images(
 
 
 def _problem(image: ArmImage, converted: dict[str, int], sizes: dict[tuple[int, int], int]) -> str | None:
-    """What keeps an image from being used; the files are read whole only once, when features are computed."""
+    """Say what keeps an image from being used; files with records are decoded only when features are computed."""
     try:
         if image.record and image.file.stat().st_size != image.record.bytes:
             return "is not the one that was recorded"
         with Image.open(image.file) as opened:
             mode, size = opened.mode, opened.size
             if not image.record:
-                opened.load()  # a record's size shows a cut file; of others only decoding does
+                opened.load()  # without a recorded size, only decoding reveals a truncated file
     except FileNotFoundError:
         return "is missing"
     except (OSError, SyntaxError, ValueError):
@@ -346,7 +342,7 @@ def _problem(image: ArmImage, converted: dict[str, int], sizes: dict[tuple[int, 
 
 
 def _same_prompts(images: dict[str, list[ArmImage]], base: str) -> dict[str, list[ArmImage]]:
-    """Plain folders may tell their prompts in one place only; refuse those that tell different ones."""
+    """Refuse arms with different prompts; it is enough if one of them has prompts."""
     for name, rows in images.items():
         for a, b in zip(images[base], rows, strict=True):
             if a.prompt != b.prompt and a.prompt and b.prompt:

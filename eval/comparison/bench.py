@@ -121,9 +121,9 @@ class ImageBench:
         references: dict[str, Extractor] = {}
         for measure in SET_METRICS:
             network = measure.network(self)
-            if network is not None and measure.needs_reference and self.reference:
+            if network is not None and measure.needs and self.reference:
                 references[network.fingerprint] = network
-            if self.reference or not measure.needs_reference:
+            if self.reference or not measure.needs:
                 graders.append((network, measure.what))
         needed = {(grader.fingerprint, what): grader for grader, what in graders if grader is not None}
         for (_, what), grader in needed.items():

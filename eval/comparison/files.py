@@ -1,4 +1,4 @@
-"""The files of a comparison: summary.json, rows.csv, rows.parquet, the report, a Weights & Biases table."""
+"""Write a comparison: summary.json, rows.csv, rows.parquet, the report, and a Weights & Biases run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from guidance.utils.tracking import wandb_is_configured
 def write_comparison(
     comparison: Comparison, folder: Path, *, key: str = "", sort_by: str | None = None
 ) -> dict[str, Any]:
-    """Write rows.csv, rows.parquet, report.html and, last, summary.json, which says that the others are there.
+    """Write rows.csv, rows.parquet, report.html and, last, summary.json, which marks the others as complete.
 
     Args:
-        comparison: What was found.
-        folder: Where to.
-        key: Of what was compared and how, for the summary.
+        comparison: Results.
+        folder: Output folder.
+        key: Hash of inputs and options, for the summary.
         sort_by: Metric that picks the examples of the report.
 
     Returns:
@@ -43,7 +43,7 @@ def write_comparison(
 
 
 def headline_table(comparison: Comparison) -> str:
-    """The arms in Markdown: means of the baseline, then paired differences with 95% intervals."""
+    """Tabulate the arms in Markdown: means of the baseline, then paired differences with 95% intervals."""
     rows = []
     for arm in comparison.arms:
         row = {"arm": arm.name}
@@ -60,7 +60,7 @@ def headline_table(comparison: Comparison) -> str:
 
 
 def log_to_wandb(comparison: Comparison, folder: Path) -> None:
-    """Log the summary and a table with one row an image to W&B, offline where there is no account; never fails."""
+    """Log the summary and a table with one row an image to W&B, offline without an account; never raises."""
     try:
         import wandb
 
@@ -76,7 +76,7 @@ def log_to_wandb(comparison: Comparison, folder: Path) -> None:
             run.summary[f"{v.arm}/{v.metric}"] = v.value
         run.log({"report": wandb.Html((folder / "report.html").read_text(encoding="utf-8"))})
         run.finish()
-    except Exception as error:  # a tracker is never worth an evaluation
+    except Exception as error:  # a failing tracker must not cost the evaluation
         warnings.warn(
             f"Tracking failed ({type(error).__name__}: {error}); the files are written.", stacklevel=2
         )

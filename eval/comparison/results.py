@@ -1,4 +1,4 @@
-"""What a comparison found, as plain data: report, ``summary.json``, table of rows and W&B are written from it."""
+"""Results of a comparison as plain data, from which report, ``summary.json``, tables and W&B logs are written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from eval.stats.paired import PairedDifference
 
-Better = Literal["higher", "lower", ""]  # "": neither, it only tells how far an arm has moved
+Better = Literal["higher", "lower", ""]  # "": neither; the metric only shows how far an arm has moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +16,10 @@ class ArmSummary:
 
     Attributes:
         name: As in records, or the folder's name.
-        n: Images compared.
-        series: Arms of one series make one curve: "guided by aesthetic", "plain CFG".  The baseline's is "baseline",
-            and every curve passes through it.
-        method: What was done, in a phrase; "" where nothing is recorded.
+        n: Number of images.
+        series: Arms of one series form a curve: "guided by aesthetic", "plain CFG".  The baseline's is "baseline", and
+            every curve passes through it.
+        method: Guidance, scheduler and steps in a phrase; "" where nothing is recorded.
         scale: Guidance scale; None where nothing is recorded.
         cfg_scale: Weight of classifier-free guidance; None where nothing is recorded.
         seconds: Median seconds per image; None where nothing is recorded.
@@ -40,11 +40,11 @@ class ImageMetric:
 
     Attributes:
         key: Column of the rows: "clip_score".
-        title: For people: "CLIP score (judge CLIP)".
+        title: Name for people: "CLIP score (judge CLIP)".
         better: Which way is better.
         evaluator: The network that measures it; "" for formulas.
         circular: Arms that the evaluator itself had guided.
-        note: One sentence that says what it is, with range and unit.
+        note: One sentence of definition, with range and unit.
     """
 
     key: str
@@ -82,7 +82,7 @@ class SetMetric:
         key: Of :attr:`SetValue.metric`: "fd".
         title: "FD-judge"; "FID" only with the real Inception.
         better: Which way is better.
-        note: One sentence that says what it is, with range, unit and size of the reference.
+        note: One sentence of definition, with range, unit and reference.
     """
 
     key: str
@@ -99,10 +99,10 @@ class SetValue:
         metric: :attr:`SetMetric.key`.
         arm: The arm.
         value: On all its images.
-        blocks: On disjoint blocks of prompts (or seeds); each has its own bias, so compare them among arms only.
+        blocks: On disjoint blocks of prompts (or seeds); each is biased by its size, so compare them among arms only.
         difference: ``value`` less the baseline's; None for the baseline.
-        p: Two-sided permutation test of the difference, labels swapped within prompts; None for the baseline, and where
-            no test was run.
+        p: From a two-sided permutation test of the difference, labels swapped within prompts; None for the baseline,
+            and where no test was run.
         p_holm: ``p`` adjusted by Holm over the arms.
     """
 
@@ -151,21 +151,21 @@ class Caveat:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two or more arms on the same prompts and noises; see `eval.comparison.compare.compare`.
+    """One or more arms on the same prompts and noises; see `eval.comparison.bench.ImageBench.compare`.
 
     Attributes:
         title: Of the report.
-        command: That makes it again.
+        command: Command line that reproduces it.
         created: ISO 8601, UTC.
-        provenance: What was measured with what: versions, model, evaluators and their fingerprints, reference, options.
-        baseline: Name of the arm the others are compared with.
+        provenance: Versions, models, evaluators with their fingerprints, reference and options.
+        baseline: Name of the arm with which the others are compared.
         arms: The baseline first.
         n_prompts: Prompts in every arm.
         n_pairs: Images in every arm.
-        image_metrics, deltas: Metrics an image; a delta for each of them and each arm but the baseline.
-        set_metrics, set_values: Metrics a set; a value for each of them and each arm.
+        image_metrics, deltas: Image metrics; a delta for each of them and each arm but the baseline.
+        set_metrics, set_values: Set metrics; a value for each of them and each arm.
         breakdowns: By category and challenge, where prompts have them.
-        caveats: What to mind.
+        caveats: Warnings for the reader.
         rows: One dict an image: arm, prompt_id, prompt, category, challenge, seed, scale, cfg_scale, image (path of the
             file), seconds, and a column for each image metric (None where it has no value).
     """
@@ -187,15 +187,15 @@ class Comparison:
     rows: list[dict[str, Any]]
 
     def delta(self, metric: str, arm: str) -> Delta | None:
-        """The delta of a metric and an arm, or None."""
+        """Return the delta of a metric and an arm, or None."""
         return next((d for d in self.deltas if (d.metric, d.arm) == (metric, arm)), None)
 
     def set_value(self, metric: str, arm: str) -> SetValue | None:
-        """The value of a set metric of an arm, or None."""
+        """Return the value of a set metric for an arm, or None."""
         return next((s for s in self.set_values if (s.metric, s.arm) == (metric, arm)), None)
 
     def mean(self, metric: str, arm: str) -> float | None:
-        """The mean of an image metric or the value of a set metric of any arm, the baseline included; or None."""
+        """Return the mean of an image metric or the value of a set metric for any arm; None if not measured."""
         if (found := self.set_value(metric, arm)) is not None:
             return found.value
         for d in self.deltas:

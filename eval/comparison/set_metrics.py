@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ MOST_TESTED = 2000
 
 Rows = Float[np.ndarray, "n d"]
 Prompts = Sequence[str]
-Test = Callable[[Rows, Rows, Prompts, int], float | None]
+Test = Callable[[Rows, Rows, Prompts, int], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +49,17 @@ class SetData:
 
     Attributes:
         rows: Arm -> features of its images, the baseline first.
-        reference: Reference set in the same features; None for metrics that need none.
+        reference: Reference set in the same features; None if the metric needs none.
     """
 
     rows: Mapping[str, Rows]
     reference: Reference | None = None
 
     @property
-    def n(self) -> int:
-        """Images of an arm."""
-        return len(next(iter(self.rows.values())))
-
-    @property
     def real(self) -> Rows:
         """Features of the reference's images."""
         assert self.reference is not None and self.reference.features is not None
         return self.reference.features
-
-    @property
-    def has_images(self) -> bool:
-        """Tell whether the features of the reference's images are known, not only their moments."""
-        return self.reference is not None and self.reference.features is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +92,10 @@ class SetMeasure:
         better: Which way is better.
         note: One sentence of definition, formatted with the name of the ``reference`` and the ``width`` of features.
         network: Picks the network whose features are compared; None where the metric does not apply.
-        statistic: Prepares the computation; None where the data do not suffice.
+        statistic: Prepares the computation.
         what: "embed" for features, "probabilities" for those of classes.
-        needs_reference: False for metrics of the generated images alone.
+        needs: What must be known of the reference: its "images", only their "moments", or "" for nothing.
+        min_images: Fewest images of an arm.
         published: Title on features of the published Inception, if it has one of its own.
         distance: The report plots image metrics against the first distance there is.
         tradeoff: Key of another set metric that the report plots against this one.
@@ -115,9 +106,10 @@ class SetMeasure:
     better: Better
     note: str
     network: Callable[[ImageBench], Extractor | None]
-    statistic: Callable[[SetData], SetStatistic | None]
+    statistic: Callable[[SetData], SetStatistic]
     what: What = "embed"
-    needs_reference: bool = True
+    needs: Literal["images", "moments", ""] = "images"
+    min_images: int = 2
     published: str = ""
     distance: bool = False
     tradeoff: str = ""
@@ -138,12 +130,13 @@ def measure_sets(bench: ImageBench, permutations: int) -> list[MeasuredSets]:
     measured = []
     for measure in SET_METRICS:
         network = measure.network(bench)
-        if network is None or (measure.needs_reference and not bench.reference):
+        if network is None or (measure.needs and not bench.reference) or len(prompts) < measure.min_images:
             continue
-        reference = bench.read_reference(network) if measure.needs_reference else None
+        reference = bench.read_reference(network) if measure.needs else None
+        if measure.needs == "images" and (reference is None or reference.features is None):
+            continue
         data = SetData(bench.read(network, measure.what), reference)
-        if (statistic := measure.statistic(data)) is None:
-            continue
+        statistic = measure.statistic(data)
         title = measure.published if measure.published and network.name == "inception" else measure.title
         width = next(iter(data.rows.values())).shape[1]
         note = measure.note.format(reference=reference.name if reference else "", width=width)
@@ -170,11 +163,8 @@ def set_values(
     tests: dict[str, float] = {}
     if statistic.tested and len(set(prompts)) >= MIN_PROMPTS:
         test = statistic.test or _value_test(statistic.value)
-        found = {
-            name: test(statistic.rows[baseline], statistic.rows[name], prompts, permutations)
-            for name in others
-        }
-        tests = {name: p for name, p in found.items() if p is not None}
+        base = statistic.rows[baseline]
+        tests = {name: test(base, statistic.rows[name], prompts, permutations) for name in others}
     adjusted = dict(zip(tests, holm(list(tests.values())).tolist(), strict=True))
     blocks = list_blocks(prompts, seeds)
     return [
@@ -245,10 +235,8 @@ def frechet_statistic(data: SetData) -> SetStatistic:
     )
 
 
-def kernel_statistic(data: SetData) -> SetStatistic | None:
+def kernel_statistic(data: SetData) -> SetStatistic:
     """Prepare the kernel distance (KID's estimator on all rows at once), times 1000."""
-    if not data.has_images or data.n <= NEIGHBOURS:
-        return None
     real = torch.as_tensor(data.real).double()
 
     def value(x: Rows) -> float:
@@ -257,10 +245,8 @@ def kernel_statistic(data: SetData) -> SetStatistic | None:
     return SetStatistic(data.rows, value, _mmd_test(data.real, cubic_kernel))
 
 
-def precision_statistic(data: SetData) -> SetStatistic | None:
+def precision_statistic(data: SetData) -> SetStatistic:
     """Prepare the share of generated images within the manifold of real ones."""
-    if not data.has_images or data.n <= NEIGHBOURS:
-        return None
     real = torch.as_tensor(data.real).double()
     radius = radii(real, NEIGHBOURS)
     inside = {
@@ -270,10 +256,8 @@ def precision_statistic(data: SetData) -> SetStatistic | None:
     return SetStatistic(inside, lambda x: float(x.mean()))
 
 
-def recall_statistic(data: SetData) -> SetStatistic | None:
+def recall_statistic(data: SetData) -> SetStatistic:
     """Prepare the share of real images within the manifold of generated ones."""
-    if not data.has_images or data.n <= NEIGHBOURS:
-        return None
     real = torch.as_tensor(data.real).double()
 
     def value(x: Rows) -> float:
@@ -291,13 +275,12 @@ def recall_statistic(data: SetData) -> SetStatistic | None:
 
         return _index_test(recall, prompts, permutations)
 
-    return SetStatistic(data.rows, value, test, tested=data.n <= MOST_TESTED)
+    testable = all(len(x) <= MOST_TESTED for x in data.rows.values())
+    return SetStatistic(data.rows, value, test, tested=testable)
 
 
-def cmmd_statistic(data: SetData) -> SetStatistic | None:
+def cmmd_statistic(data: SetData) -> SetStatistic:
     """Prepare CMMD of embeddings of a CLIP, in the published (biased) form."""
-    if not data.has_images:
-        return None
     unit = {arm: unit_rows(x).numpy() for arm, x in data.rows.items()}
     test = _mmd_test(unit_rows(data.real).numpy(), rbf_kernel)
     return SetStatistic(unit, lambda x: cmmd(data.real, x).biased, test)
@@ -317,6 +300,7 @@ SET_METRICS = [
         "Frechet distance of {width} features to {reference}; biased upwards at small n.",
         network=lambda bench: bench.features,
         statistic=frechet_statistic,
+        needs="moments",
         published="FID",
         distance=True,
     ),
@@ -327,6 +311,7 @@ SET_METRICS = [
         "1000 times the unbiased MMD with kernel (x.y/d + 1)^3 to {reference}; 0 for equal distributions.",
         network=lambda bench: bench.features,
         statistic=kernel_statistic,
+        min_images=NEIGHBOURS + 1,
         published="KID",
         distance=True,
     ),
@@ -337,6 +322,7 @@ SET_METRICS = [
         f"Share of images within the manifold of {{reference}} (k = {NEIGHBOURS}): how many look real.",
         network=lambda bench: bench.features,
         statistic=precision_statistic,
+        min_images=NEIGHBOURS + 1,
     ),
     SetMeasure(
         "recall",
@@ -345,6 +331,7 @@ SET_METRICS = [
         f"Share of {{reference}} within the manifold of the images (k = {NEIGHBOURS}): how much of it is reached.",
         network=lambda bench: bench.features,
         statistic=recall_statistic,
+        min_images=NEIGHBOURS + 1,
         tradeoff="precision",
     ),
     SetMeasure(
@@ -364,7 +351,7 @@ SET_METRICS = [
         network=lambda bench: bench.features if isinstance(bench.features, ClassExtractor) else None,
         statistic=inception_statistic,
         what="probabilities",
-        needs_reference=False,
+        needs="",
         tradeoff="fd",
     ),
 ]

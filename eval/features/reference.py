@@ -1,4 +1,4 @@
-"""Reference sets by name: the images (or only their statistics) that generated images are compared with.
+"""Reference sets by name: the images, or only their statistics, with which generated images are compared.
 
 * ``testbed:test``, ``testbed:validation``, ``testbed:train``: rendered scenes;
 * a folder of images, a ``.parquet`` file or a hub dataset with a column ``image``; ``@SPLIT`` at the end takes one
@@ -38,7 +38,7 @@ class Reference:
 
     Attributes:
         name: The source.
-        n: Images; 0 where a file of statistics does not tell.
+        n: Number of images; 0 where a file of statistics does not say.
         features: Of every image, float32; None where only statistics are known.
         mu, sigma: Mean and covariance (ddof 1), float64.
     """
@@ -59,16 +59,16 @@ def load_reference(
     cache: str | os.PathLike[str] | None = None,
     progress: str | None = None,
 ) -> Reference:
-    """Load a reference set, embedding its images where that was not done before.
+    """Load a reference set; embed the images that are not cached.
 
     Args:
         source: See the top of this file.
-        extractor: Makes the features.  Statistics of an ``.npz`` must be of the same network: nothing in such a file
-            tells.
-        n: Images, or all where there are fewer; None takes all (of the testbed 4,000 of train, 1,000 of the others).
-            Does not apply to ``.npz``.
+        extractor: Computes the features.  Statistics of an ``.npz`` must come from the same network, which no such file
+            names.
+        n: Number of images, all if there are fewer; None takes all (of the testbed 4,000 of train, 1,000 of the other
+            splits).  Ignored for ``.npz``.
         seed: Of the choice of n images, and of the testbed's world.
-        cache: Folder for features and statistics; None keeps nothing.
+        cache: Folder for features and statistics; None caches nothing.
         progress: Title of a progress bar; None shows none.
 
     Raises:
@@ -79,19 +79,19 @@ def load_reference(
         mu, sigma, known = load_statistics(name)
         return Reference(name, known or 0, None, mu, sigma)
     pictures = _open_source(name, n, seed)
-    kept = None if cache is None else _kept(cache, extractor, pictures)
-    digests = _read_digests(kept) if kept else None
+    cached = None if cache is None else _cache_path(cache, extractor, pictures)
+    digests = _read_digests(cached) if cached else None
     known_digests = digests or pictures.images().digests
     features = features_of(
         lambda i: pictures.images().open(i), known_digests, extractor, cache, progress=progress
     )
-    if digests and kept:
-        mu, sigma, _ = load_statistics(kept.with_suffix(".npz"))
+    if digests and cached:
+        mu, sigma, _ = load_statistics(cached.with_suffix(".npz"))
         return Reference(name, len(features), features, mu, sigma)
     mu, sigma = statistics(features)
-    if kept:
-        save_statistics(kept.with_suffix(".npz"), mu, sigma, len(features))
-        write_json(kept.with_suffix(".json"), known_digests)  # last: it says that all is there
+    if cached:
+        save_statistics(cached.with_suffix(".npz"), mu, sigma, len(features))
+        write_json(cached.with_suffix(".json"), known_digests)  # last: it marks the entry as complete
     return Reference(name, len(features), features, mu, sigma)
 
 
@@ -106,14 +106,14 @@ def fill_reference(
     process_index: int,
     num_processes: int,
 ) -> None:
-    """Compute this process's share of a reference's features; `load_reference` finds them after a barrier.
+    """Compute this process's share of a reference's features, for `load_reference` to find after a barrier.
 
-    Args and errors as of `load_reference`, processes as of `eval.features.store.features_of`.
+    Arguments and errors as for `load_reference`, processes as for `eval.features.store.features_of`.
     """
     if (name := os.fspath(source)).endswith(".npz"):
         return
     pictures = _open_source(name, n, seed)
-    if _read_digests(_kept(cache, extractor, pictures)) is not None:
+    if _read_digests(_cache_path(cache, extractor, pictures)) is not None:
         return
     images = pictures.images()
     features_of(
@@ -130,7 +130,7 @@ def fill_reference(
 def statistics(
     features: Float[np.ndarray, "n d"],
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
-    """Return mean and covariance (ddof 1), float64, from sums in memory that does not grow with n."""
+    """Return mean and covariance (ddof 1), float64, from sums, in memory that does not grow with n."""
     sums = FrechetDistance(features.shape[1])
     for start in range(0, len(features), _CHUNK):
         sums.update(features[start : start + _CHUNK], real=True)
@@ -140,7 +140,7 @@ def statistics(
 
 @dataclasses.dataclass(frozen=True)
 class _Images:
-    """Images and what identifies each, in one order."""
+    """Images and their digests, in one order."""
 
     digests: list[str]
     open: Callable[[int], Image.Image]
@@ -148,7 +148,7 @@ class _Images:
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Images that are read only when they are needed; `key` says whether they are the same as before."""
+    """Images that are read only when needed; `key` identifies them in the cache."""
 
     key: str
     images: Callable[[], _Images]
@@ -183,11 +183,11 @@ def _testbed(name: str, n: int | None, seed: int) -> _Source:
     number = n or TESTBED_SIZES[split]
     start = hashlib.sha256(render_scenes(scenes(split, 4, seed=seed)).tobytes()).hexdigest()
 
-    @functools.lru_cache(number)  # of two networks the second sees the same pictures
+    @functools.lru_cache(number)  # a second network sees the same pictures
     def draw(i: int) -> Image.Image:
         return Image.fromarray(render(sample_scene(split, i, seed)))
 
-    def images() -> _Images:  # known without being drawn: the first few show the renderer
+    def images() -> _Images:  # identified without being drawn: the first few identify the renderer
         names = [f"{split} {seed} {i} {start}" for i in range(number)]
         return _Images([hashlib.sha256(name.encode()).hexdigest() for name in names], draw)
 
@@ -261,7 +261,7 @@ def _hub(name: str, split: str, n: int | None, seed: int) -> _Source:
 
 
 def _encoded(cells: Any, rows: list[int], name: str) -> _Images:
-    """Images of a table: encoded bytes, or ``{"bytes", "path"}``."""
+    """Read the images of a table's cells: encoded bytes, or ``{"bytes", "path"}``."""
     encoded: list[bytes] = []
     for row, cell in zip(rows, cells, strict=True):
         data = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -285,7 +285,7 @@ def _decode(data: bytes, where: str) -> Image.Image:
 
 
 def _choose(available: int, n: int | None, seed: int, where: str) -> list[int]:
-    """Indices of n images in their order: the first n of a seeded permutation, so that more contain fewer."""
+    """Choose n indices, sorted: the first n of a seeded permutation, so that larger choices contain smaller ones."""
     if available < 2:
         raise UserError(f"Expected a reference of two or more images in '{where}', found {available}.")
     if n is None or n >= available:
@@ -297,13 +297,13 @@ def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _kept(cache: str | os.PathLike[str], extractor: Extractor, pictures: _Source) -> Path:
-    """Where digests (.json) and statistics (.npz) of a reference are."""
+def _cache_path(cache: str | os.PathLike[str], extractor: Extractor, pictures: _Source) -> Path:
+    """Return the path, without suffix, of a reference's digests (.json) and statistics (.npz)."""
     return Path(cache) / "references" / f"{extractor.fingerprint}-{pictures.key}"
 
 
-def _read_digests(kept: Path) -> list[str] | None:
-    """The digests of a reference whose statistics are there too; None if it was not finished."""
-    if not kept.with_suffix(".json").is_file() or not kept.with_suffix(".npz").is_file():
+def _read_digests(cached: Path) -> list[str] | None:
+    """Read the digests of a cached reference; None if it is incomplete."""
+    if not cached.with_suffix(".json").is_file() or not cached.with_suffix(".npz").is_file():
         return None
-    return read_json(kept.with_suffix(".json"))
+    return read_json(cached.with_suffix(".json"))

@@ -1,14 +1,14 @@
-"""Features of images on the disk, by the hash of the image's file: an image is embedded once, whoever asks again.
+"""Cache of image features on the disk, keyed by the hash of the image's file: each image is embedded only once.
 
 A folder for each network and kind of output holds ``header.json`` and ``rows-*.bin``: rows of 32 bytes (SHA-256 of the
-image's file) and d little-endian float32.  Whoever computes appends to a file of his own, a batch in one
-synchronised write, so that processes and runs never disturb each other; a kill leaves at most one torn last row, which
-nobody reads.
+image's file) and d little-endian float32.  Every process appends to a file of its own, a batch in one synchronised
+write, so that processes and runs never disturb each other; a kill leaves at most one torn last row, which is ignored.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,41 +31,36 @@ _BATCH = 64
 
 
 class FeatureStore:
-    """The features of one network, in a folder that several processes may fill.
+    """Features of one network, in a folder that several processes may fill.
 
     Args:
-        folder: Made with the first rows.
+        folder: Created with the first rows.
         extractor_key: What the features depend on besides the image; a folder belongs to one key.
-        width: Number of features; None takes the folder's, or that of the first rows.
         extractor_name: For people who look into the header.
-        process_index: Shows in the names of files.
+        process_index: Shown in the names of files.
 
     Raises:
         UserError: If the folder is damaged, or holds the features of something else.
     """
 
+    width: int | None = None
+
     def __init__(
         self,
         folder: str | os.PathLike[str],
         extractor_key: str,
-        width: int | None = None,
         *,
         extractor_name: str = "",
         process_index: int = 0,
     ) -> None:
-        self.folder, self.key, self.width = Path(folder), extractor_key, width
-        self.extractor_name = extractor_name
-        self._own = self.folder / f"rows-{process_index}-{uuid.uuid4().hex[:12]}.bin"
+        self.folder, self.key, self.extractor_name = Path(folder), extractor_key, extractor_name
+        self._file = self.folder / f"rows-{process_index}-{uuid.uuid4().hex[:12]}.bin"
         self._read_header()
 
     def get(self, digests: Sequence[str]) -> dict[str, Float[np.ndarray, " d"]]:
-        """Return the features of those images that have some, by digest.
-
-        Args:
-            digests: SHA-256 of images' files, 64 hex digits each.
-        """
+        """Return the cached features by digest; digests are SHA-256 of images' files in hex."""
         self._read_header()  # another process may have begun the folder
-        wanted = {bytes.fromhex(_checked(digest)): digest for digest in digests}
+        wanted = {bytes.fromhex(digest): digest for digest in digests}
         found: dict[str, np.ndarray] = {}
         if not wanted or self.width is None:
             return found
@@ -78,25 +73,15 @@ class FeatureStore:
         return found
 
     def add(self, digests: Sequence[str], features: Float[np.ndarray, "n d"]) -> None:
-        """Append rows; all of them are on the disk when this returns.
-
-        Raises:
-            UserError: If their width is not the folder's.
-        """
-        if features.ndim != 2 or features.shape != (len(digests), self.width or features.shape[1]):
-            raise UserError(
-                f"Expected features ({len(digests)}, {self.width or 'd'}) for '{self.folder}', got {features.shape}; "
-                "name the network of the folder, or choose another folder."
-            )
+        """Append rows; all of them are on the disk when this returns."""
+        assert features.shape == (len(digests), self.width or features.shape[1]), features.shape
         if self.width is None or not self._header.is_file():
             self.width = features.shape[1]
             write_json(self._header, self._described())
         rows = np.empty(len(digests), self._row)
-        rows["digest"] = [np.frombuffer(bytes.fromhex(_checked(digest)), np.uint8) for digest in digests]
+        rows["digest"] = [np.frombuffer(bytes.fromhex(digest), np.uint8) for digest in digests]
         rows["features"] = features
-        append_bytes(
-            self._own, rows.tobytes()
-        )  # whole or not at all: rows that follow begin where rows begin
+        append_bytes(self._file, rows.tobytes())  # all or nothing, so that later rows are aligned
 
     @property
     def _header(self) -> Path:
@@ -116,8 +101,8 @@ class FeatureStore:
         }
 
     def _read_header(self) -> None:
-        """Check that the folder holds what is asked for, and learn its width."""
-        # rows are looked for first: another process that begins the folder now writes its header before them
+        """Validate the folder and learn its width."""
+        # look for rows first: a process that begins the folder at this moment writes its header before them
         has_rows = any(self.folder.glob("rows-*.bin"))
         if not self._header.is_file():
             if has_rows:
@@ -128,22 +113,19 @@ class FeatureStore:
             return
         header = read_json(self._header)
         width = header.get("width") if isinstance(header, dict) else None
-        expected = {**self._described(), "width": self.width or width}
-        differing = [
-            key
-            for key, value in expected.items()
-            if key != "extractor" and (not isinstance(header, dict) or header.get(key) != value)
-        ]
-        if differing or not isinstance(width, int) or width < 1:
+        self.width = self.width or width
+        expected = (
+            self._described() | {"extractor": header.get("extractor")} if isinstance(header, dict) else None
+        )
+        if header != expected or not isinstance(width, int) or width < 1:
             raise UserError(
-                f"Expected the features of this network in '{self.folder}', but its header.json differs in "
-                f"{', '.join(differing) or 'width'}; remove the folder or choose another."
+                f"Expected the features of '{self.extractor_name}' in '{self.folder}', but its header.json says "
+                "otherwise; remove the folder or choose another."
             )
-        self.width = width
 
 
 class Embedder(Protocol):
-    """What makes numbers of images: an `Extractor`, or a formula; ``batch_size`` is taken where it has one."""
+    """Maps images to numbers: an `Extractor` or a `Formula`; its ``batch_size`` is used if it has one."""
 
     @property
     def name(self) -> str: ...
@@ -165,18 +147,18 @@ def features_of(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Float[np.ndarray, "n d"]:
-    """Return the features of images, each computed once and then read from the disk.
+    """Return the features of images, computed once and then read from the disk.
 
     Args:
-        open_image: Opens the image of an index into ``digests``; called only where its features are missing, once for
+        open_image: Opens the image at an index into ``digests``; called only where its features are missing, once for
             equal digests.
         digests: SHA-256 of the images' files, in hex.
-        extractor: Computes them.
-        folder: Cache, shared by all networks and runs; None keeps nothing.
+        extractor: Computes the features.
+        folder: Cache, shared by all networks and runs; None caches nothing.
         what: "embed", or "probabilities" of a `ClassExtractor`.
         progress: Title of a progress bar; None shows none.
-        process_index, num_processes: Of several processes each computes its part of the images; rows that others still
-            owe are NaN: call again, as one process, after all have returned.
+        process_index, num_processes: Each of several processes computes its share of the images; rows of other shares
+            that are still missing are NaN: call again, as one process, after all have returned.
 
     Returns:
         float32, rows in the order of ``digests``.
@@ -184,17 +166,11 @@ def features_of(
     Raises:
         UserError: If the cache is damaged, the network cannot take an image or gives features that are not finite.
     """
-    if what == "probabilities" and not isinstance(extractor, ClassExtractor):
-        raise UserError(
-            f"Expected a classifier for class probabilities, got '{extractor.name}'; choose another."
-        )
-    if not digests:
-        raise UserError("Expected one or more images, got none.")
     first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
     unique = sorted(first, key=first.__getitem__)
     store, found = None, dict[str, np.ndarray]()
     if folder is not None:
-        place = Path(folder) / _safe(f"{extractor.fingerprint}-{what}")
+        place = Path(folder) / re.sub(r"[^\w.-]", "_", f"{extractor.fingerprint}-{what}")
         store = FeatureStore(
             place, extractor.fingerprint, extractor_name=extractor.name, process_index=process_index
         )
@@ -209,14 +185,15 @@ def features_of(
                 store.add(part, features)
             found.update(zip(part, features, strict=True))
             bar.update(len(part))
-    owed = np.full(len(next(iter(found.values()), ())), np.nan, np.float32)
+    missing_row = np.full(len(next(iter(found.values()), ())), np.nan, np.float32)
     if num_processes == 1 and not all(np.isfinite(row).all() for row in found.values()):
         raise UserError(f"Expected finite features in '{folder}', found NaN or infinity; remove the folder.")
-    return np.stack([found.get(digest, owed) for digest in digests]).astype(np.float32, copy=False)
+    return np.stack([found.get(digest, missing_row) for digest in digests]).astype(np.float32, copy=False)
 
 
 def _compute(images: list[Image.Image], extractor: Embedder, what: What) -> Float[np.ndarray, "n d"]:
-    if what == "probabilities" and isinstance(extractor, ClassExtractor):
+    if what == "probabilities":
+        assert isinstance(extractor, ClassExtractor)
         features = extractor.probabilities(images)
     else:
         features = extractor.embed(images)
@@ -228,16 +205,6 @@ def _compute(images: list[Image.Image], extractor: Embedder, what: What) -> Floa
 
 
 def _whole_rows(file: Path, row: np.dtype[Any]) -> np.ndarray:
-    """Map the rows of a file that are there as a whole; only those that are looked at are read."""
+    """Map the complete rows of a file into memory."""
     count = file.stat().st_size // row.itemsize
     return np.memmap(file, row, "r", shape=(count,)) if count else np.empty(0, row)
-
-
-def _checked(digest: str) -> str:
-    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise UserError(f"Expected the SHA-256 of an image's file, 64 hex digits, got '{digest}'.")
-    return digest
-
-
-def _safe(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in label)

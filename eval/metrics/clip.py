@@ -11,7 +11,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from eval.metrics.feature_sets import Features, unit_pairs
-from guidance.utils.errors import UserError, nearest
 
 _MIN_LENGTH = 1e-5  # of a difference of unit vectors; rounding in a float32 encoder alone gives 1e-6
 
@@ -63,32 +62,18 @@ def directional_similarity(
     return cos.masked_fill((lengths < _MIN_LENGTH).any(0), float("nan")).cpu().numpy()
 
 
-VARIANTS = {
-    "cosine": lambda cos: 100 * cos,
-    "hessel": lambda cos: 2.5 * np.maximum(cos, 0),
-    "torchmetrics": lambda cos: np.maximum(100 * cos.mean(), 0),
-}
+def clip_score(image_emb: Features, text_emb: Features) -> Float[np.ndarray, " n"]:
+    """Score each image against its own text: ``100 cos`` of their embeddings, float64.
 
-
-def clip_score(
-    image_emb: Features, text_emb: Features, variant: str = "cosine"
-) -> Float[np.ndarray, " n"] | Float[np.ndarray, ""]:
-    """Score each image against its own text by the angle between their embeddings.
-
-    ``cosine``: ``100 cos``, unclamped, so that negative values are not lost in a mean.  ``hessel``:
-    ``2.5 max(cos, 0)``.  ``torchmetrics``: the single number of that library's ``CLIPScore``,
-    ``max(mean(100 cos), 0)``.
+    Unclamped, so that negative values are not lost in a mean.  Hessel et al. define ``2.5 max(cos, 0)``; torchmetrics'
+    ``CLIPScore`` is the mean of this score, clamped at 0.
 
     Args:
         image_emb: Image embeddings of any length (arrays or tensors).
         text_emb: Embeddings of the images' captions, row by row.
-        variant: One of the above.
-
-    Returns:
-        float64 ``(n,)``; a single number, shape ``()``, for ``torchmetrics``.
 
     Raises:
-        UserError: If shapes differ, a row is zero or not finite, or the variant is unknown.
+        UserError: If shapes differ, or a row is zero or not finite.
 
     Reference:
         Hessel et al. 2021, CLIPScore: a reference-free evaluation metric for image captioning.
@@ -96,10 +81,8 @@ def clip_score(
     >>> clip_score(np.array([[3.0, 4.0]]), np.array([[0.0, 2.0]])).round(6).tolist()
     [80.0]
     """
-    if variant not in VARIANTS:
-        raise UserError(f"Expected a variant of the CLIP score, got {variant!r}.{nearest(variant, VARIANTS)}")
     images, texts = (x.cpu().numpy() for x in unit_pairs(image_emb, text_emb))
-    return np.asarray(VARIANTS[variant](np.einsum("nd,nd->n", images, texts)))
+    return 100 * np.einsum("nd,nd->n", images, texts)
 
 
 class MeanOverPairs(Metric):
@@ -149,25 +132,12 @@ class ClipScore(MeanOverPairs):
     torchmetrics' own ``CLIPScore`` runs the network itself, fails on a stock CLIPModel of transformers 5 and cuts long
     texts without their end token; this takes embeddings, for example of :class:`guidance.models.clip.Clip`.
 
-    Args:
-        variant: As for `clip_score`; "torchmetrics" clamps the mean at 0, as that library does.
-
     >>> metric = ClipScore()
     >>> metric.update(np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[0.0, 2.0], [-1.0, 0.0]]))
     >>> round(float(metric.compute()["mean"]), 6), round(float(metric.compute()["pairs"]))
     (-10.0, 2)
     """
 
-    def __init__(self, variant: str = "cosine", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        assert variant in VARIANTS, variant
-        self.variant = variant
-
     def update(self, image_emb: Features, text_emb: Features) -> None:
         """Add pairs; arguments as for `clip_score`."""
-        self.add(clip_score(image_emb, text_emb, "hessel" if self.variant == "hessel" else "cosine"))
-
-    def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Return ``mean``, ``pairs`` and ``excluded`` (always 0), float64."""
-        found = super().compute()
-        return found | ({"mean": found["mean"].clamp(min=0)} if self.variant == "torchmetrics" else {})
+        self.add(clip_score(image_emb, text_emb))

@@ -94,7 +94,7 @@ def load_statistics(
     except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"Expected reference statistics, finite mu (d,) and sigma (d, d), in '{path}', got something else; write "
-            "them with save_reference or save_statistics."
+            "them with save_statistics."
         ) from error
     return mu, sigma, n
 
@@ -114,7 +114,8 @@ class FrechetDistance(Metric):
     """Frechet distance from streamed sums: features are not kept, and processes merge by addition.
 
     The state of each side is ``n``, ``sum x`` and ``sum x x^T`` in float64; the covariance has ddof 1.  The
-    distance is biased upwards at small n, strongly below ``n = 2 d``, where `compute` warns.
+    distance is biased upwards at small n, strongly below ``n = 2 d``, where `compute` warns.  Save a side by
+    ``save_statistics(path, *metric.statistics(real=True), n)``, and compare one with a file by `frechet_distance`.
 
     Args:
         num_features: Width d of the features.
@@ -158,7 +159,9 @@ class FrechetDistance(Metric):
             UserError: If their width is another or one is not finite.
         """
         x = feature_rows(features, width=self.num_features).to(self.real_sum)
-        self._add("real" if real else "fake", len(x), x.sum(0), x.T @ x)
+        side = "real" if real else "fake"
+        for part, value in (("n", len(x)), ("sum", x.sum(0)), ("outer", x.T @ x)):
+            setattr(self, f"{side}_{part}", getattr(self, f"{side}_{part}") + value)
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the distance of the two sides, float64.
@@ -198,32 +201,3 @@ class FrechetDistance(Metric):
         if not self.reset_real:
             for name, value in kept.items():
                 setattr(self, name, value)
-
-    def save_reference(self, path: str | os.PathLike[str]) -> None:
-        """Write the real side with `save_statistics`."""
-        mu, sigma = (x.cpu().numpy() for x in self.statistics(real=True))
-        save_statistics(path, mu, sigma, int(self.real_n))
-
-    def load_reference(self, path: str | os.PathLike[str]) -> None:
-        """Replace the real side by statistics that `save_reference` wrote (more samples may be added).
-
-        Raises:
-            UserError: If the file is missing, is not such a file, or has another width or no n.
-        """
-        mu, sigma, n = load_statistics(path)
-        if mu.shape != (self.num_features,) or n is None or n < 2:
-            raise UserError(
-                f"Expected reference statistics of {self.num_features} features, with their number n, in '{path}', got "
-                f"{len(mu)} features and n={n}; write them with save_reference, or call frechet_distance, which needs "
-                "no n."
-            )
-        outer = (n - 1) * sigma + n * np.outer(mu, mu)
-        for part in ("n", "sum", "outer"):
-            setattr(self, f"real_{part}", torch.zeros_like(getattr(self, f"real_{part}")))
-        self._add("real", *(torch.as_tensor(x).to(self.real_sum) for x in (n, n * mu, outer)))
-        self._computed = None  # torchmetrics caches the last result until the next update
-
-    def _add(self, side: str, n: Tensor | int, total: Tensor, outer: Tensor) -> None:
-        for part, value in (("n", n), ("sum", total), ("outer", outer)):
-            name = f"{side}_{part}"
-            setattr(self, name, getattr(self, name) + value)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from guidance.utils.errors import UserError
-
 
 def with_interval(value: float, interval: tuple[float, float], spec: str = "+.2f") -> str:
     """Write a number and its interval.
@@ -19,36 +17,32 @@ def with_interval(value: float, interval: tuple[float, float], spec: str = "+.2f
 
 
 def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table of rows with the same keys.
+    """Format rows with the same keys as a Markdown table.
 
     >>> print(markdown([{"arm": "a", "score": "1"}]))
     | arm | score |
     |---|---|
     | a | 1 |
     """
-    if not rows:
-        raise UserError("Expected at least one row, got none.")
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     text = [f"| {' | '.join(cells)} |" for cells in lines]
     return "\n".join([text[0], "|" + "---|" * len(rows[0]), *text[1:]])
 
 
 def arm_table(summary: Mapping[str, Any]) -> str:
-    """The arms of a run on the testbed, in the columns that tell most there.
+    """Tabulate the arms of a run on the testbed by its most telling metrics.
 
     Args:
-        summary: What :func:`eval.images.evaluate_images` returns of images of the testbed.
+        summary: Result of :func:`eval.images.evaluate_images` for images of the testbed.
     """
     deltas = {(d["metric"], d["arm"]): d["paired"] for d in summary["deltas"]}
     frechet = {v["arm"]: v["value"] for v in summary["set_values"] if v["metric"] == "fd"}
-    first, *others = summary["arms"]
+    first, second = summary["arms"][:2]
 
     def mean(metric: str, arm: str) -> float:
-        return (
-            deltas[metric, arm]["mean_b"]
-            if arm != first["name"]
-            else deltas[metric, others[0]["name"]]["mean_a"]
-        )
+        if arm == first["name"]:
+            return deltas[metric, second["name"]]["mean_a"]
+        return deltas[metric, arm]["mean_b"]
 
     rows = []
     for arm in summary["arms"]:

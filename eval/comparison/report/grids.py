@@ -1,4 +1,4 @@
-"""Rows of images for the report: which pairs are shown, and their thumbnails as data URIs."""
+"""Image grids of the report: choice of pairs, and their thumbnails as data URIs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from PIL import Image
 from eval.comparison.report.text import metric_decimals, number
 from eval.comparison.results import ArmSummary, Comparison, ImageMetric
 
-_BUDGET = 3_000_000  # characters for all images of a report, which shall stay below 5 MB
+_BUDGET = 3_000_000  # characters for all images of a report, which must stay below 5 MB
 
-_SMALL = 96  # pixels: up to here images are kept as they are and shown enlarged
+_SMALL = 96  # pixels: images up to this side are embedded losslessly and shown enlarged
 
 _STEPS = ((192, 82), (192, 65), (160, 55), (128, 45), (96, 35), (64, 25))  # side and quality, tried in turn
 
@@ -29,13 +29,13 @@ Key = tuple[Any, Any]  # prompt id and seed
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image of a grid; without `uri` a placeholder.
+    """An image of a grid, or a placeholder.
 
     Attributes:
         arm: Its arm.
         uri: Data URI; "" if the file cannot be read.
         file: Name of the file, for the placeholder.
-        pixelated: Whether to enlarge it without smoothing.
+        pixelated: Enlarge it without smoothing.
         values: Lines such as "CLIP score 24.3 (+0.2)".
     """
 
@@ -58,7 +58,7 @@ class GridRow:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Rows that were chosen in one way, and a sentence that says which."""
+    """Rows chosen by one rule, and a sentence that states it."""
 
     title: str
     chosen: str
@@ -73,13 +73,13 @@ def image_grids(
     rows: int = 6,
     seed: int = 0,
 ) -> list[Grid]:
-    """Choose the best, the worst and random pairs and read their images.
+    """Choose the best, the worst and random pairs, and read their images.
 
     Args:
         comparison: The comparison.
-        metric: Whose change orders the pairs; None shows random pairs only.
-        arm: Whose change; None likewise.
-        rows: Of each grid, at most.
+        metric: Metric whose change orders the pairs; None shows random pairs only.
+        arm: Arm whose change it is; None shows random pairs only.
+        rows: Maximum of each grid.
         seed: Of the random pairs.
     """
     images = {(row.get("arm"), row.get("prompt_id"), row.get("seed")): row for row in comparison.rows}
@@ -100,7 +100,7 @@ def _changes(
     metric: ImageMetric | None,
     arm: ArmSummary | None,
 ) -> dict[Key, float]:
-    """The change of the metric in each pair that has a value on both sides."""
+    """Return the change of the metric for each pair with a value on both sides."""
     if metric is None or arm is None:
         return {}
     found = {}
@@ -120,7 +120,7 @@ def _choose(
     rows: int,
     seed: int,
 ) -> list[tuple[str, str, list[Key]]]:
-    """Title, sentence and pairs of each grid; no pair is both among the best and the worst."""
+    """Return title, sentence and pairs of each grid; no pair is among both the best and the worst."""
     choices: list[tuple[str, str, list[Key]]] = []
     if metric is not None and arm is not None and len(changes) > 1:
         sign = -1 if metric.better == "lower" else 1
@@ -173,21 +173,20 @@ def _values(
     row: Mapping[str, Any],
     base: Mapping[str, Any] | None,
 ) -> list[str]:
-    """A line for each metric of an image, with its change unless it is the baseline's."""
+    """Return a line for each metric of an image, with its change unless it is the baseline's."""
     metrics = sorted(comparison.image_metrics, key=lambda m: m != first)
     lines = []
     for metric in [m for m in metrics if m.key in row][:_SHOWN_METRICS]:
         digits = _image_decimals(comparison, metric)
         value, before = finite(row[metric.key]), finite(base.get(metric.key)) if base else None
-        change = (
-            "" if value is None or before is None else f" ({number(value - before, digits, signed=True)})"
-        )
-        lines.append(f"{_short(metric)} {number(value, digits)}{change}")
+        lines.append(f"{_short(metric)} {number(value, digits)}")
+        if value is not None and before is not None:
+            lines[-1] += f" ({number(value - before, digits, signed=True)})"
     return lines
 
 
 def _image_decimals(comparison: Comparison, metric: ImageMetric) -> int:
-    """One decimal less than a mean has, of a metric that has several: single images spread more widely."""
+    """Choose one decimal less than for means: single images spread more widely."""
     digits = metric_decimals(comparison, metric.key)
     return max(digits - 1, min(digits, 1))
 
@@ -197,7 +196,7 @@ def _short(metric: ImageMetric) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """A value of a row as a number; None if it has none."""
+    """Return a value of a row as a float; None if it is missing or not finite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -206,17 +205,17 @@ def thumbnail(path: str | Path, limit: int) -> tuple[str, bool]:
 
     Args:
         path: The image file.
-        limit: Characters it may take; its size and quality are lowered until it does.
+        limit: Maximum of characters; size and quality are lowered until the URI fits.
 
     Returns:
-        The URI, "" if the file is missing, cut short or no image; and whether it is small, to be shown enlarged.
+        The URI, "" if the file is missing, truncated or no image; and whether it is small, to be shown enlarged.
     """
     try:
         if not Path(path).is_file():
             return "", False
         with Image.open(path) as file:
             image = file.convert("RGB")
-    # Pillow says "broken" in many ways; SyntaxError is one of its PNG reader's
+    # Pillow's errors for broken files; its PNG reader raises SyntaxError
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return "", False
     small = max(image.size) <= _SMALL

@@ -1,7 +1,7 @@
-"""The HTML report of a comparison: one file that needs no network, no script and no other file.
+"""The HTML report of a comparison: one self-contained file without scripts.
 
-The page is data and text of strangers (prompts, names of arms and files): Jinja escapes all of it, plots are escaped by
-matplotlib, and a content security policy forbids what would still try to load or run.
+The page shows untrusted text (prompts, names of arms and files): Jinja escapes all of it, matplotlib escapes the plots,
+and a content security policy forbids whatever would still try to load or run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 def open_template(name: str, folder: Path = _TEMPLATES) -> Template:
-    """Open a template of a folder, which may include this folder's; what it is given is escaped."""
+    """Open a template of a folder, which may include this package's; its variables are escaped."""
     environment = Environment(
         loader=FileSystemLoader([folder, _TEMPLATES]),
         autoescape=True,
@@ -37,16 +37,7 @@ def open_template(name: str, folder: Path = _TEMPLATES) -> Template:
 
 
 def write_report(comparison: Comparison, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write the report as one HTML file.
-
-    Args:
-        comparison: What was found.
-        path: The file.
-        options: As of :func:`render`.
-
-    Returns:
-        The path.
-    """
+    """Write the report as one HTML file; options as for `render`."""
     # a lone surrogate, which JSON lets through, must not stop the report
     page = render(comparison, **options).encode("utf-8", "replace")
     with atomic_path(path) as temporary:
@@ -65,10 +56,10 @@ def render(
     """Return the report as HTML; the same comparison and images give the same text.
 
     Args:
-        comparison: What was found.
+        comparison: The results.
         sort_by: Image metric whose change orders the pairs of the grids; None takes that of the headline.
-        arm: Arm whose change; None takes the guided arm of the largest scale.
-        rows: Pairs in each grid, at most.
+        arm: Arm whose change it is; None takes the guided arm of the largest scale.
+        rows: Maximum of pairs in each grid.
         seed: Of the grid of random pairs.
 
     Raises:
@@ -95,7 +86,7 @@ def render(
 
 
 def _breakdowns(comparison: Comparison, focus: ArmSummary | None) -> list[dict[str, Any]]:
-    """For each column that parts the prompts: the plots of one arm, and a table of all."""
+    """Return, for each column that divides the prompts, the plots of one arm and a table of all arms."""
     found = []
     titles = {metric.key: metric.title for metric in comparison.image_metrics}
     for by in dict.fromkeys(b.by for b in comparison.breakdowns):
@@ -118,7 +109,7 @@ def _breakdowns(comparison: Comparison, focus: ArmSummary | None) -> list[dict[s
 
 
 def _readable(value: Any) -> Any:
-    """Provenance for the page: mappings stay, lists of plain values become one line, the rest text."""
+    """Prepare provenance for the page: mappings stay, lists of plain values become one line, the rest text."""
     if isinstance(value, Mapping):
         return {str(key): _readable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

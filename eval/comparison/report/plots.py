@@ -1,6 +1,6 @@
-"""Plots of the report: trade-off curves and forests.
+"""Plots of the report: trade-off curves and forest plots.
 
-Each series has a marker and a line style beside its colour, which alone would not do for every reader.
+Besides its colour each series has its own marker and line style, for readers who cannot tell colours apart.
 """
 
 from __future__ import annotations
@@ -28,74 +28,54 @@ _LABEL = 22  # letters in a line of a forest's labels
 
 _CHARACTER = 5.0  # width of a letter of a point's label, in points
 
-_OFFSETS = (
-    (5, 4),
-    (5, -10),
-    (-5, 4),
-    (-5, -10),
-    (0, 8),
-    (0, -14),
-    (14, 12),
-    (14, -18),
-    (-14, 12),
-    (-14, -18),
+#: Places of a label around its point, in points, in order of preference.
+_OFFSETS = tuple(
+    zip((5, 5, -5, -5, 0, 0, 14, 14, -14, -14), (4, -10, 4, -10, 8, -14, 12, -18, 12, -18), strict=True)
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure: its SVG element and what stands below it."""
+    """A figure: its SVG element and its caption."""
 
     svg: str
     caption: str
 
 
-@dataclasses.dataclass(frozen=True)
-class LegendEntry:
-    """A series and a drawing of its line."""
-
-    svg: str
-    label: str
-
-
 def series_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Line and marker of each series; the baseline's is a star, plain CFG's a dashed grey square."""
+    """Choose line and marker of each series; the baseline is a star, plain CFG a dashed grey square."""
     styles: dict[str, dict[str, Any]] = {}
     numbers = itertools.count()
+    line: Any
     for arm in comparison.arms:
         if arm.series in styles:
             continue
         if arm.name == comparison.baseline:
-            style = {"color": INK, "marker": "*", "markersize": 10, "linestyle": "none"}
+            color, marker, size, line, width = INK, "*", 10.0, "none", 1.5
         elif is_plain_cfg(arm):
-            style = {
-                "color": SOFT,
-                "marker": "s",
-                "markersize": 4.5,
-                "linestyle": (0, (2, 2)),
-                "linewidth": 1.2,
-            }
+            color, marker, size, line, width = SOFT, "s", 4.5, (0, (2, 2)), 1.2
         else:
             i = next(numbers)
+            color, marker, size, width = SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)], 5.5, 1.5
             line = _LINES[i // len(SERIES) % len(_LINES)]
-            style = {
-                "color": SERIES[i % len(SERIES)],
-                "marker": _MARKERS[i % len(_MARKERS)],
-                "linestyle": line,
-            }
-            style |= {"markersize": 5.5, "linewidth": 1.5}
-        styles[arm.series] = style
+        styles[arm.series] = {
+            "color": color,
+            "marker": marker,
+            "markersize": size,
+            "linestyle": line,
+            "linewidth": width,
+        }
     return styles
 
 
-def legend(comparison: Comparison) -> list[LegendEntry]:
-    """The series with their lines, for the page to lay out."""
+def legend(comparison: Comparison) -> list[Plot]:
+    """Draw the line of each series, for the page to lay out."""
     entries = []
     for i, (series, style) in enumerate(series_styles(comparison).items()):
         with svg_axes(0.42, 0.17, f"legend {i}", f"Line and marker of {series}") as (axes, svg):
             axes.plot([0, 0.5, 1], [0, 0, 0], markevery=[1], clip_on=False, **style)
             axes.set_axis_off()
-        entries.append(LegendEntry(svg[0], series))
+        entries.append(Plot(svg[0], series))
     return entries
 
 
@@ -116,7 +96,7 @@ def tradeoffs(comparison: Comparison) -> list[Plot]:
 
 
 def curves(comparison: Comparison) -> dict[str, list[ArmSummary]]:
-    """Arms of each series in the order of what it sweeps, with the baseline at its place among them."""
+    """Sort the arms of each series by the value it sweeps, with the baseline among them."""
     base = next((arm for arm in comparison.arms if arm.name == comparison.baseline), None)
     found: dict[str, list[ArmSummary]] = {}
     for arm in comparison.arms:
@@ -167,7 +147,7 @@ def _tradeoff(comparison: Comparison, x: ImageMetric | SetMetric, y: SetMetric) 
 
 
 def _spread(comparison: Comparison, metric: ImageMetric | SetMetric, arm: str) -> list[list[float]] | None:
-    """Lengths of an error bar to both sides: of the paired difference, around the mean."""
+    """Return the lengths of an error bar to both sides: of the paired difference, around the mean."""
     delta = comparison.delta(metric.key, arm)
     if delta is None:
         return None
@@ -190,7 +170,7 @@ def _axis_label(metric: ImageMetric | SetMetric) -> str:
 
 
 def _place_labels(axes: Any, labels: Sequence[tuple[str, Point]], paths: Sequence[Sequence[Point]]) -> None:
-    """Write each label beside its point, at the place where it covers least of other labels, points and lines."""
+    """Place each label beside its point, where it covers least of other labels, points and lines."""
     scale = 72 / axes.figure.dpi
     frame = axes.get_window_extent()
     places = [tuple(axes.transData.transform(point) * scale) for _, point in labels]
@@ -231,7 +211,7 @@ def _outside(box: tuple[float, ...], frame: tuple[float, ...]) -> float:
 
 
 def forests(comparison: Comparison) -> list[Plot]:
-    """Paired differences in sd of the baseline, with intervals, a panel for each image metric."""
+    """Plot paired differences in sd of the baseline, with intervals, a panel for each image metric."""
     plots = []
     styles = series_styles(comparison)
     for metric in comparison.image_metrics:
@@ -253,7 +233,7 @@ def forests(comparison: Comparison) -> list[Plot]:
 
 
 def breakdown_forests(comparison: Comparison, by: str, arm: ArmSummary) -> list[Plot]:
-    """Paired differences of one arm on each part of the prompts, a panel for each metric with a direction."""
+    """Plot paired differences of one arm on each part of the prompts, a panel for each metric with a direction."""
     plots = []
     style = series_styles(comparison)[arm.series]
     for metric in (m for m in comparison.image_metrics if m.better):
@@ -271,7 +251,7 @@ def _part(part: Breakdown) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """A label of one or two lines; what is left out is in the middle, as arms of a sweep differ at their end."""
+    """Wrap a label into two lines; cut it in the middle if it is long, as arms of a sweep differ at their end."""
     shown = plain(text, 60)
     if len(shown) <= _LABEL:
         return shown

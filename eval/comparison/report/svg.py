@@ -1,7 +1,7 @@
-"""A matplotlib figure as an SVG element of a page.
+"""Matplotlib figures as SVG elements of a page.
 
-Colours are CSS variables of the page, so that a plot follows its light or dark scheme.  The text stays text: it can be
-searched, and an escaped name stays a name.
+Colours are CSS variables of the page, so that plots follow its light or dark scheme.  Text stays text: searchable and
+escaped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Colours that matplotlib writes and the page replaces.
+# Placeholder colours that matplotlib writes, to be replaced by CSS variables.
 INK, RULE, SOFT = "#010203", "#010204", "#010205"
 
 SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
@@ -72,7 +72,7 @@ def svg_axes(width: float, height: float, salt: str, label: str) -> Iterator[tup
 
 
 def _inline(svg: str, label: str) -> str:
-    """Make an element of a page of a file of matplotlib's: short, without repeated ids, in the page's colours."""
+    """Turn a file of matplotlib's into an element of a page: short, without repeated ids, in the page's colours."""
     head, body = svg[svg.index("<svg") :].split(">", 1)
     box = head.split('viewBox="')[1].split('"')[0]
     width, height = (float(x) * 4 / 3 for x in box.split()[2:])  # points to CSS pixels
@@ -87,7 +87,7 @@ def _inline(svg: str, label: str) -> str:
 
 
 def _tag(tag: str) -> str:
-    """A tag without what the page has no use for."""
+    """Strip a tag of what the page does not need."""
     tag = re.sub(r"^<g id=\"[^\"]*\"", "<g", tag)  # text_1 and the like: in every plot
     tag = re.sub(r"#0102[01]\d", lambda m: _VARIABLES[m.group()], tag)
     tag = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m.group()):.2f}", tag)
@@ -97,7 +97,7 @@ def _tag(tag: str) -> str:
 
 
 def plain(text: str, length: int) -> str:
-    """Text for a plot: one line, no control characters, shortened in its middle.
+    """Make text fit a plot: one line, no control characters, shortened in the middle.
 
     >>> plain("a\\nb" + "c" * 20 + "d", 9)
     'a bc…cccd'

@@ -1,4 +1,4 @@
-"""What the report says in numbers and sentences: how they are written, the headline, the cells of the tables."""
+"""Text of the report: formatting of numbers, the headline, the cells of the tables."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ LEVEL = 0.05  # of a test, after Holm
 
 PLAIN_CFG = "plain cfg"
 
-_WIDTHS = {"image": 2, "set": 1, "cost": 1}  # of columns; a table is at most _WIDEST wide, so that it prints
-
-_WIDEST = 7
+_WIDTHS = {"image": 2, "set": 1, "cost": 1}  # of columns
+_MAX_WIDTH = 7  # of a table, so that it can be printed
 
 _VERDICTS = {"better": "▲ ", "worse": "▼ ", "different": "● ", "": ""}
 
 
 def number(value: float | None, decimals: int, *, signed: bool = False) -> str:
-    """Write a number with a true minus sign; a dash if there is none.
+    """Format a number with a true minus sign; a dash if it is missing.
 
     >>> number(-1.236, 2), number(1.236, 2, signed=True), number(-0.001, 2), number(float("nan"), 2)
     ('−1.24', '+1.24', '0.00', '—')
@@ -45,51 +44,49 @@ def number(value: float | None, decimals: int, *, signed: bool = False) -> str:
 
 
 def interval(ends: Sequence[float], decimals: int, *, signed: bool = True) -> str:
-    """Write an interval: ``[+0.40, +0.62]``; a dash if an end is missing."""
+    """Format an interval: ``[+0.40, +0.62]``; a dash if an end is missing."""
     low, high = (number(x, decimals, signed=signed) for x in ends)
     return MISSING if MISSING in (low, high) else f"[{low}, {high}]"
 
 
 def percent(share: float, ends: Sequence[float]) -> str:
-    """Write a share with its interval.
+    """Format a share with its interval.
 
     >>> percent(0.71, (0.62, 0.787))
     '71% [62, 79]'
     """
-    return (
-        MISSING
-        if not math.isfinite(share)
-        else f"{100 * share:.0f}% {interval([100 * x for x in ends], 0, signed=False)}"
-    )
+    if not math.isfinite(share):
+        return MISSING
+    return f"{100 * share:.0f}% {interval([100 * x for x in ends], 0, signed=False)}"
 
 
 def p_value(p: float | None) -> str:
-    """Write a p-value with its relation: ``p = 0.031``, ``p < 0.001``; a dash if there is none."""
+    """Format a p-value with its relation: ``p = 0.031``, ``p < 0.001``; a dash if it is missing."""
     if p is None or not math.isfinite(p):
         return f"p {MISSING}"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def decimals_for(steps: Sequence[float | None]) -> int:
-    """Decimals that give the median of `steps` (half-widths of intervals) two significant digits, 0 to 6."""
+    """Choose decimals that give the median of `steps` (half-widths of intervals) two significant digits, 0 to 6."""
     sizes = [abs(x) for x in steps if x is not None and math.isfinite(x) and x != 0]
     return min(max(1 - math.floor(math.log10(np.median(sizes))), 0), 6) if sizes else 2
 
 
 def metric_decimals(comparison: Comparison, metric: str) -> int:
-    """Decimals of an image metric, the same for all arms."""
+    """Choose the decimals of an image metric, the same for all arms."""
     deltas = [d.paired for d in comparison.deltas if d.metric == metric]
     widths = [(d.interval[1] - d.interval[0]) / 2 for d in deltas]
     return decimals_for([w for w in widths if w > 0] or [d.mean_a / 10 for d in deltas])
 
 
 def is_plain_cfg(arm: ArmSummary) -> bool:
-    """Whether an arm only raises the weight of classifier-free guidance."""
+    """Tell whether an arm only raises the weight of classifier-free guidance."""
     return arm.series.strip().lower() == PLAIN_CFG
 
 
 def verdict(delta: Delta, better: Better) -> str:
-    """What a delta shows: "better", "worse", "different" (of a metric without direction), or "" for nothing."""
+    """Classify a delta: "better", "worse", "different" (if no direction is better), or "" if not significant."""
     low, high = delta.paired.interval
     if not (low > 0 or high < 0) or not delta.p_holm <= LEVEL:  # written so that NaN shows nothing
         return ""
@@ -99,17 +96,17 @@ def verdict(delta: Delta, better: Better) -> str:
 
 
 def improved(delta: Delta, better: Better) -> tuple[float, tuple[float, float]]:
-    """The share of prompts on which the arm is better, and its interval; without direction: higher."""
+    """Return the share of prompts on which the arm is better (higher, if neither is better), and its interval."""
     share, (low, high) = delta.paired.share_improved, delta.paired.share_interval
     return (1 - share, (1 - high, 1 - low)) if better == "lower" else (share, (low, high))
 
 
 def primary_metric(comparison: Comparison, key: str | None = None) -> ImageMetric | None:
-    """The metric of the headline and of the order of the grids.
+    """Choose the metric of the headline and of the order of the grids.
 
     Args:
         comparison: The comparison.
-        key: Its key; None takes the first that has a direction and no arm that its own evaluator guided.
+        key: Its key; None takes the first that has a better direction and is not circular for any arm.
 
     Raises:
         UserError: If there is no such metric.
@@ -118,12 +115,11 @@ def primary_metric(comparison: Comparison, key: str | None = None) -> ImageMetri
         return _named(key, {m.key: m for m in comparison.image_metrics}, "image metric")
     compared = {d.metric for d in comparison.deltas}
     metrics = [m for m in comparison.image_metrics if m.key in compared]
-    # sorted is stable: the order of the comparison decides among equals
-    return next(iter(sorted(metrics, key=lambda m: (not m.better, bool(m.circular)))), None)
+    return min(metrics, key=lambda m: (not m.better, bool(m.circular)), default=None)  # the first of equals
 
 
 def focus_arm(comparison: Comparison, name: str | None = None) -> ArmSummary | None:
-    """The arm by whose change the rows of the grids are chosen; by default not chosen by its results.
+    """Choose the arm whose change orders the grids; by default independently of results.
 
     Args:
         comparison: The comparison.
@@ -150,7 +146,7 @@ def _named(name: str, known: dict[str, Any], kind: str) -> Any:
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """State the main result in a sentence, and what qualifies it in the following ones."""
+    """State the main result in one sentence, and qualify it in the following ones."""
     metric = primary_metric(comparison)
     if metric is None:
         return ["Nothing is compared: no image metric has a value on both sides."]
@@ -180,7 +176,7 @@ def _best(deltas: Sequence[Delta], better: Better) -> Delta:
 
 
 def _state(comparison: Comparison, metric: ImageMetric, delta: Delta) -> str:
-    """The sentence of one delta: what is shown, by how much, with which uncertainty."""
+    """State a delta: what is shown, by how much, with which uncertainty."""
     paired, digits = delta.paired, metric_decimals(comparison, metric.key)
     shown = verdict(delta, metric.better)
     claim = {"": "is not shown to differ from", "different": "differs from"}.get(shown, f"is {shown} than")
@@ -196,7 +192,7 @@ def _state(comparison: Comparison, metric: ImageMetric, delta: Delta) -> str:
 
 
 def _selection(deltas: Sequence[Delta], metric: ImageMetric) -> str:
-    """How many arms the best was chosen from, and what the others show."""
+    """State from how many arms the best was chosen, and what the others show."""
     found = [verdict(d, metric.better) for d in deltas]
     kinds = ["better", "worse"] if metric.better else ["different"]
     counts = ", ".join(f"{found.count(kind)} shown to be {kind}" for kind in kinds)
@@ -207,16 +203,16 @@ def _selection(deltas: Sequence[Delta], metric: ImageMetric) -> str:
 
 
 def time_ratio(comparison: Comparison, arm: str) -> float | None:
-    """Seconds per image of an arm over the baseline's; None where either is not recorded."""
+    """Return an arm's seconds per image over the baseline's; None where either is not recorded."""
     seconds = {a.name: a.seconds for a in comparison.arms}
-    mine, base = seconds.get(arm), seconds.get(comparison.baseline)
-    return mine / base if mine is not None and base and math.isfinite(mine / base) else None
+    value, base = seconds.get(arm), seconds.get(comparison.baseline)
+    return value / base if value is not None and base and math.isfinite(value / base) else None
 
 
 def headline_tables(comparison: Comparison) -> list[dict[str, Any]]:
-    """The headline table, cut into tables that fit a page: columns, and a row for each arm, the baseline first.
+    """Lay out the results as tables that fit a page: columns, and a row for each arm, the baseline first.
 
-    A cell is a list of lines: the value first, then what compares it with the baseline.
+    A cell is a list of lines: the value first, then its comparison with the baseline.
     """
     arms = sorted(comparison.arms, key=lambda arm: arm.name != comparison.baseline)
     columns: list[dict[str, Any]] = []
@@ -229,7 +225,7 @@ def headline_tables(comparison: Comparison) -> list[dict[str, Any]]:
     columns.append({"kind": "cost", "title": "Seconds per image", "better": "lower", "cells": seconds})
     blocks: list[list[dict[str, Any]]] = [[]]
     for column in columns:
-        if sum(_WIDTHS[c["kind"]] for c in [*blocks[-1], column]) > _WIDEST:
+        if sum(_WIDTHS[c["kind"]] for c in [*blocks[-1], column]) > _MAX_WIDTH:
             blocks.append([])
         blocks[-1].append(column)
     return [
