@@ -21,7 +21,6 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from guidance.utils.config import parse_config
 from guidance.utils.errors import UserError, friendly_errors, nearest
@@ -40,39 +39,13 @@ STUDIES = (
 )
 
 
-def measure(study: str, config: Any) -> str | None:
-    """Run a study.
-
-    Args:
-        study: One of :data:`STUDIES`.
-        config: Its ``Config``.
-
-    Returns:
-        The table, which is also written to ``output/SPLIT/STUDY.md`` with its rows in ``STUDY.json`` (steering towards
-        classes adds the head's name); None in all but the main one of several processes.
-
-    Raises:
-        UserError: If a head is missing or does not fit, or an option is out of range.
-    """
-    from eval.stats.tables import markdown
-    from eval.studies.common import StudyBench
-    from guidance.utils.io import atomic_path, check_writable, write_json
-
-    bench = StudyBench(config)
-    check_writable(bench.folder)
-    rows = importlib.import_module(f"eval.studies.{study}").run(bench, config)
-    if not bench.state.is_main_process:
-        return None
-    table, name = markdown(rows), config.table_name(study)
-    write_json(bench.folder / f"{name}.json", {"config": dataclasses.asdict(config), "rows": rows})
-    with atomic_path(bench.folder / f"{name}.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
-    return table
-
-
 @friendly_errors("eval.guides")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: the name of a study, then its options."""
+    """Run the command line: the name of a study, then its options.
+
+    The table is printed, and written to ``output/SPLIT/STUDY.md`` with its rows in ``STUDY.json`` (steering towards
+    classes adds the head's name), by the main one of several processes.
+    """
     study, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
     if study in ("", "-h", "--help"):
         print(__doc__)
@@ -80,15 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if study not in STUDIES:
         raise UserError(f"Expected the name of a study, got '{study}'.{nearest(study, STUDIES)}")
     module = importlib.import_module(f"eval.studies.{study}")
-    config = parse_config(
-        module.Config, rest[:-1], prog=f"eval.guides {study}", description=module.__doc__ or ""
-    )
-    from guidance.utils.processes import join_processes, leave_processes
+    description = module.__doc__ or ""
+    config = parse_config(module.Config, rest[:-1], prog=f"eval.guides {study}", description=description)
 
-    table = measure(study, config)
-    if table is not None:
+    from eval.stats.tables import markdown
+    from eval.studies.common import StudyBench
+    from guidance.utils.io import atomic_path, check_writable, write_json
+    from guidance.utils.processes import leave_processes
+
+    bench = StudyBench(config)
+    check_writable(bench.folder)
+    rows = module.run(bench, config)
+    if bench.state.is_main_process:
+        table, name = markdown(rows), config.table_name(study)
+        write_json(bench.folder / f"{name}.json", {"config": dataclasses.asdict(config), "rows": rows})
+        with atomic_path(bench.folder / f"{name}.md") as temporary:
+            temporary.write_text(table + "\n", encoding="utf-8")
         print(f"\n{table}")
-    leave_processes(join_processes())
+    leave_processes(bench.state)
     return 0
 
 

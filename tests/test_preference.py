@@ -1,4 +1,4 @@
-"""Preference studies without a browser: queues, votes on the disk, statistics, and what is refused."""
+"""Preference studies without a browser: queues, stored votes, statistics, simulated raters, refusals."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import io
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -26,38 +22,37 @@ from PIL.PngImagePlugin import PngInfo
 from eval.preference import __main__ as preference
 from eval.preference import votes as preference_votes
 from eval.preference.analysis import analyse
+from eval.preference.config import Crowd, Plan
 from eval.preference.desk import Desk, NotShown
 from eval.preference.models import bradley_terry, metric_agreement
-from eval.preference.pairs import Plan, ask_pairs, queue
+from eval.preference.pairs import ask_pairs, queue
 from eval.preference.report import join_report
-from eval.preference.simulate import Crowd, check_coverage, prefer, true_rate
+from eval.preference.simulate import check_coverage, prefer, true_rate
 from eval.preference.stats import (
     agreement_between,
     agreement_within,
     attention,
     clustered_interval,
     design_effect,
-    exact_power,
     krippendorff_alpha,
     position_bias,
     preference_rate,
     votes_needed,
 )
 from eval.preference.study import find_images, load_study, read_secret
-from eval.preference.votes import Vote, VoteStore, read_lines, standing
+from eval.preference.votes import Vote, VoteStore, current_votes, merge_votes, read_lines
 from eval.stats.paired import wilson
 from guidance.runs.records import Record, RecordStore
 from guidance.utils.config import list_words
 from guidance.utils.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = ["a fox", "<script>alert(1)</script>", "two hens & a \u202e cat", '"quoted" prompt']
 
 
 def write_run(
     folder: Path, arms: tuple[str, ...] = ("unguided", "scale=2"), n: int = 12, size: int = 24
 ) -> Path:
-    """A run of noise images, each arm a little brighter than the one before."""
+    """Write a run of noise images, each arm a little brighter than the one before."""
     store = RecordStore(folder)
     for a, arm in enumerate(arms):
         for i in range(n):
@@ -76,19 +71,19 @@ def write_run(
 
 def vote(rater: str, trial: int, choice: str | None, **changes: object) -> Vote:
     answers = None if choice is None else {"looks": choice}
-    made = Vote("", 0.0, "s", rater, trial, "pair", f"p{trial}", 0, "a", "b", False, answers, 1.0)
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+    cast = Vote("", 0.0, "s", rater, trial, "pair", f"p{trial}", 0, "a", "b", False, answers, 1.0)
+    return dataclasses.replace(cast, **changes)  # type: ignore[arg-type]
 
 
-def made_votes(y: list[float], raters: int = 1, **changes: object) -> list[Vote]:
-    """Votes 1 (second), 0.5 or 0, one after the other on as many prompts as each rater gets."""
+def votes_of(y: list[float], raters: int = 1, **changes: object) -> list[Vote]:
+    """Return votes 1 (second), 0.5 or 0, spread over the prompts of each rater."""
     names = {1.0: "right", 0.5: "tie", 0.0: "left"}
     per = len(y) // raters
     return [vote(f"r{i // per}", i % per, names[float(v)], **changes) for i, v in enumerate(y)]
 
 
 def make_desk(run: Path, *options: str) -> Desk:
-    """The desk of a study of a run, as `serve` makes it."""
+    """Make the desk of a study as `serve` does."""
     config = preference.parse_config(
         preference.ServeConfig, list_words([str(run), *options], "folders"), prog="", description=""
     )
@@ -130,82 +125,46 @@ def test_all_pairs_are_asked_where_there_are_few() -> None:
 def test_pairs_of_arms() -> None:
     assert ask_pairs(["a", "b", "c"], "baseline") == [("a", "b"), ("a", "c")]
     assert ask_pairs(["a", "b", "c"], "all") == [("a", "b"), ("a", "c"), ("b", "c")]
-    with pytest.raises(UserError, match="got 'a' alone"):
-        ask_pairs(["a"], "baseline")
-    with pytest.raises(UserError, match="repeats"):
-        Plan(repeats=1.5)
-    with pytest.raises(UserError, match="per_rater"):
-        Plan(per_rater=0)
 
 
 # The store
-
-WRITER = """
-import sys
-from eval.preference.votes import Vote, VoteStore
-store = VoteStore(sys.argv[1])
-for i in range(100000):
-    v = Vote("", 0.0, "s", sys.argv[2], i, "pair", f"p{i}", 0, "a", "b", False, {"looks": "left"})
-    print(store.append(v).id, flush=True)
-"""
-
-
-def test_nothing_acknowledged_is_lost_when_writers_are_killed(tmp_path: Path) -> None:
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, tmp_path, name], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        for name in ("ann", "bob")
-    ]
-    while not all(read_lines_of(tmp_path, name) > 20 for name in ("ann", "bob")):
-        time.sleep(0.05)
-    for writer in writers:
-        os.kill(writer.pid, signal.SIGKILL)
-    told = [line for writer in writers for line in writer.communicate()[0].splitlines()]
-    whole = {line for line in told if len(line) == 32}  # the pipe's own last line may be torn
-    stored = {v.id for v in read_lines(tmp_path)}
-    assert len(whole) >= 40 and whole <= stored and len(stored) <= len(told) + 2
-
-
-def read_lines_of(folder: Path, rater: str) -> int:
-    return sum(v.rater == rater for v in read_lines(folder))
 
 
 def test_a_torn_last_line_is_dropped_and_a_broken_one_named(tmp_path: Path) -> None:
     store = VoteStore(tmp_path)
     store.append(vote("ann", 0, "left"))
-    whole = store.path.read_bytes()
-    store.path.write_bytes(whole + whole[:-20])
+    line = store.path.read_bytes()
+    store.path.write_bytes(line + line[:-20])
     assert len(read_lines(tmp_path)) == 1
     again = VoteStore(tmp_path)  # another process: a file of its own
     again.append(vote("ann", 1, "tie"))
     assert len(read_lines(tmp_path)) == 2 and again.path != store.path
-    store.path.write_bytes(whole[:30] + b"\n" + whole)
+    store.path.write_bytes(line[:30] + b"\n" + line)
     with pytest.raises(UserError, match="line 1 of"):
         read_lines(tmp_path)
-    store.path.write_bytes(whole.replace(b'"left"', b'"LEFT"'))
+    store.path.write_bytes(line.replace(b'"left"', b'"LEFT"'))
     with pytest.raises(UserError, match="answers among"):
         read_lines(tmp_path)
 
 
 def test_undo_and_retries(tmp_path: Path) -> None:
     store = VoteStore(tmp_path)
-    assert store.append_once(vote("ann", 0, "left")) and not store.append_once(vote("ann", 0, "right"))
-    assert store.append_once(vote("ann", 0, None)) and not store.append_once(vote("ann", 0, None))
-    assert store.append_once(vote("ann", 0, "right")) and store.append_once(vote("bob", 0, "skip"))
+    assert store.append(vote("ann", 0, "left")) and not store.append(vote("ann", 0, "right"))
+    assert store.append(vote("ann", 0, None)) and not store.append(vote("ann", 0, None))
+    assert store.append(vote("ann", 0, "right")) and store.append(vote("bob", 0, "skip"))
     for votes in (store, VoteStore(tmp_path)):
         assert [v.answers for v in votes.votes_of("ann").values()] == [{"looks": "right"}]
         assert votes.count() == 1
     lines = read_lines(tmp_path)
-    assert len(lines) == 4 and len(standing(lines)) == 2
-    own = [v.time for v in lines if v.rater == "ann"]
-    assert own == sorted(set(own))
+    assert len(lines) == 4 and len(current_votes(lines)) == 2
+    times = [v.time for v in lines if v.rater == "ann"]
+    assert times == sorted(set(times))
 
 
 def test_threads_share_a_store(tmp_path: Path) -> None:
     store = VoteStore(tmp_path)
     work = [
-        threading.Thread(target=lambda r=r: [store.append_once(vote(r, i, "tie")) for i in range(20)])
+        threading.Thread(target=lambda r=r: [store.append(vote(r, i, "tie")) for i in range(20)])
         for r in ("ann", "ann", "bob")
     ]
     for thread in work:
@@ -229,9 +188,9 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patched:
         patched.setattr(preference_votes.os, "write", full)
         with pytest.raises(OSError, match="No space left"):
-            store.append_once(vote("ann", 1, "left"))
+            store.append(vote("ann", 1, "left"))
     assert store.path.read_bytes() == before and store.count() == 1
-    assert store.append_once(vote("ann", 1, "left")) and len(read_lines(tmp_path)) == 2
+    assert store.append(vote("ann", 1, "left")) and len(read_lines(tmp_path)) == 2
 
 
 def test_votes_of_several_machines_are_merged_once(tmp_path: Path) -> None:
@@ -239,13 +198,12 @@ def test_votes_of_several_machines_are_merged_once(tmp_path: Path) -> None:
     here.append(vote("ann", 0, "left"))
     for i in range(3):
         there.append(vote("bob", i, "right"))
-    assert preference_votes.merge(here.folder, [there.folder, there.path], "s") == 3
-    assert preference_votes.merge(here.folder, [there.path], "s") == 0
+    assert merge_votes(here.folder, [there.folder, there.path], "s") == 3
+    assert merge_votes(here.folder, [there.path], "s") == 0
     assert len(read_lines(here.folder)) == 4 and VoteStore(here.folder).count() == 4
-    with pytest.raises(UserError, match="study other"):
-        preference_votes.merge(here.folder, [there.path], "other")
-    with pytest.raises(UserError, match="found none"):
-        preference_votes.merge(here.folder, [tmp_path / "nowhere"], "s")
+    for file, study in ((there.path, "other"), (tmp_path / "nowhere", "s")):
+        with pytest.raises(UserError):
+            merge_votes(here.folder, [file], study)
 
 
 # Statistics
@@ -283,16 +241,13 @@ def test_independent_votes_give_wilsons_interval_and_copies_give_no_more() -> No
 
 
 def test_numbers_of_votes() -> None:
-    # 783: Fleiss' formula, as G*Power and R's power.prop.test have it for one sample; the exact test needs a few more
+    # 783: Fleiss' formula, as G*Power and R's power.prop.test have it for one sample
     assert votes_needed(0.55) == 783 and votes_needed(0.6) == 194 and votes_needed(0.7) == 47
     assert votes_needed(0.45) == votes_needed(0.55)
-    assert 0.78 < exact_power(783, 0.55) < 0.80 < exact_power(786, 0.55) < exact_power(820, 0.55) < 0.82
     rng = np.random.default_rng(0)
     votes = rng.binomial(783, 0.55, 4000)
     shown = np.mean([not wilson(int(k), 783)[0] <= 0.5 <= wilson(int(k), 783)[1] for k in votes])
     assert 0.77 < shown < 0.83
-    with pytest.raises(UserError, match=r"other than 0\.5"):
-        votes_needed(0.5)
 
 
 def test_agreement() -> None:
@@ -300,7 +255,7 @@ def test_agreement() -> None:
     units = [[0, 0], [1, 1, 1], [0.5, 1, 0.5], [1, 0.5, 1], [0, 1, 0], [0, 0], [1, 1], [1, 0]]
     assert krippendorff_alpha(units) == pytest.approx(0.42598187311178237)
     assert krippendorff_alpha([[1, 1], [0, 0], [0.5]]) == 1 and np.isnan(krippendorff_alpha([[1, 1], [1, 1]]))
-    votes = made_votes([1, 0, 1, 1, 1, 0, 0, 0.5], raters=2)
+    votes = votes_of([1, 0, 1, 1, 1, 0, 0, 0.5], raters=2)
     found = agreement_between(votes, "looks")
     assert (found.pairs, found.same) == (4, 0.5)
     twice = [vote("ann", 0, "left"), vote("ann", 9, "left", kind="repeat", prompt_id="p0", swapped=True)]
@@ -327,13 +282,13 @@ def test_bradley_terry_finds_the_strengths() -> None:
     assert [s.arm for s in found] == ["a", "b", "c", "d"]
     for s in found[1:]:
         assert s.interval[0] < strengths[s.arm] < s.interval[1] and abs(s.log_odds - strengths[s.arm]) < 0.35
-    two = bradley_terry(made_votes([1] * 30 + [0] * 10), ["a", "b"], "looks")
+    two = bradley_terry(votes_of([1] * 30 + [0] * 10), ["a", "b"], "looks")
     assert two[1].rate == pytest.approx(30.25 / 40.5)  # half a tie is added
-    assert np.isfinite(bradley_terry(made_votes([1] * 30), ["a", "b"], "looks")[1].log_odds)
+    assert np.isfinite(bradley_terry(votes_of([1] * 30), ["a", "b"], "looks")[1].log_odds)
 
 
 def test_metrics_are_compared_with_the_majority() -> None:
-    votes = made_votes([1, 1, 0, 0.5, 1, 0, 0, 0.5, 1, 1, 1, 0.5], raters=3)
+    votes = votes_of([1, 1, 0, 0.5, 1, 0, 0, 0.5, 1, 1, 1, 0.5], raters=3)
     rows = [
         {"arm": arm, "prompt_id": f"p{i}", "seed": 0, "clip": value, "blur": -value}
         for arm, values in {"a": [0.0, 0.0, 0.0, 0.0], "b": [1.0, -1.0, 1.0, 1.0]}.items()
@@ -352,15 +307,13 @@ def test_simulated_raters_vote_at_their_true_rate() -> None:
     careless = rng.random(len(d)) < 0.25
     y = prefer(d, rng.random(len(d)) < 0.5, crowd, rng, careless)
     assert abs(y.mean() - true_rate(d, crowd)) < 0.004 and 0.1 < (y == 0.5).mean() < 0.4
-    with pytest.raises(UserError, match="noise above 0"):
-        Crowd(noise=0)
 
 
 def test_the_interval_over_prompts_covers_and_that_of_votes_does_not() -> None:
     d = np.random.default_rng(0).normal(0.5, 1.5, 2000)
-    found = {c.interval: c for c in check_coverage(d, Crowd(), prompts=60, per_prompt=6, studies=1000)}
-    assert 0.93 <= found["prompts"].covered <= 0.97
-    assert found["votes"].covered < 0.88
+    found = check_coverage(d, Crowd(), prompts=60, per_prompt=6, studies=1000)
+    covered = {interval: np.mean([held for held, _ in studies]) for interval, studies in found.items()}
+    assert 0.93 <= covered["prompts"] <= 0.97 and covered["votes"] < 0.88
 
 
 # The desk
@@ -374,10 +327,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nothing_tells_which_is_which(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r")
     file = run / "images/unguided/0.png"
-    told = PngInfo()
-    told.add_text("arm", "unguided")
-    Image.open(file).save(tmp_path / "told.png", pnginfo=told)
-    raw = (tmp_path / "told.png").read_bytes()
+    metadata = PngInfo()
+    metadata.add_text("arm", "unguided")
+    Image.open(file).save(tmp_path / "named.png", pnginfo=metadata)
+    raw = (tmp_path / "named.png").read_bytes()
     lines = (run / "records.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
     first |= {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
@@ -390,9 +343,7 @@ def test_nothing_tells_which_is_which(tmp_path: Path) -> None:
         while state["trial"]:
             assert set(state["trial"]) == {"id", "prompt", "left", "right"}
             text = json.dumps({**state, "trial": {**state["trial"], "prompt": ""}})
-            assert not [
-                w for w in ("unguided", "scale", "images/", "p00", "check", "repeat", ".png/") if w in text
-            ]
+            assert not any(w in text for w in ("unguided", "scale", "images/", "p00", "check", "repeat"))
             for side in ("left", "right"):
                 ids.append(state["trial"][side].removeprefix("image/").removesuffix(".png"))
                 png = desk.image(ids[-1])
@@ -405,50 +356,39 @@ def test_nothing_tells_which_is_which(tmp_path: Path) -> None:
 
 def test_a_vote_on_a_pair_that_was_not_shown_is_refused(tmp_path: Path) -> None:
     desk = make_desk(write_run(tmp_path / "r"))
-    own, other = desk.state("ann")["trial"]["id"], desk.state("bob")["trial"]["id"]
+    mine, other = desk.state("ann")["trial"]["id"], desk.state("bob")["trial"]["id"]
     for forged in (other, "0" * 32, "", None, 3, "ü"):
         with pytest.raises(NotShown):
             desk.vote("ann", forged, {"looks": "left"}, 1)
-    for answers in (
-        None,
-        {},
-        {"looks": "both"},
-        {"fits": "left"},
-        {"looks": "left", "fits": "left"},
-        {"looks": [1]},
-    ):
+    for answers in (None, {}, {"looks": "both"}, {"fits": "left"}, {"looks": "left", "fits": "left"}):
         with pytest.raises(UserError, match="for each of the questions"):
-            desk.vote("ann", own, answers, 1)
+            desk.vote("ann", mine, answers, 1)
     for name in ("", "x" * 61, "a\u202eb", None, 5):
         with pytest.raises(UserError, match="name of 1 to"):
             desk.state(name)
     assert desk.store.count() == 0
-    assert desk.vote(" ann ", own, {"looks": "left"}, float("inf"))["done"] == 1
-    assert desk.vote("ann", own, {"looks": "left"}, 1)["done"] == 1  # a retry
-    state = desk.undo("ann", own)
-    assert state["done"] == 0 and state["trial"]["id"] == own
+    assert desk.vote(" ann ", mine, {"looks": "left"}, float("inf"))["done"] == 1
+    assert desk.vote("ann", mine, {"looks": "left"}, 1)["done"] == 1  # a retry
+    state = desk.undo("ann", mine)
+    assert state["done"] == 0 and state["trial"]["id"] == mine
     assert desk.join("")["rater"] != desk.join(None)["rater"]
 
 
-def test_images_that_go_are_skipped_and_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_go_are_skipped_and_come_back(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", n=6)
     desk = make_desk(run, "repeats=0", "checks=0")
-    trials = queue(6, desk.study.plan, "ann")
+    trials = queue(6, desk.study.options, "ann")
     gone = run / f"images/scale=2/{desk.study.items[trials[0].item].seed}.png"
     other = run / f"images/unguided/{desk.study.items[trials[1].item].seed}.png"
     content = gone.read_bytes()
     gone.unlink()
     state = desk.state("ann")
-    assert (
-        state["lost"] == 1
-        and state["total"] == 5
-        and state["trial"]["prompt"] == desk.study.items[trials[1].item].prompt
-    )
+    assert (state["lost"], state["total"]) == (1, 5)
+    assert state["trial"]["prompt"] == desk.study.items[trials[1].item].prompt
     other.write_bytes(content)  # another image of the same name
     urls = [state["trial"][side].split("/")[1].removesuffix(".png") for side in ("left", "right")]
     assert [desk.image(url) for url in urls].count(None) == 1
     assert desk.state("ann")["lost"] == 2
-    assert capsys.readouterr().err.count("gone or was changed") == 2
     gone.write_bytes(content)
     assert desk.state("ann")["lost"] == 1
     assert make_desk(run, "repeats=0", "checks=0").study.id == desk.study.id  # a new start does not mind
@@ -467,8 +407,6 @@ def test_a_path_outside_the_run_is_never_served(tmp_path: Path, capsys: pytest.C
     (run / "images/unguided/0.png").symlink_to(secret)
     with pytest.raises(UserError, match="inside the run"):
         find_images([str(run)], desk.study)
-    with pytest.raises(UserError, match="1 folders"):
-        find_images([str(run), str(run)], desk.study)
 
 
 def test_plain_folders_with_a_table_of_prompts(tmp_path: Path) -> None:
@@ -495,7 +433,7 @@ def test_two_questions_are_answered_at_once(tmp_path: Path) -> None:
     desk = make_desk(write_run(tmp_path / "r"), "questions=[looks, fits]")
     trial = desk.state("ann")["trial"]["id"]
     desk.vote("ann", trial, {"looks": "left", "fits": "skip"}, 2)
-    found = analyse(desk.study, desk.study.folder)
+    found = analyse(desk.study)
     assert [sum(r.n for r in q["rates"]) for q in found["questions"].values()] in ([1, 0], [0, 0])
 
 
@@ -510,7 +448,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     with pytest.raises(SystemExit) as stop:
         command(*words)
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and len(error.splitlines()) == 1, error
+    assert stop.value.code == 2 and "Traceback" not in error
     return error
 
 
@@ -518,14 +456,13 @@ def test_the_whole_path_with_simulated_raters(tmp_path: Path, capsys: pytest.Cap
     run = write_run(tmp_path / "r", ("unguided", "scale=1", "scale=2"), n=30)
     options = ("compare=adjacent", "raters=5", "per_rater=30", "random_raters=0.2", "position=0.3")
     command("simulate", run, *options)
-    said = capsys.readouterr().out
-    assert "a quality drawn at random" in said and "true rate of 'scale=2' over 'scale=1'" in said
+    assert "true rate of 'scale=2' over 'scale=1'" in capsys.readouterr().out
     command("simulate", run, *options)
     assert capsys.readouterr().out.startswith("0 answers")
     command("export", run, "study=simulated")
     folder = run / "preference" / "simulated"
     table = pandas.read_csv(folder / "votes.csv")
-    trials = sum(len(queue(60, load_study(folder).plan, f"simulated-{i:03}")) for i in range(5))
+    trials = sum(len(queue(60, load_study(folder).options, f"simulated-{i:03}")) for i in range(5))
     assert len(table) == trials and set(table.choice) <= {"left", "right", "tie", "skip"}
     (run / "eval").mkdir()
     page = '<main>\n<section id="cost">\n<h2>Cost</h2>\n</section>\n</main>'
@@ -537,18 +474,14 @@ def test_the_whole_path_with_simulated_raters(tmp_path: Path, capsys: pytest.Cap
     rates = summary["questions"]["looks"]["rates"]
     assert sum(r["wins"] + r["ties"] + r["losses"] for r in rates) == len(counted)
     assert [r["second"] for r in rates] == ["scale=1", "scale=2"]
-    assert [s["arm"] for s in summary["questions"]["looks"]["strengths"]] == [
-        "unguided",
-        "scale=1",
-        "scale=2",
-    ]
+    arms = [s["arm"] for s in summary["questions"]["looks"]["strengths"]]
+    assert arms == ["unguided", "scale=1", "scale=2"]
     html = (folder / "preference.html").read_text()
     assert "are a program&#39;s" in html and "Bradley" in html and "<script" not in html
     joined = (run / "eval/report.html").read_text()
-    assert joined.count('<section id="preference">') == 1 and joined.index("preference") < joined.index(
-        'id="cost"'
-    )
-    assert join_report(joined, analyse(load_study(folder), folder)).count('<section id="preference">') == 1
+    assert joined.count('<section id="preference">') == 1
+    assert joined.index("preference") < joined.index('id="cost"')
+    assert join_report(joined, analyse(load_study(folder))).count('<section id="preference">') == 1
 
 
 def test_votes_travel_between_machines(tmp_path: Path) -> None:
@@ -567,20 +500,22 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(
     tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = write_run(tmp_path / "alone", ("unguided",), n=3)
-    assert "two or more arms" in refused(capsys, "serve", alone)
-    assert not (alone / "preference").exists()
-    assert "found none" in refused(capsys, "serve", tmp_path / "nowhere")
-    assert "folder of a run, got none" in refused(capsys, "serve")
-    assert "Did you mean 'serve'" in refused(capsys, "sreve", run)
-    assert "Did you mean 'looks'" in refused(capsys, "serve", run, "questions=[look]")
-    assert "other than 0.5" in refused(capsys, "serve", run, "detect=0.5")
-    assert "name of letters" in refused(capsys, "serve", run, "study=../x")
-    assert "found none" in refused(capsys, "report", run, "study=never")
-    make_desk(run)
-    assert "found none; let raters vote" in refused(capsys, "report", run)
-    assert "seed: 0 there, 1 here" in refused(capsys, "serve", run, "seed=1")
-    assert "got none" in refused(capsys, "merge", run)
     (tmp_path / "broken.jsonl").write_text("{}\n")
-    assert "line 1 of" in refused(capsys, "merge", run, tmp_path / "broken.jsonl")
+    make_desk(run)
     VoteStore(run / "preference" / "simulated").append(vote("ann", 0, "left"))
+    for words in (
+        ("serve", alone),
+        ("serve", tmp_path / "nowhere"),
+        ("serve",),
+        ("sreve", run),
+        *(("serve", run, option) for option in ("questions=[look]", "detect=0.5", "study=../x", "seed=1")),
+        *(("serve", run, option) for option in ("repeats=1.5", "per_rater=0")),
+        ("report", run, "study=never"),
+        ("report", run),
+        ("merge", run),
+        ("merge", run, tmp_path / "broken.jsonl"),
+        ("simulate", run, "noise=0"),
+    ):
+        refused(capsys, *words)
     assert "without people's votes" in refused(capsys, "simulate", run)
+    assert not (alone / "preference").exists()

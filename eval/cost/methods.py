@@ -155,9 +155,7 @@ class CostBench:
         from guidance.guides.clip import ClipGuide
 
         if not tiny and getattr(self.pipe, "vae", None) is None:
-            raise UserError(
-                "Expected a pipeline with a VAE to decode for CLIP, got none; leave that method out."
-            )
+            raise UserError("Expected a pipeline with a VAE to decode for CLIP, got none; omit that method.")
         config = {"latent_channels": latent_channels(self.denoiser)}
         decoder = AutoencoderTiny(**config).to(self.denoiser.device) if tiny else None
         image = Image.new("RGB", (64, 64), "grey")

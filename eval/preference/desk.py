@@ -1,7 +1,7 @@
-"""What the page asks for and answers with: the next pair of a rater, votes, undo, images; knows nothing of HTTP.
+"""Answers to the page, without HTTP: the next pair of a rater, votes, undo, images.
 
-Images and pairs go by ids that are keyed hashes of rater, trial and side: they tell nothing of arm or file, differ for
-each showing, are valid after a restart, and cannot be made up by who has not been shown the pair.
+Images and pairs have ids that are keyed hashes of rater, trial and side: they reveal neither arm nor file, differ for
+each showing, stay valid after a restart, and cannot be guessed by someone who was not shown the pair.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import io
 import secrets
-import sys
 import threading
 import unicodedata
 from collections.abc import Mapping
@@ -22,62 +21,60 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from eval.preference.pairs import Item, Trial, queue
-from eval.preference.study import QUESTIONS, Key, Study
-from eval.preference.votes import CHOICES, Vote, VoteStore
+from eval.preference.pairs import Key, Trial, queue
+from eval.preference.study import Study
+from eval.preference.votes import CHOICES, VoteStore
 from guidance.runs.records import encode_png
 from guidance.utils.errors import UserError
 from guidance.utils.images import to_rgb
 
-_LONGEST_NAME = 60
+_MAX_NAME = 60
 
-_KEPT = 32  # encoded images in memory
+_CACHED_IMAGES = 32
 
-_BLOCKS = 12  # of a damaged copy, a side
+_BLOCKS = 12  # blocks per side of a damaged copy
 
 
 class NotShown(UserError):
-    """A vote, or an undo, for a pair that this rater was never shown."""
+    """A vote, or an undo, for a pair that this rater was not shown."""
 
 
 class Desk:
-    """The study as its raters see it; may be called from many threads.
+    """A study as its raters see it; thread-safe.
 
     Args:
         study: What is asked.
         files: Image -> file, see :func:`eval.preference.study.find_images`.
-        store: Of the votes.
-        secret: Of the ids.
+        store: Store of the votes.
+        secret: Key of the ids.
     """
 
     def __init__(self, study: Study, files: Mapping[Key, Path], store: VoteStore, secret: bytes) -> None:
         self.study, self.files, self.store, self._secret = study, files, store, secret
-        self._id = study.id
         self._served: dict[str, tuple[Key, bool]] = {}
-        self._broken: set[Key] = set()  # files that are there, but not as they were
-        self._told: set[Key] = set()
+        self._broken: set[Key] = set()  # files that exist, but have changed
         self._lock = threading.Lock()
-        self._queue = functools.lru_cache(256)(functools.partial(queue, len(study.items), study.plan))
-        self._png = functools.lru_cache(_KEPT)(self._encode)
+        self._queue = functools.lru_cache(256)(functools.partial(queue, len(study.items), study.options))
+        self._png = functools.lru_cache(_CACHED_IMAGES)(self._encode)
 
     def token(self) -> str:
-        """What lets others in; the same after a restart."""
+        """Return the token that admits others; the same after a restart."""
         return self._keyed("token")
 
     def join(self, name: object) -> dict[str, Any]:
-        """Let a rater in; without a name under an anonymous id."""
+        """Admit a rater; without a name under an anonymous id."""
         return self.state(f"anonymous-{secrets.token_hex(4)}" if name in (None, "") else name)
 
     def state(self, rater: object) -> dict[str, Any]:
-        """What the page shows a rater now.
+        """Return what the page shows a rater now.
 
         Raises:
-            UserError: If the rater's name cannot be used.
+            UserError: If the rater's name is invalid.
         """
         name = _check_name(rater)
         votes, trials = self.store.votes_of(name), self._queue(name)
         waiting = [trial for trial in trials if trial.index not in votes]
-        lost = [trial for trial in waiting if not self._is_there(trial)]
+        lost = [trial for trial in waiting if not self._is_available(trial)]
         ready = [trial for trial in waiting if trial not in lost]
         last = max(votes.values(), key=lambda vote: vote.time, default=None)
         return {
@@ -91,61 +88,50 @@ class Desk:
         }
 
     def vote(self, rater: object, trial_id: object, answers: object, seconds: object) -> dict[str, Any]:
-        """Store a vote and return what comes next; a vote that is there already (a retry) is not stored twice.
+        """Store a vote and return the next state; a retry of a stored vote is not stored again.
 
         Raises:
             NotShown: If this rater has not been shown that pair.
-            UserError: If the answers are not answers.
+            UserError: If the answers are invalid.
             OSError: If the vote could not be stored.
         """
-        name = _check_name(rater)
-        trial = self._find(name, trial_id)
-        item = self.study.items[trial.item]
-        given = self._check_answers(answers)
-        self.store.append_once(self._vote(name, trial, item, given, seconds))
-        return self.state(name)
+        asked = self.study.options.questions
+        if (
+            not isinstance(answers, dict)
+            or set(answers) != set(asked)
+            or not all(choice in CHOICES for choice in answers.values())
+        ):
+            raise UserError(
+                f"Expected {', '.join(CHOICES)} for each of the questions {', '.join(asked)}, got {answers!r}."
+            )
+        known = isinstance(seconds, int | float) and 0 <= seconds < 86400
+        choices = {question: str(answers[question]) for question in asked}
+        return self._store(rater, trial_id, choices, round(float(seconds), 2) if known else None)  # type: ignore[arg-type]
 
     def undo(self, rater: object, trial_id: object) -> dict[str, Any]:
-        """Take back a vote and show its pair again; one that was undone already (a retry) is left alone."""
-        name = _check_name(rater)
-        trial = self._find(name, trial_id)
-        self.store.append_once(self._vote(name, trial, self.study.items[trial.item], None, None))
-        return self.state(name)
+        """Take back a vote and show its pair again; a retry changes nothing."""
+        return self._store(rater, trial_id, None, None)
 
     def image(self, image_id: str) -> bytes | None:
-        """The PNG of an id; None if no such id was given out, or its file is gone by now."""
+        """Return the PNG of an id; None if the id was not given out or its file is gone."""
         with self._lock:
-            found = self._served.get(image_id)
-        if found is None:
+            served = self._served.get(image_id)
+        if served is None:
             return None
         try:
-            return self._png(*found)
+            return self._png(*served)
         except (OSError, ValueError, SyntaxError) as error:
-            # what has an errno may be better at the next try; a decoder's complaint has none
+            # errors with an errno may be transient, unlike those of a decoder, which have none
             if getattr(error, "errno", None) in (None, errno.EACCES):
-                self._broken.add(found[0])
-            self._tell(found[0])
+                self._broken.add(served[0])
             return None
 
-    def _vote(
-        self, rater: str, trial: Trial, item: Item, answers: dict[str, str] | None, seconds: object
-    ) -> Vote:
-        known = isinstance(seconds, int | float) and 0 <= seconds < 86400
-        return Vote(
-            id="",
-            time=0.0,
-            study=self._id,
-            rater=rater,
-            trial=trial.index,
-            kind=trial.kind,
-            prompt_id=item.prompt_id,
-            seed=item.seed,
-            first=item.first,
-            second=item.second,
-            swapped=trial.swapped,
-            answers=answers,
-            seconds=round(float(seconds), 2) if known else None,  # type: ignore[arg-type]
-        )
+    def _store(
+        self, rater: object, trial_id: object, answers: dict[str, str] | None, seconds: float | None
+    ) -> dict[str, Any]:
+        name = _check_name(rater)
+        self.store.append(self.study.vote(name, self._find(name, trial_id), answers, seconds=seconds))
+        return self.state(name)
 
     def _show(self, rater: str, trial: Trial) -> dict[str, Any]:
         prompt = self.study.items[trial.item].prompt
@@ -163,39 +149,20 @@ class Desk:
         return urls
 
     def _sides(self, trial: Trial) -> tuple[tuple[Key, bool], tuple[Key, bool]]:
-        """The first and the second image of a trial, and whether they are shown damaged."""
-        item = self.study.items[trial.item]
-        first = (item.first, item.prompt_id, item.seed)
-        if trial.kind == "check":
-            return (first, False), (first, True)
-        return (first, False), ((item.second, item.prompt_id, item.seed), False)
+        """Return the first and the second image of a trial, and whether each is shown damaged."""
+        first, second = self.study.items[trial.item].keys
+        check = trial.kind == "check"
+        return (first, False), (first if check else second, check)
 
-    def _is_there(self, trial: Trial) -> bool:
-        """Whether both images have files; what is in them shows when they are opened."""
-        for key, _ in self._sides(trial):
-            if key in self._broken or not self.files[key].is_file():
-                self._tell(key)
-                return False
-        return True
-
-    def _tell(self, key: Key) -> None:
-        """Say once that an image is gone."""
-        with self._lock:
-            if key in self._told:
-                return
-            self._told.add(key)
-        arm, prompt_id, seed = key
-        print(
-            f"The image of '{arm}' for '{prompt_id}', seed {seed}, is gone or was changed: its pairs are not asked.",
-            file=sys.stderr,
-            flush=True,
-        )
+    def _is_available(self, trial: Trial) -> bool:
+        """Tell whether both images have files, which are not opened."""
+        return all(key not in self._broken and self.files[key].is_file() for key, _ in self._sides(trial))
 
     def _encode(self, key: Key, damaged: bool) -> bytes:
-        """Read an image and encode its pixels anew: nothing else of the file is passed on."""
+        """Read an image and encode only its pixels, without anything else of the file."""
         data = self.files[key].read_bytes()
         if not hashlib.sha256(data).hexdigest().startswith(self.study.digests[key]):
-            raise ValueError("another image than the study was made of")
+            raise ValueError("not the image that the study was made of")
         with Image.open(io.BytesIO(data)) as opened:
             pixels = np.asarray(to_rgb(opened))
         return encode_png(_damage(pixels) if damaged else pixels)
@@ -206,44 +173,25 @@ class Desk:
                 self._trial_id(rater, trial.index).encode(), trial_id.encode()
             ):
                 return trial
-        raise NotShown("Expected a vote on a pair that was shown to you, got another; load the page again.")
-
-    def _check_answers(self, answers: object) -> dict[str, str]:
-        asked = self.study.options.questions
-        if (
-            not isinstance(answers, dict)
-            or set(answers) != set(asked)
-            or not all(choice in CHOICES for choice in answers.values())
-        ):
-            raise UserError(
-                f"Expected {', '.join(CHOICES)} for each of the questions {', '.join(asked)}, got {answers!r}."
-            )
-        return {question: str(answers[question]) for question in asked}
+        raise NotShown("Expected a vote on a pair that you were shown, got another; reload the page.")
 
     def _trial_id(self, rater: str, index: int) -> str:
         return self._keyed("trial", rater, index)
 
     def _keyed(self, *parts: object) -> str:
-        text = "\0".join(map(str, (self._id, *parts)))
+        text = "\0".join(map(str, (self.study.id, *parts)))
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()[:32]
-
-
-def question_texts(study: Study) -> dict[str, str]:
-    """The study's questions as the page asks them."""
-    return {key: QUESTIONS[key] for key in study.options.questions}
 
 
 def _check_name(name: object) -> str:
     text = " ".join(unicodedata.normalize("NFC", name).split()) if isinstance(name, str) else ""
-    if not text or len(text) > _LONGEST_NAME or not text.isprintable():
-        raise UserError(
-            f"Expected a name of 1 to {_LONGEST_NAME} letters, got {name!r:.80}; choose another one."
-        )
+    if not text or len(text) > _MAX_NAME or not text.isprintable():
+        raise UserError(f"Expected a name of 1 to {_MAX_NAME} letters, got {name!r:.80}; choose another one.")
     return text
 
 
 def _damage(pixels: np.ndarray) -> np.ndarray:
-    """Coarse blocks with noise: what an attentive rater never prefers."""
+    """Reduce an image to coarse blocks with noise, which no attentive rater prefers."""
     h, w = pixels.shape[:2]
     small = Image.fromarray(pixels).resize((_BLOCKS, _BLOCKS), Image.Resampling.BOX)
     coarse = np.asarray(small.resize((w, h), Image.Resampling.NEAREST), np.int16)

@@ -1,4 +1,4 @@
-"""What votes say beyond rates: strengths of all arms, and which metrics agree with people."""
+"""Models of votes: strengths of all arms on one scale, and the agreement of metrics with people."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _PRIOR = 0.5  # tie votes added to each pair of arms that was asked
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """An arm's place on the common scale of all arms.
+    """Strength of an arm on the common scale of all arms.
 
     Attributes:
-        arm: Its name.
-        log_odds: Of being preferred to the reference arm, whose own is 0.
+        arm: Name.
+        log_odds: Log odds of being preferred to the reference arm, whose log odds are 0.
         interval: 95%, prompts as clusters; (0, 0) for the reference.
-        rate: The preference rate over the reference that it stands for.
+        rate: The corresponding preference rate over the reference.
     """
 
     arm: str
@@ -37,13 +37,13 @@ class Strength:
 
 @dataclasses.dataclass(frozen=True)
 class MetricAgreement:
-    """How often a metric prefers the image that most raters preferred.
+    """Agreement of a metric with the majority of raters.
 
     Attributes:
-        metric, title: Column of the rows, and its name for people.
+        metric, title: Column of the rows, and its title.
         first, second, question: What was compared and asked.
-        pairs: With a majority and a difference in the metric.
-        agree: Of them, those where both prefer the same image.
+        pairs: Pairs with a majority and a difference in the metric.
+        agree: Those of them where both prefer the same image.
         share, interval: ``agree / pairs`` with its Wilson interval; NaN without pairs.
     """
 
@@ -61,10 +61,10 @@ class MetricAgreement:
 def bradley_terry(votes: Iterable[Vote], arms: Sequence[str], question: str) -> list[Strength]:
     """Fit strengths to the votes on all pairs of arms; ties count half.
 
-    Half a tie is added to each pair of arms that was asked, so that an arm that always won has a strength.
+    Half a tie is added to each pair of arms that was asked, so that the strength of an arm that always won is finite.
 
     Args:
-        votes: All that count.
+        votes: Votes of all raters who count.
         arms: The first is the reference.
         question: What was asked.
 
@@ -79,14 +79,13 @@ def bradley_terry(votes: Iterable[Vote], arms: Sequence[str], question: str) -> 
     asked = {(v.first, v.second) for v in counted}
     linked = _connected(arms[0], asked)
     names = [arm for arm in arms if arm in linked]
-    place = {arm: i for i, arm in enumerate(names)}
     counted = [v for v in counted if v.first in linked]
     if len(names) < 2:
         return []
     pairs = [(v.first, v.second) for v in counted] + sorted(p for p in asked if p[0] in linked)
     x = np.zeros((len(pairs), len(names)))
     for row, (first, second) in enumerate(pairs):
-        x[row, place[first]], x[row, place[second]] = -1, 1
+        x[row, names.index(first)], x[row, names.index(second)] = -1, 1
     x = x[:, 1:]
     y = np.array([v.preferred(question) for v in counted] + [0.5] * (len(pairs) - len(counted)))
     weight = np.array([1.0] * len(counted) + [_PRIOR] * (len(pairs) - len(counted)))
@@ -105,11 +104,11 @@ def metric_agreement(
     metrics: Mapping[str, tuple[str, str]],
     question: str,
 ) -> list[MetricAgreement]:
-    """Compare the majority's choice on each pair with what metrics say.
+    """Compare the majority's choice on each pair with metrics.
 
     Args:
-        votes: All that count.
-        rows: One an image, see :class:`eval.comparison.results.Comparison`.
+        votes: Votes of all raters who count.
+        rows: One per image, see :class:`eval.comparison.results.Comparison`.
         metrics: Column -> (title, "higher" or "lower": which is better).
         question: What was asked.
     """
@@ -120,7 +119,7 @@ def metric_agreement(
             key = (v.first, v.second, v.prompt_id, v.seed)
             leaning[key] = leaning.get(key, 0.0) + value - 0.5
     images = {(row["arm"], row["prompt_id"], row["seed"]): row for row in rows}
-    found = []
+    agreements = []
     for first, second in dict.fromkeys(key[:2] for key in leaning):
         for metric, (title, better) in metrics.items():
             same = []
@@ -133,16 +132,12 @@ def metric_agreement(
             n, k = len(same), sum(same)
             ends = wilson(k, n) if n else (float("nan"), float("nan"))
             share = k / n if n else float("nan")
-            found.append(MetricAgreement(metric, title, first, second, question, n, k, share, ends))
-    return found
+            agreements.append(MetricAgreement(metric, title, first, second, question, n, k, share, ends))
+    return agreements
 
 
 def read_evaluation(folder: Path) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
-    """Read what `eval.images` found: its rows, and column -> (title, better) of the metrics that have a direction.
-
-    Returns:
-        Nothing, twice, where there is no evaluation.
-    """
+    """Read the rows of `eval.images`, and column -> (title, better) of metrics with a direction; empty without."""
     if not (folder / "rows.parquet").is_file() or not (folder / "summary.json").is_file():
         return [], {}
     import pandas
@@ -150,10 +145,8 @@ def read_evaluation(folder: Path) -> tuple[list[dict[str, Any]], dict[str, tuple
     listed = read_json(folder / "summary.json").get("image_metrics", [])
     metrics = {m["key"]: (m["title"], m["better"]) for m in listed if m.get("better")}
     table = pandas.read_parquet(folder / "rows.parquet")
-    metrics = {key: told for key, told in metrics.items() if key in table}
-    columns = ["arm", "prompt_id", "seed", *metrics]
-    rows: list[dict[str, Any]] = table[columns].to_dict("records")
-    return rows, metrics
+    metrics = {key: described for key, described in metrics.items() if key in table}
+    return table[["arm", "prompt_id", "seed", *metrics]].to_dict("records"), metrics
 
 
 def _value(row: Mapping[str, Any] | None, metric: str) -> float:
@@ -170,7 +163,7 @@ def _connected(start: str, edges: set[tuple[str, str]]) -> set[str]:
 
 
 def _fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Newton's method; the likelihood is concave, and the added ties keep its maximum finite."""
+    """Maximise the likelihood by Newton's method: it is concave, and the added ties keep its maximum finite."""
     beta = np.zeros(x.shape[1])
     for _ in range(100):
         p = _logistic(x @ beta)
@@ -183,7 +176,7 @@ def _fit(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _errors(scores: np.ndarray, hessian: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """Half-widths of 95% intervals by the sandwich formula with prompts as clusters."""
+    """Return half-widths of 95% intervals by the sandwich formula with prompts as clusters."""
     number = prompt_numbers(prompts)
     groups = int(number.max()) + 1
     if groups < 2:

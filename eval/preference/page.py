@@ -1,8 +1,6 @@
 """The web page of a study: an ASGI application around `eval.preference.desk`, and the server that runs it.
 
-Starlette and uvicorn (extra ``ui``) and not Gradio, which is built on them: Gradio serves an image under the hash of
-its content, so that the baseline, which comes back in every pair of arms, is known by its address; it has no key
-events, and its state is gone after a restart.  Its present version also wants an older Pillow than is tested here.
+It uses Starlette and uvicorn (extra ``ui``); docs/preference.md says why not Gradio.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.preference.desk import Desk, NotShown, question_texts
+from eval.preference.config import QUESTIONS
+from eval.preference.desk import Desk, NotShown
 from guidance.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-_LONGEST_BODY = 4096
+_MAX_BODY = 4096
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; "
@@ -47,22 +46,24 @@ Endpoint = Callable[["Request"], Awaitable["Response"]]
 
 
 def require_ui() -> None:
-    """Refuse in one sentence where the optional packages are absent."""
+    """Require the optional packages.
+
+    Raises:
+        UserError: If one is missing.
+    """
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"Expected {' and '.join(missing)} for the page, which are not installed; run: pip install "
-            "'midblock-guidance[ui]'."
-        )
+        names = " and ".join(missing)
+        raise UserError(f"Expected {names} to be installed; run: pip install 'midblock-guidance[ui]'.")
 
 
 def build_app(desk: Desk, *, token: str | None = None, hosts: Sequence[str] = ("*",)) -> Starlette:
     """Build the application.
 
     Args:
-        desk: Answers.
-        token: That every request must carry as a cookie, or once as ``?token=``; None asks for none.
-        hosts: Names it may be called by; "*" for any.  On loopback this keeps other pages of the browser out.
+        desk: Answers the requests.
+        token: Required of every request as a cookie, or once as ``?token=``; None requires none.
+        hosts: Accepted host names; "*" for any.  On loopback this keeps other pages of the browser out.
     """
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
@@ -71,7 +72,8 @@ def build_app(desk: Desk, *, token: str | None = None, hosts: Sequence[str] = ("
     from starlette.routing import Route
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("preference_page.html.j2").render(questions=question_texts(desk.study))
+    questions = {key: QUESTIONS[key] for key in desk.study.options.questions}
+    page = environment.get_template("preference_page.html.j2").render(questions=questions)
     files = {
         "/": (page, "text/html"),
         "/page.css": (_read("preference_page.css"), "text/css"),
@@ -82,8 +84,8 @@ def build_app(desk: Desk, *, token: str | None = None, hosts: Sequence[str] = ("
         @functools.wraps(endpoint)
         async def answer(request: Request) -> Response:
             if token is not None and request.query_params.get("token") is not None:
-                return _let_in(request, token)
-            if token is not None and not _same(request.cookies.get(_cookie(token), ""), token):
+                return _admit(request, token)
+            if token is not None and not _equal(request.cookies.get(_cookie(token), ""), token):
                 return Response("Open the page by the address with the token that its server printed.", 403)
             response = await endpoint(request)
             response.headers.update(_HEADERS)
@@ -103,10 +105,10 @@ def build_app(desk: Desk, *, token: str | None = None, hosts: Sequence[str] = ("
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address of a server; port 0 takes a free one.
+    """Bind the address of a server; port 0 takes a free one.
 
     Raises:
-        UserError: If it cannot be had.
+        UserError: If it is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -116,11 +118,10 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(128)  # from now on a browser waits and is not refused
     except (OSError, OverflowError) as error:
         listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"Expected an address to listen on, but {host}:{port} cannot be had ({reason}); choose another: port=0 "
-            "takes a free one."
-        ) from error
+        message = (
+            f"Expected a free address, got {host}:{port} ({error}); choose another: port=0 takes a free one."
+        )
+        raise UserError(message) from error
     return listener
 
 
@@ -128,14 +129,14 @@ def run_server(app: Starlette, listener: socket.socket) -> None:
     """Serve until Ctrl-C or a termination signal."""
     import uvicorn
 
-    # uvicorn raises the signal again when it is done; its default would end the process with the claim still held
+    # uvicorn raises the signal again when done; its default action would end the process without releasing the claim
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     uvicorn.Server(config).run(sockets=[listener])
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine only.
+    """Tell whether an address is reachable from this machine only.
 
     >>> is_loopback("localhost"), is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
     (True, True, False)
@@ -155,36 +156,36 @@ async def _image(desk: Desk, request: Request) -> Response:
 
 
 _CALLS: dict[str, Callable[[Desk, dict[str, Any]], dict[str, Any]]] = {
-    "join": lambda desk, said: desk.join(said.get("rater")),
-    "state": lambda desk, said: desk.state(said.get("rater")),
-    "vote": lambda desk, said: desk.vote(
-        said.get("rater"), said.get("trial"), said.get("answers"), said.get("seconds")
+    "join": lambda desk, body: desk.join(body.get("rater")),
+    "state": lambda desk, body: desk.state(body.get("rater")),
+    "vote": lambda desk, body: desk.vote(
+        *(body.get(key) for key in ("rater", "trial", "answers", "seconds"))
     ),
-    "undo": lambda desk, said: desk.undo(said.get("rater"), said.get("trial")),
+    "undo": lambda desk, body: desk.undo(body.get("rater"), body.get("trial")),
 }
 
 
 async def _call(desk: Desk, name: str, request: Request) -> Response:
-    """Answer in JSON; what goes wrong becomes a sentence for the rater."""
+    """Answer in JSON; errors become sentences for the rater."""
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import JSONResponse
 
-    # a form of another page can post, but not this type
+    # a form of another page cannot post this type
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         return JSONResponse({"error": "Expected JSON."}, 415)
-    body = bytearray()
+    data = bytearray()
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > _LONGEST_BODY:
-            return JSONResponse({"error": f"Expected at most {_LONGEST_BODY} bytes."}, 413)
+        data += chunk
+        if len(data) > _MAX_BODY:
+            return JSONResponse({"error": f"Expected at most {_MAX_BODY} bytes."}, 413)
     try:
-        said = json.loads(body)
-        if not isinstance(said, dict):
+        body = json.loads(data)
+        if not isinstance(body, dict):
             raise UserError("Expected a JSON object.")
-        return JSONResponse(await run_in_threadpool(_CALLS[name], desk, said))
+        return JSONResponse(await run_in_threadpool(_CALLS[name], desk, body))
     except NotShown as error:
         return JSONResponse({"error": str(error)}, 409)
-    except ValueError as error:  # UserError, and what is no JSON
+    except ValueError as error:  # UserError, or no JSON
         return JSONResponse({"error": str(error)}, 400)
     except OSError as error:
         reason = error.strerror or type(error).__name__
@@ -192,11 +193,11 @@ async def _call(desk: Desk, name: str, request: Request) -> Response:
         return JSONResponse({"error": text}, 507)
 
 
-def _let_in(request: Request, token: str) -> Response:
-    """Move the token from the address, which is seen and kept, into a cookie."""
+def _admit(request: Request, token: str) -> Response:
+    """Move the token from the address, which browsers show and store, into a cookie."""
     from starlette.responses import RedirectResponse, Response
 
-    if not _same(request.query_params["token"], token):
+    if not _equal(request.query_params["token"], token):
         return Response("That token is not the one of this study.", 403)
     response = RedirectResponse("/", 303, headers=_HEADERS)
     response.set_cookie(_cookie(token), token, max_age=30 * 86400, httponly=True, samesite="strict")
@@ -204,11 +205,11 @@ def _let_in(request: Request, token: str) -> Response:
 
 
 def _cookie(token: str) -> str:
-    """A name for each study: cookies do not tell the ports of a machine apart."""
+    """Name the cookie after the study: cookies do not distinguish the ports of a machine."""
     return f"preference-{hashlib.sha256(token.encode()).hexdigest()[:8]}"
 
 
-def _same(given: str, token: str) -> bool:
+def _equal(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
 

@@ -1,7 +1,7 @@
-"""Which pairs a rater is shown, in which order, and which image lies on the left.
+"""Pairs of images and the queues of raters: which pairs, in which order, with which image on the left.
 
-All of it is a function of the study's seed and the rater's name: nothing has to be kept, and a rater who comes back,
-on another machine or after a restart, finds the queue as it was.
+A queue is a function of the study's seed and the rater's name: nothing is stored, and a rater who returns, on another
+machine or after a restart, finds the same queue.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Literal
 
 import numpy as np
 
+from eval.preference.config import Plan
 from guidance.utils.errors import UserError
 
 Kind = Literal["pair", "repeat", "check"]
+
+Key = tuple[str, str, int]  # arm, prompt id, seed of an image
 
 _GAP = 5  # trials between a pair and its repeat, at least
 
@@ -27,7 +30,7 @@ class Item:
 
     Attributes:
         prompt_id, prompt, category, seed: As in a record.
-        first, second: Arms; the second is the one that is hoped to be better (guided, or of the higher scale).
+        first, second: Arms; the second is the one expected to be better (guided, or of the higher scale).
     """
 
     prompt_id: str
@@ -37,42 +40,21 @@ class Item:
     first: str
     second: str
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How queues are made.
-
-    Attributes:
-        seed: Of everything that is drawn.
-        per_rater: Pairs a rater is asked; None: all.
-        shared: Share of them that every rater is asked, so that raters can be compared.
-        repeats: Pairs asked again, per pair; they show how well a rater agrees with himself.
-        checks: Attention checks, per pair: an image beside a damaged copy of it.
-    """
-
-    seed: int = 0
-    per_rater: int | None = 100
-    shared: float = 0.2
-    repeats: float = 0.05
-    checks: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("shared", "repeats", "checks"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"Expected {name} as a share in 0..1, got {getattr(self, name)}.")
-        if self.per_rater is not None and self.per_rater < 1:
-            raise UserError(f"Expected per_rater of at least 1, got {self.per_rater}; null asks every pair.")
+    @property
+    def keys(self) -> tuple[Key, Key]:
+        """Keys of the first and the second arm's image."""
+        return (self.first, self.prompt_id, self.seed), (self.second, self.prompt_id, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One question of a rater's queue.
+    """A position in a rater's queue.
 
     Attributes:
-        index: Place in the queue.
-        kind: "check": the item's first image beside a damaged copy.
+        index: Position.
+        kind: "pair", its "repeat", or "check": the item's first image beside a damaged copy of it.
         item: Index of the item.
-        swapped: Whether the second arm's image (or the damaged copy) lies on the left.
+        swapped: Whether the second arm's image (or the damaged copy) is on the left.
     """
 
     index: int
@@ -82,7 +64,7 @@ class Trial:
 
 
 def ask_pairs(arms: Sequence[str], compare: str) -> list[tuple[str, str]]:
-    """List the pairs of arms that are compared.
+    """List the pairs of arms to compare.
 
     Args:
         arms: The baseline first, the others by scale; for "adjacent" all of them by scale.
@@ -98,23 +80,21 @@ def ask_pairs(arms: Sequence[str], compare: str) -> list[tuple[str, str]]:
         )
     if compare == "baseline":
         return [(arms[0], arm) for arm in arms[1:]]
-    if compare == "adjacent":
-        return list(itertools.pairwise(arms))
-    return [(a, b) for i, a in enumerate(arms) for b in arms[i + 1 :]]
+    return list(itertools.pairwise(arms) if compare == "adjacent" else itertools.combinations(arms, 2))
 
 
 def queue(n_items: int, plan: Plan, rater: str) -> list[Trial]:
     """Make the queue of a rater.
 
-    Sides are drawn at random, half of the pairs each way; a repeat's and a check's side is drawn for itself.
+    Half of the pairs are swapped, at random; the side of a repeat and of a check is drawn independently.
     """
     digest = hashlib.sha256(f"{plan.seed}\0{rater}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     n = min(plan.per_rater or n_items, n_items)
-    everybody = np.random.default_rng(plan.seed).permutation(n_items)
+    order = np.random.default_rng(plan.seed).permutation(n_items)
     n_shared = round(plan.shared * n)
-    own = rng.permutation(everybody[n_shared:])[: n - n_shared]
-    chosen = rng.permutation(np.concatenate([everybody[:n_shared], own]))
+    individual = rng.permutation(order[n_shared:])[: n - n_shared]
+    chosen = rng.permutation(np.concatenate([order[:n_shared], individual]))
     swapped = rng.permutation(np.arange(n) % 2 == rng.integers(2))
     placed: list[tuple[float, Kind, int, bool]] = [
         (float(i), "pair", int(item), bool(side))

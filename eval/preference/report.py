@@ -12,36 +12,36 @@ from typing import Any
 from eval.comparison.report.page import open_template
 from eval.comparison.report.svg import INK, RULE, SERIES, plain, svg_axes
 from eval.comparison.report.text import MISSING, interval, number, percent
+from eval.preference.config import QUESTIONS
 from eval.preference.page import TEMPLATES
 from eval.preference.stats import Agreement, Rate
-from eval.preference.study import QUESTIONS
 from guidance.utils.io import atomic_path, write_json
 
 _SECTION = re.compile(r'<section id="preference">.*?</section>\n*', re.S)
 
 
-def write_preference(found: Mapping[str, Any], folder: Path, page: Path | None = None) -> Path:
-    """Write preference.html and summary.json, and put the section into the page of eval.images, if there is one.
+def write_preference(results: Mapping[str, Any], folder: Path, page: Path | None = None) -> Path:
+    """Write preference.html and summary.json, and insert the section into the page of eval.images, if it exists.
 
     Args:
-        found: By :func:`eval.preference.analysis.analyse`.
-        folder: Where to.
-        page: That page.
+        results: From :func:`eval.preference.analysis.analyse`.
+        folder: Folder to write to.
+        page: Page of eval.images.
 
     Returns:
         The path of preference.html.
     """
-    write_json(folder / "summary.json", found)
+    write_json(folder / "summary.json", results)
     report = folder / "preference.html"
-    _write(report, open_template("preference_report.html.j2", TEMPLATES).render(**_view(found)))
+    _write(report, open_template("preference_report.html.j2", TEMPLATES).render(**_view(results)))
     if page is not None and page.is_file():
-        _write(page, join_report(page.read_text(encoding="utf-8"), found))
+        _write(page, join_report(page.read_text(encoding="utf-8"), results))
     return report
 
 
-def join_report(page: str, found: Mapping[str, Any]) -> str:
-    """Return a report's HTML with the section of this study before its costs; an earlier one is replaced."""
-    section = open_template("preference_section.html.j2", TEMPLATES).render(**_view(found))
+def join_report(page: str, results: Mapping[str, Any]) -> str:
+    """Insert the section of this study into a report's HTML before its costs, replacing an earlier one."""
+    section = open_template("preference_section.html.j2", TEMPLATES).render(**_view(results))
     text = _SECTION.sub("", page)
     before, mark, after = text.partition('<section id="cost">')
     if not mark:
@@ -50,7 +50,7 @@ def join_report(page: str, found: Mapping[str, Any]) -> str:
 
 
 def headline(rate: Rate) -> str:
-    """Say in a sentence what the votes on two arms show."""
+    """Summarise the votes on two arms in a sentence."""
     low, high = rate.interval
     if rate.n == 0:
         return f"No votes on “{rate.second}” against “{rate.first}”."
@@ -62,78 +62,75 @@ def headline(rate: Rate) -> str:
     return f"Neither “{rate.second}” nor “{rate.first}” is shown to be preferred: {share} for the former."
 
 
-def caveats(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a reader must know before believing the numbers, as (kind, sentence)."""
-    listed = [("pairing", note) for note in found["notes"]]
-    if found["pairs_lost"]:
-        text = f"Of {found['pairs_lost']} of {found['pairs']} pairs an image is gone by now; they are no longer asked."
+def caveats(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List what a reader must know before believing the numbers, as (kind, sentence)."""
+    listed = [("pairing", note) for note in results["notes"]]
+    if results["pairs_lost"]:
+        lost = f"{results['pairs_lost']} of {results['pairs']}"
+        text = f"Of {lost} pairs an image is gone by now; they are no longer asked."
         listed.append(("images gone", text))
-    if found["simulated"]:
-        listed.append(
-            (
-                "simulated",
-                f"{found['simulated']} of {found['answers_cast']} answers are a program's, not people's.",
-            )
-        )
-    if found["raters_left_out"]:
-        names = ", ".join(found["raters_left_out"])
+    if results["simulated"]:
+        text = f"{results['simulated']} of {results['answers_cast']} answers are a program's, not people's."
+        listed.append(("simulated", text))
+    if results["raters_left_out"]:
+        names = ", ".join(results["raters_left_out"])
         listed.append(("left out", f"Raters who failed attention checks are not counted: {names}."))
-    for key, told in found["questions"].items():
-        low, high = told["position"]["interval"]
+    for i, (key, question) in enumerate(results["questions"].items()):
+        rates = question["rates"]
+        low, high = question["position"]["interval"]
         if low > 0.5 or high < 0.5:
             side = "left" if low > 0.5 else "right"
             text = f"“{QUESTIONS[key]}”: raters lean to the {side} image, whatever it is; random sides make it noise."
             listed.append(("position", text))
-        short = [r for r in told["rates"] if r.n < found["target"]]
-        if short and key == next(iter(found["questions"])):
-            text = (
-                f"{len(short)} of {len(told['rates'])} pairs of arms have fewer votes than {found['target']}."
-            )
-            listed.append(
-                (
-                    "few votes",
-                    text + " Stopping as soon as a result looks clear makes false ones more frequent.",
-                )
-            )
-        few = [r for r in told["rates"] if 0 < r.prompts < 20]
-        if few:
-            listed.append(
-                ("prompts", f"Votes on fewer than 20 prompts (“{few[0].second}”) say little about others.")
-            )
+        short = [r for r in rates if r.n < results["target"]]
+        if short and i == 0:
+            text = f"{len(short)} of {len(rates)} pairs of arms have fewer votes than {results['target']}."
+            warning = "Stopping as soon as a result looks clear makes false ones more frequent."
+            listed.append(("few votes", f"{text} {warning}"))
+        narrow = [r for r in rates if 0 < r.prompts < 20]
+        if narrow:
+            text = f"Votes on fewer than 20 prompts (“{narrow[0].second}”) say little about others."
+            listed.append(("prompts", text))
     return listed
 
 
-def _view(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What the templates need, written out."""
+def _view(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Format the results for the templates."""
     questions = []
-    for key, told in found["questions"].items():
-        left, decided, ends = (told["position"][k] for k in ("left", "decided", "interval"))
+    for key, question in results["questions"].items():
+        rates = question["rates"]
+        left, decided, ends = (question["position"][k] for k in ("left", "decided", "interval"))
         questions.append(
             {
-                "text": told["text"],
-                "headlines": [headline(rate) for rate in told["rates"]],
-                "rates": [_rate_cells(rate) for rate in told["rates"]],
-                "plot": _forest(told["rates"], f"{found['study']} {key}"),
+                "text": question["text"],
+                "headlines": [headline(rate) for rate in rates],
+                "rates": [_rate_cells(rate) for rate in rates],
+                "plot": _forest(rates, f"{results['study']} {key}"),
                 "position": percent(left / decided, ends) if decided else MISSING,
                 "decided": decided,
-                "between": _agreement_text(told["between"]),
-                "within": _agreement_text(told["within"]),
-                "strengths": told["strengths"],
-                "metrics": _metric_table(told),
-                "categories": [(category, _rate_cells(rate)) for category, rate in told["categories"]],
+                "between": _agreement_text(question["between"]),
+                "within": _agreement_text(question["within"]),
+                "strengths": question["strengths"],
+                "metrics": _metric_table(question),
+                "categories": [(category, _rate_cells(rate)) for category, rate in question["categories"]],
             }
         )
-    filters = {"share": _share, "number": number, "percent": percent, "interval": interval}
-    shown = {k: v for k, v in found.items() if k not in ("questions",)}
-    return shown | {"questions": questions, "caveats": caveats(found), "missing": MISSING, **filters}
+    helpers = {
+        "share": _share,
+        "number": number,
+        "percent": percent,
+        "interval": interval,
+        "missing": MISSING,
+    }
+    return {**results, "questions": questions, "caveats": caveats(results), **helpers}
 
 
-def _metric_table(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as columns, pairs of arms as rows in the order of the rates."""
+def _metric_table(question: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrange metrics as columns, and pairs of arms as rows in the order of the rates."""
     rows = [
         {"first": r.first, "second": r.second, "cells": cells}
-        for r in told["rates"]
-        if (cells := [m for m in told["metrics"] if (m.first, m.second) == (r.first, r.second)])
+        for r in question["rates"]
+        if (cells := [m for m in question["metrics"] if (m.first, m.second) == (r.first, r.second)])
     ]
     return {"titles": [m.title for m in rows[0]["cells"]] if rows else [], "rows": rows}
 
@@ -149,10 +146,10 @@ def _rate_cells(rate: Rate) -> dict[str, Any]:
     }
 
 
-def _agreement_text(found: Agreement) -> str:
-    if not found.pairs:
+def _agreement_text(agreement: Agreement) -> str:
+    if not agreement.pairs:
         return MISSING
-    return f"{_share(found.same)} same, α = {number(found.alpha, 2)} ({found.pairs} pairs)"
+    return f"{_share(agreement.same)} same, α = {number(agreement.alpha, 2)} ({agreement.pairs} pairs)"
 
 
 def _share(value: float) -> str:
@@ -160,7 +157,7 @@ def _share(value: float) -> str:
 
 
 def _forest(rates: Sequence[Rate], salt: str) -> str:
-    """The rates with their intervals, around a half."""
+    """Plot the rates with their intervals, around one half."""
     shown = [rate for rate in rates if rate.n]
     if not shown:
         return ""

@@ -1,100 +1,44 @@
-"""Simulated raters: to try the whole path, and to see how often the intervals cover the true rate.
+"""Simulated raters: a check that the intervals cover the true rate, and a trial of the whole path without people.
 
-A rater's utility of the second image over the first is ``difference of quality + noise * e``, e logistic, plus or minus
-the position bias; below the tie band it is a tie.  With noise 1 and no ties this is the model of Bradley and Terry.
+A rater's utility of the second image over the first is the difference of their qualities plus logistic noise, plus or
+minus the position bias; a small utility is a tie.  Without ties and biases this is the model of Bradley and Terry.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from numpy.typing import ArrayLike
 
-from eval.preference.pairs import Trial, queue
-from eval.preference.stats import Interval, clustered_interval
-from eval.preference.study import Key, Study
-from eval.preference.votes import Vote, VoteStore
+from eval.preference.config import Crowd
+from eval.preference.pairs import Item, Key, Trial, queue
+from eval.preference.stats import clustered_interval
+from eval.preference.study import Study
+from eval.preference.votes import VoteStore
 from eval.stats.paired import wilson
 from eval.stats.tables import markdown
-from guidance.testbed.models import IMAGE_SIZE
-from guidance.testbed.scenes import parse_caption
-from guidance.testbed.truth import truth_score
-from guidance.utils.errors import UserError
-from guidance.utils.images import to_rgb
 
-_ATTENTIVE = 0.97  # attention checks that one who does not answer at random passes
-
-
-@dataclasses.dataclass(frozen=True)
-class Crowd:
-    """Raters who follow a quality with noise.
-
-    Attributes:
-        raters: How many.
-        noise: Scale of the logistic noise, in units of the quality.
-        tie: Half-width of the band of utilities that is a tie.
-        position: Added to the utility of the left image.
-        random_raters: Share of raters who follow the noise alone, and whom attention checks find.
-        skip: Share of pairs that are skipped.
-    """
-
-    raters: int = 8
-    noise: float = 1.0
-    tie: float = 0.3
-    position: float = 0.0
-    random_raters: float = 0.0
-    skip: float = 0.01
-
-    def __post_init__(self) -> None:
-        right = self.raters >= 1 and self.noise > 0 and self.tie >= 0
-        if not (right and 0 <= self.random_raters <= 1 and 0 <= self.skip < 1):
-            raise UserError(
-                f"Expected raters from 1, noise above 0, tie from 0, random_raters and skip as shares, got {self}."
-            )
-
-    @property
-    def careless(self) -> int:
-        """Number of raters who answer at random; they come first."""
-        return round(self.random_raters * self.raters)
-
-
-@dataclasses.dataclass(frozen=True)
-class Coverage:
-    """How often intervals held the true rate in simulated studies.
-
-    Attributes:
-        interval: "votes" (Wilson's, votes as independent) or "prompts" (clusters).
-        prompts, raters, votes: Of a study: prompts drawn, raters of each prompt, votes.
-        truth: The rate in the population of prompts.
-        covered: Share of studies whose interval held it, with the 95% interval of that share.
-        width: Mean width.
-    """
-
-    interval: str
-    prompts: int
-    raters: int
-    votes: int
-    truth: float
-    covered: float
-    covered_interval: Interval
-    width: float
+_ATTENTIVE = 0.97  # share of attention checks that an attentive rater passes
 
 
 def prefer(
-    difference: Any, swapped: Any, crowd: Crowd, rng: np.random.Generator, careless: Any = False
+    difference: ArrayLike,
+    swapped: ArrayLike,
+    crowd: Crowd,
+    rng: np.random.Generator,
+    careless: ArrayLike = False,
 ) -> np.ndarray:
     """Draw votes: 1 for the second image, 0.5 for a tie, 0 for the first."""
-    followed = np.where(careless, 0.0, difference) + np.where(swapped, crowd.position, -crowd.position)
-    utility = followed + crowd.noise * rng.logistic(size=np.shape(followed))
+    mean = np.where(careless, 0.0, difference) + np.where(swapped, crowd.position, -crowd.position)
+    utility = mean + crowd.noise * rng.logistic(size=np.shape(mean))
     return np.where(np.abs(utility) < crowd.tie, 0.5, (utility > 0).astype(float))
 
 
-def true_rate(differences: np.ndarray, crowd: Crowd) -> float:
-    """The rate that infinitely many votes on these pairs would give, sides being drawn at random."""
+def true_rate(differences: ArrayLike, crowd: Crowd) -> float:
+    """Return the expected rate of votes on these pairs, the sides being drawn at random."""
     share = crowd.careless / crowd.raters
     total = 0.0
     for d, weight in ((np.asarray(differences, np.float64), 1 - share), (np.zeros(1), share)):
@@ -105,179 +49,103 @@ def true_rate(differences: np.ndarray, crowd: Crowd) -> float:
 
 
 def image_qualities(
-    study: Study, files: Mapping[Key, Path], rows: Sequence[Mapping[str, Any]], seed: int
+    study: Study, rows: Sequence[Mapping[str, Any]], seed: int
 ) -> tuple[str, dict[Key, float]]:
-    """What simulated raters follow, and its values.
+    """Return the name and the values of the quality that simulated raters follow.
 
-    The truth score of evaluated rows; else that of the images, where they are the testbed's; else a quality drawn at
-    random, which rises by half a standard deviation from arm to arm.
+    It is the truth score of evaluated rows, or else random, rising by half a standard deviation from arm to arm.
     """
-    told = {(str(r["arm"]), str(r["prompt_id"]), int(r["seed"])): r.get("truth") for r in rows}
-    values = {key: told.get(key) for key in study.digests}
-    if all(value is not None for value in values.values()):
-        return "the truth score of the evaluation", {key: float(v) for key, v in values.items()}  # type: ignore[arg-type]
-    if all(file.is_file() for file in files.values()) and _is_testbed(study, files):
-        return "the testbed's truth score of the images", _truth(files)
+    truth = {(str(r["arm"]), str(r["prompt_id"]), int(r["seed"])): r.get("truth") for r in rows}
+    values = {key: truth.get(key) for key in study.digests}
+    known = {key: float(value) for key, value in values.items() if value is not None}
+    if len(known) == len(values):
+        return "the truth score of the evaluation", known
     rng = np.random.default_rng(seed)
-    step = {arm: 0.5 * i for i, arm in enumerate(study.arms)}
-    return "a quality drawn at random", {key: float(rng.normal(step[key[0]])) for key in values}
+    mean = {arm: 0.5 * i for i, arm in enumerate(study.arms)}
+    return "a quality drawn at random", {key: float(rng.normal(mean[key[0]])) for key in values}
+
+
+def quality_difference(quality: Mapping[Key, float], item: Item) -> float:
+    """Return the second image's quality less the first's."""
+    first, second = item.keys
+    return quality[second] - quality[first]
 
 
 def simulate_votes(
     study: Study, store: VoteStore, quality: Mapping[Key, float], crowd: Crowd, seed: int
 ) -> int:
-    """Let a crowd answer its queues, through the store that the page uses; those who are done are left alone.
-
-    Args:
-        study: What is asked.
-        store: Of the votes.
-        quality: Of each image.
-        crowd: Who answers.
-        seed: Of the answers.
-
-    Returns:
-        Number of answers stored.
-    """
-    stored, careless = 0, crowd.careless
+    """Let a crowd answer its queues through the store that the page uses; returns the number of new answers."""
+    stored = 0
     for number in range(crowd.raters):
-        rater = f"simulated-{number:03d}"
-        for trial in queue(len(study.items), study.plan, rater):
+        rater, careless = f"simulated-{number:03d}", number < crowd.careless
+        for trial in queue(len(study.items), study.options, rater):
             rng = np.random.default_rng([seed, number, trial.index])
-            answers = {
-                question: _answer(study, trial, quality, crowd, rng, number < careless)
-                for question in study.options.questions
-            }
-            stored += store.append_once(_simulated_vote(study, rater, trial, answers))
+            difference = quality_difference(quality, study.items[trial.item])
+            answers = {q: _answer(trial, difference, crowd, rng, careless) for q in study.options.questions}
+            stored += store.append(study.vote(rater, trial, answers, simulated=True)) is not None
     return stored
 
 
 def check_coverage(
-    differences: np.ndarray,
-    crowd: Crowd,
-    *,
-    prompts: int,
-    per_prompt: int,
-    studies: int = 1000,
-    seed: int = 0,
-) -> list[Coverage]:
-    """Simulate studies and count how often each interval holds the true rate.
+    differences: ArrayLike, crowd: Crowd, *, prompts: int, per_prompt: int, studies: int = 1000, seed: int = 0
+) -> dict[str, list[tuple[bool, float]]]:
+    """Simulate studies, and tell whether each interval holds the true rate.
 
     Args:
         differences: Of quality between the images of each pair, in the population that prompts are drawn from.
-        crowd: Who answers; its number of raters does not matter.
-        prompts: Prompts of a study.
-        per_prompt: Raters of each prompt.
-        studies: How many.
-        seed: Of everything.
+        crowd: Model of the raters; their number does not matter.
+        prompts: Prompts per study.
+        per_prompt: Raters per prompt.
+        studies: Number of studies.
+        seed: Random seed.
+
+    Returns:
+        By interval, "votes" (Wilson's, votes as independent) and "prompts" (clusters): whether it holds the rate, and
+        its width, for each study.
     """
     rng = np.random.default_rng(seed)
     crowd = dataclasses.replace(crowd, raters=max(per_prompt, crowd.raters))
-    truth = true_rate(differences, crowd)
-    clusters = np.repeat(np.arange(prompts), per_prompt)
-    held: dict[str, list[bool]] = {"votes": [], "prompts": []}
-    widths: dict[str, list[float]] = {"votes": [], "prompts": []}
+    truth, clusters = true_rate(differences, crowd), np.repeat(np.arange(prompts), per_prompt)
+    results: dict[str, list[tuple[bool, float]]] = {"votes": [], "prompts": []}
     for _ in range(studies):
-        d = rng.choice(differences, prompts)[clusters]
+        d = rng.choice(np.asarray(differences), prompts)[clusters]
         careless = rng.random(len(d)) < crowd.careless / crowd.raters
         y = prefer(d, rng.random(len(d)) < 0.5, crowd, rng, careless)
         both = {"votes": wilson(float(y.sum()), len(y)), "prompts": clustered_interval(y, clusters.tolist())}
         for name, (low, high) in both.items():
-            held[name].append(low <= truth <= high)
-            widths[name].append(high - low)
-    return [
-        Coverage(
-            name,
-            prompts,
-            per_prompt,
-            len(clusters),
-            truth,
-            float(np.mean(held[name])),
-            wilson(sum(held[name]), studies),
-            float(np.mean(widths[name])),
-        )
-        for name in held
-    ]
+            results[name].append((low <= truth <= high, high - low))
+    return results
 
 
-def coverage_table(differences: np.ndarray, crowd: Crowd, *, studies: int = 1000, seed: int = 0) -> str:
+def coverage_table(differences: ArrayLike, crowd: Crowd, *, studies: int, seed: int) -> str:
     """Check the coverage for few and many prompts and raters; returns a table in Markdown."""
     rows = []
     for prompts, per_prompt in ((20, 5), (100, 1), (100, 3), (100, 8), (500, 1)):
-        for found in check_coverage(
+        results = check_coverage(
             differences, crowd, prompts=prompts, per_prompt=per_prompt, studies=studies, seed=seed
-        ):
-            covered = [f"{100 * share:.1f}" for share in (found.covered, *found.covered_interval)]
+        )
+        truth = true_rate(differences, dataclasses.replace(crowd, raters=max(per_prompt, crowd.raters)))
+        for name, found in results.items():
+            covered, width = np.array(found).T
+            low, high = wilson(covered.sum(), studies)
             rows.append(
                 {
                     "prompts": str(prompts),
                     "raters a prompt": str(per_prompt),
-                    "true rate": f"{100 * found.truth:.1f}%",
-                    "interval": found.interval,
-                    "covers in": f"{covered[0]}% [{covered[1]}, {covered[2]}]",
-                    "mean width": f"{100 * found.width:.1f} points",
+                    "true rate": f"{100 * truth:.1f}%",
+                    "interval": name,
+                    "covers in": f"{100 * covered.mean():.1f}% [{100 * low:.1f}, {100 * high:.1f}]",
+                    "mean width": f"{100 * width.mean():.1f} points",
                 }
             )
     return markdown(rows)
 
 
-def quality_differences(study: Study, quality: Mapping[Key, float], first: str, second: str) -> np.ndarray:
-    """The second image's quality less the first's, of each pair of two arms."""
-    asked = [item for item in study.items if (item.first, item.second) == (first, second)]
-    return np.array(
-        [quality[second, i.prompt_id, i.seed] - quality[first, i.prompt_id, i.seed] for i in asked]
-    )
-
-
-def _answer(
-    study: Study,
-    trial: Trial,
-    quality: Mapping[Key, float],
-    crowd: Crowd,
-    rng: np.random.Generator,
-    careless: bool,
-) -> str:
-    item = study.items[trial.item]
+def _answer(trial: Trial, difference: float, crowd: Crowd, rng: np.random.Generator, careless: bool) -> str:
     if rng.random() < crowd.skip and trial.kind != "check":
         return "skip"
     if trial.kind == "check":
         value = float(rng.random() > (0.5 if careless else _ATTENTIVE))
     else:
-        difference = (
-            quality[item.second, item.prompt_id, item.seed] - quality[item.first, item.prompt_id, item.seed]
-        )
         value = float(prefer(difference, trial.swapped, crowd, rng, careless))
     return "tie" if value == 0.5 else "left" if (value == 1) == trial.swapped else "right"
-
-
-def _simulated_vote(study: Study, rater: str, trial: Trial, answers: dict[str, str]) -> Vote:
-    item = study.items[trial.item]
-    place = (
-        rater,
-        trial.index,
-        trial.kind,
-        item.prompt_id,
-        item.seed,
-        item.first,
-        item.second,
-        trial.swapped,
-    )
-    return Vote("", 0.0, study.id, *place, answers, seconds=None, simulated=True)
-
-
-def _is_testbed(study: Study, files: Mapping[Key, Path]) -> bool:
-    """Whether captions and images are of the testbed's world."""
-    try:
-        for item in study.items:
-            parse_caption(item.prompt)
-    except UserError:
-        return False
-    with Image.open(next(iter(files.values()))) as image:
-        return image.size == (IMAGE_SIZE, IMAGE_SIZE)
-
-
-def _truth(files: Mapping[Key, Path]) -> dict[Key, float]:
-    values = {}
-    for key, file in files.items():
-        with Image.open(file) as opened:
-            values[key] = float(truth_score(np.asarray(to_rgb(opened))[None])[0])
-    return values

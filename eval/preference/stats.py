@@ -1,7 +1,7 @@
-"""Statistics of votes: preference rates with intervals, position bias, agreement, numbers of votes.
+"""Statistics of votes: preference rates with intervals, position bias, agreement, sample size.
 
-Votes on one prompt are not independent, whoever casts them: where guidance helps one prompt and not the next, five
-raters of twenty prompts say less than one rater of a hundred.  The interval that counts has prompts as clusters;
+Votes on one prompt are not independent, whoever casts them: if guidance helps one prompt and not the next, five
+raters of twenty prompts say less than one rater of a hundred.  The main interval has prompts as clusters;
 ``python -m eval.preference simulate studies=1000`` shows how often each one covers the true rate.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from eval.preference.votes import Vote, is_counted
+from eval.preference.votes import Vote
 from eval.stats.paired import prompt_numbers, wilson
 from guidance.utils.errors import UserError
 
@@ -31,13 +31,13 @@ class Rate:
         first, second: Arms.
         question: What was asked.
         wins, ties, losses: Votes for the second arm, for neither, for the first.
-        skips: Pairs that were shown, but not voted on.
-        prompts, raters: Of these votes.
+        skips: Pairs that were skipped.
+        prompts, raters: Numbers of prompts and raters of these votes.
         rate: ``(wins + ties / 2) / (wins + ties + losses)``; NaN without votes.
         interval: 95%, prompts as clusters.
         vote_interval: Wilson's, as if votes were independent.
-        rater_interval: Raters as clusters: for what other raters would say; None with fewer than 3.
-        design_effect: Variance of the rate with prompts as clusters, in that of independent votes.
+        rater_interval: Raters as clusters, for the rate of other raters; None with fewer than 3.
+        design_effect: Variance of the rate with prompts as clusters over that of independent votes.
     """
 
     first: str
@@ -57,17 +57,17 @@ class Rate:
 
     @property
     def n(self) -> int:
-        """Votes."""
+        """Number of votes."""
         return self.wins + self.ties + self.losses
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far answers to the same pair agree.
+    """Agreement of answers to the same pair.
 
     Attributes:
         pairs: Pairs with two or more answers.
-        same: Share of equal answers among all twos of answers; NaN without any.
+        same: Share of equal answers among all pairs of answers; NaN without any.
         alpha: Krippendorff's, see :func:`krippendorff_alpha`.
     """
 
@@ -82,8 +82,7 @@ def preference_rate(votes: Iterable[Vote], first: str, second: str, question: st
     counted = [v for v in shown if v.preferred(question) is not None]
     y = np.array([v.preferred(question) for v in counted], np.float64)
     prompts, raters = [v.prompt_id for v in counted], [v.rater for v in counted]
-    nan = float("nan"), float("nan")
-    several = len(set(raters)) >= 3
+    nan = float("nan")
     return Rate(
         first=first,
         second=second,
@@ -94,27 +93,24 @@ def preference_rate(votes: Iterable[Vote], first: str, second: str, question: st
         skips=len(shown) - len(counted),
         prompts=len(set(prompts)),
         raters=len(set(raters)),
-        rate=float(y.mean()) if len(y) else float("nan"),
-        interval=clustered_interval(y, prompts) if len(y) else nan,
-        vote_interval=wilson(float(y.sum()), len(y)) if len(y) else nan,
-        rater_interval=clustered_interval(y, raters) if several else None,
-        design_effect=design_effect(y, prompts) if len(y) else float("nan"),
+        rate=float(y.mean()) if len(y) else nan,
+        interval=clustered_interval(y, prompts) if len(y) else (nan, nan),
+        vote_interval=wilson(float(y.sum()), len(y)) if len(y) else (nan, nan),
+        rater_interval=clustered_interval(y, raters) if len(set(raters)) >= 3 else None,
+        design_effect=design_effect(y, prompts) if len(y) else nan,
     )
 
 
-def clustered_interval(
-    y: Float[np.ndarray, " n"], clusters: Sequence[Hashable], confidence: float = 0.95
-) -> Interval:
-    """Wilson's interval of a share at the effective number of votes.
+def clustered_interval(y: Float[np.ndarray, " n"], clusters: Sequence[Hashable]) -> Interval:
+    """Return Wilson's 95% interval of a share at the effective number of votes.
 
     The variance of the mean is that of sums over clusters; the number of independent votes that would have the same
-    variance goes into Wilson's formula, with Student's quantile for the number of clusters.  Ties count half, and make
-    the variance as much smaller as they do.
+    variance goes into Wilson's formula, with Student's quantile for the number of clusters.  Ties count half, and
+    reduce the variance accordingly.
 
     Args:
         y: Votes: 1, 0.5 or 0.
-        clusters: What each vote belongs to: its prompt.
-        confidence: Of the interval.
+        clusters: Cluster of each vote, its prompt for example.
 
     Reference:
         Korn and Graubard 1998, Confidence intervals for proportions with small expected number of positive counts
@@ -125,16 +121,16 @@ def clustered_interval(
     if groups < 2:
         return 0.0, 1.0
     variance = _cluster_variance(y, clusters)
-    # where all votes are the same their variance says nothing: each cluster is one vote
+    # the variance of equal votes is uninformative: each cluster counts as one vote
     effective = p * (1 - p) / variance if variance > 0 and 0 < p < 1 else float(groups)
-    t = float(stats.t.ppf(0.5 + confidence / 2, groups - 1))
+    t = float(stats.t.ppf(0.975, groups - 1))
     centre = (p * effective + t * t / 2) / (effective + t * t)
     half = t / (effective + t * t) * math.sqrt(effective * p * (1 - p) + t * t / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def design_effect(y: Float[np.ndarray, " n"], clusters: Sequence[Hashable]) -> float:
-    """Variance of the mean with clusters, in that of independent votes; 1 where it cannot be told."""
+    """Return the variance of the mean with clusters over that of independent votes; 1 where it is undefined."""
     independent = float(np.var(y)) / max(1, len(y) - 1)
     if independent == 0 or len(set(clusters)) < 2:
         return 1.0
@@ -142,7 +138,7 @@ def design_effect(y: Float[np.ndarray, " n"], clusters: Sequence[Hashable]) -> f
 
 
 def position_bias(votes: Iterable[Vote], question: str) -> tuple[int, int, Interval]:
-    """Count decided answers for the left image, of how many, and the share's Wilson interval.
+    """Count the answers for the left image and all decided ones; returns them and the share's Wilson interval.
 
     Sides are drawn at random, so that without a bias the share is a half whichever arm is better.
     """
@@ -152,22 +148,22 @@ def position_bias(votes: Iterable[Vote], question: str) -> tuple[int, int, Inter
 
 
 def agreement_between(votes: Iterable[Vote], question: str) -> Agreement:
-    """How far raters agree on the pairs that several of them voted on."""
+    """Measure how raters agree on the pairs that several of them voted on."""
     return _agreement(_answers(votes, question, ("pair",), by_rater=False))
 
 
 def agreement_within(votes: Iterable[Vote], question: str) -> Agreement:
-    """How far raters agree with themselves on the pairs that they were shown twice."""
+    """Measure how raters agree with themselves on the pairs that they were shown twice."""
     return _agreement(_answers(votes, question, ("pair", "repeat"), by_rater=True))
 
 
 def krippendorff_alpha(units: Sequence[Sequence[float]]) -> float:
-    """Agreement on values with an interval scale (0, 0.5 for a tie, 1), corrected for chance; NaN if all are equal.
+    """Measure agreement on an interval scale (0, 0.5 for a tie, 1), corrected for chance; NaN if all values are equal.
 
     1: full agreement, 0: as if drawn at random, below 0: less than that.
 
     Args:
-        units: The values that were given to each unit; those with one value do not count.
+        units: The values given to each unit; units with one value do not count.
 
     Reference:
         Krippendorff 2011, Computing Krippendorff's alpha-reliability.
@@ -186,7 +182,7 @@ def krippendorff_alpha(units: Sequence[Sequence[float]]) -> float:
 
 
 def attention(votes: Iterable[Vote]) -> dict[str, tuple[int, int]]:
-    """Rater -> attention checks passed, and how many there were; a tie or a skip does not pass."""
+    """Count attention checks by rater: (passed, all); a tie or a skip does not pass."""
     found: dict[str, tuple[int, int]] = {}
     for vote in votes:
         if vote.kind == "check" and vote.answers:
@@ -196,13 +192,12 @@ def attention(votes: Iterable[Vote]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def votes_needed(rate: float, power: float = 0.8, level: float = 0.05) -> int:
-    """Independent, decided votes that show a preference rate to differ from a half.
+def votes_needed(rate: float, power: float = 0.8) -> int:
+    """Return the number of independent, decided votes that distinguish a preference rate from one half at level 5%.
 
     Args:
         rate: The true rate, other than 0.5.
-        power: Probability that it is shown.
-        level: Of the two-sided test.
+        power: Power of the two-sided test.
 
     Reference:
         Fleiss, Levin and Paik 2003, Statistical methods for rates and proportions, section 2.5.
@@ -210,26 +205,17 @@ def votes_needed(rate: float, power: float = 0.8, level: float = 0.05) -> int:
     >>> votes_needed(0.55), votes_needed(0.6), votes_needed(0.55, power=0.9)
     (783, 194, 1047)
     """
-    if not (0 < rate < 1 and rate != 0.5 and 0 < level < 1 and level < power < 1):
+    if not (0 < rate < 1 and rate != 0.5 and 0.05 < power < 1):
         raise UserError(
-            f"Expected a rate to detect other than 0.5, and a power above {level}, both below 1, got {rate} and "
-            f"{power}; detect=0.55 and power=0.8 are usual."
+            f"Expected a rate to detect other than 0.5, and a power above 0.05, both below 1, got {rate} and {power}; "
+            "detect=0.55 and power=0.8 are usual."
         )
-    z_level, z_power = stats.norm.ppf(1 - level / 2), stats.norm.ppf(power)
-    root = z_level * 0.5 + z_power * math.sqrt(rate * (1 - rate))
+    root = stats.norm.ppf(0.975) * 0.5 + stats.norm.ppf(power) * math.sqrt(rate * (1 - rate))
     return math.ceil((root / (rate - 0.5)) ** 2)
 
 
-def exact_power(n: int, rate: float, level: float = 0.05) -> float:
-    """Power of the exact two-sided binomial test of a half with n votes."""
-    low = int(stats.binom.ppf(level / 2, n, 0.5))
-    while stats.binom.cdf(low, n, 0.5) > level / 2:
-        low -= 1
-    return float(stats.binom.cdf(low, n, rate) + stats.binom.sf(n - low - 1, n, rate))
-
-
 def _cluster_variance(y: Float[np.ndarray, " n"], clusters: Sequence[Hashable]) -> float:
-    """Variance of the mean, from sums of residuals over clusters."""
+    """Return the variance of the mean, from sums of residuals over clusters."""
     sums = np.bincount(prompt_numbers(clusters), np.asarray(y) - np.mean(y))
     return float(len(sums) / (len(sums) - 1) * (sums**2).sum() / len(y) ** 2)
 
@@ -247,10 +233,5 @@ def _answers(
 
 
 def _agreement(units: list[list[float]]) -> Agreement:
-    twos = [a == b for values in units for a, b in itertools.combinations(values, 2)]
-    return Agreement(len(units), float(np.mean(twos)) if twos else float("nan"), krippendorff_alpha(units))
-
-
-def count_votes(votes: Iterable[Vote]) -> int:
-    """Pairs voted on, without repeats, checks and skipped ones."""
-    return sum(is_counted(vote) for vote in votes)
+    same = [a == b for values in units for a, b in itertools.combinations(values, 2)]
+    return Agreement(len(units), float(np.mean(same)) if same else float("nan"), krippendorff_alpha(units))

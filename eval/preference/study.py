@@ -1,6 +1,6 @@
-"""A study of preferences: which arms of which run are compared, by which questions; kept in RUN/preference/NAME.
+"""Studies of preferences: which arms of which run are compared, by which questions; stored in RUN/preference/NAME.
 
-The folder holds ``study.json`` (what is asked; written once), ``secret`` (of this server's random ids) and the votes.
+The folder holds ``study.json`` (what is asked; written once), ``secret`` (key of the image ids) and the votes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.comparison.arms import ArmImage, Arms, load_arms
-from eval.preference.pairs import Item, Plan, ask_pairs
+from eval.comparison.arms import Arms, load_arms
+from eval.preference.config import StudyOptions
+from eval.preference.pairs import Item, Key, Trial, ask_pairs
+from eval.preference.votes import Vote
 from guidance.utils.config import list_differences
 from guidance.utils.errors import UserError, nearest
 from guidance.utils.io import atomic_path, read_json, write_json
 
 FOLDER, FILE, SECRET = "preference", "study.json", "secret"
-
-QUESTIONS = {"looks": "Which image looks better?", "fits": "Which image fits the prompt better?"}
-
-Key = tuple[str, str, int]  # arm, prompt id, seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +32,13 @@ class Study:
     """What is asked.
 
     Attributes:
-        folder: Of the study.
-        options: It was made with; see :class:`StudyOptions`.
+        folder: Folder of the study.
+        options: Options it was made with.
         arms: Arm -> guidance scale (None where nothing is recorded), the baseline first.
         items: Pairs that can be asked.
-        digests: Image -> beginning of the SHA-256 of its file.
+        digests: Image -> first digits of the SHA-256 of its file.
         files: Image -> number of its folder, and path in that folder.
-        notes: What a reader of the results must know of the pairing, in sentences.
+        notes: Sentences about the pairing, for the report.
     """
 
     folder: Path
@@ -49,95 +47,67 @@ class Study:
     items: list[Item]
     digests: dict[Key, str]
     files: dict[Key, tuple[int, str]]
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str]
 
     @functools.cached_property
     def id(self) -> str:
-        """The same wherever the same images are compared with the same options."""
+        """Hash of images and options: equal wherever the same images are compared with the same options."""
         content = [self.options.__dict__, self.arms, list(map(dataclasses.astuple, self.items))]
         text = json.dumps([*content, sorted(map(list, self.digests.items()))], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    @property
-    def plan(self) -> Plan:
-        """How queues are made."""
-        o = self.options
-        return Plan(o.seed, o.per_rater, o.shared, o.repeats, o.checks)
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
         """Pairs of arms."""
         return list(dict.fromkeys((item.first, item.second) for item in self.items))
 
-
-@dataclasses.dataclass(frozen=True)
-class StudyOptions:
-    """What makes a study; the same for all its servers and machines.
-
-    Attributes:
-        compare: See :func:`eval.preference.pairs.ask_pairs`.
-        questions: Keys of :data:`QUESTIONS`.
-        seed, per_rater, shared, repeats, checks: See :class:`eval.preference.pairs.Plan`.
-        target: Votes to collect for each pair of arms.
-    """
-
-    compare: str
-    questions: list[str]
-    seed: int
-    per_rater: int | None
-    shared: float
-    repeats: float
-    checks: float
-    target: int
+    def vote(self, rater: str, trial: Trial, answers: dict[str, str] | None, **fields: Any) -> Vote:
+        """Build a rater's vote on a trial; ``answers`` None undoes it."""
+        item = self.items[trial.item]
+        place = (trial.index, trial.kind, item.prompt_id, item.seed, item.first, item.second, trial.swapped)
+        return Vote("", 0.0, self.id, rater, *place, answers, **fields)
 
 
 def study_folder(folders: Sequence[str], name: str) -> Path:
-    """Return the folder of a study of a run; of several folders it is beside the first one's images.
+    """Return the folder of a study, in the first of the folders.
 
     Raises:
         UserError: If the name cannot be that of a folder.
     """
     if not folders:
-        raise UserError(
-            "Expected the folder of a run, got none; write for example 'serve runs/samples/NAME'."
-        )
+        raise UserError("Expected the folder of a run, got none; for example 'serve runs/samples/NAME'.")
     if not re.fullmatch(r"[\w-]{1,60}", name):
         raise UserError(f"Expected a name of letters, digits, '-' and '_' for the study, got '{name}'.")
     return Path(folders[0]) / FOLDER / name
 
 
 def open_study(folder: Path, folders: Sequence[str], options: StudyOptions, **loading: Any) -> Study:
-    """Make a study, or go on with the one that is there.
+    """Make a study, or continue the one in the folder.
 
     Args:
-        folder: Of the study.
+        folder: Folder of the study.
         folders: Runs with records, or plain folders of images.
-        options: Of the study.
+        options: Options of the study.
         loading: See :func:`eval.comparison.arms.load_arms`.
 
     Raises:
-        UserError: If a run has no pairs, or the study was made with other options or of other arms.
+        UserError: If a run has no pairs, or the study was made with other options or arms.
     """
-    for question in options.questions:
-        if question not in QUESTIONS:
-            raise UserError(f"Unknown question '{question}'.{nearest(question, QUESTIONS)}")
-    if not options.questions or len(set(options.questions)) < len(options.questions):
-        raise UserError(
-            f"Expected one or both of the questions {', '.join(QUESTIONS)}, got {options.questions}."
-        )
     if (folder / FILE).exists():
-        made = load_study(folder)
-        _check_same(made, options, loading)
-        return made
-    arms = load_arms(folders, **loading)
-    study = _new_study(folder, folders, options, arms)
+        study = load_study(folder)
+        _check_same(study, options, loading)
+        return study
+    study = _new_study(folder, folders, options, load_arms(folders, **loading))
     find_images(folders, study)
-    write_json(folder / FILE, _to_json(study))
+    content = dataclasses.asdict(study)
+    images = [[*key, digest, *study.files[key]] for key, digest in study.digests.items()]
+    kept = {name: content[name] for name in ("options", "arms", "items")}
+    write_json(folder / FILE, {"id": study.id, **kept, "images": images, "notes": study.notes})
     return study
 
 
 def load_study(folder: Path) -> Study:
-    """Read a study that was made.
+    """Read a study.
 
     Raises:
         UserError: If there is none, or it cannot be read.
@@ -158,35 +128,31 @@ def load_study(folder: Path) -> Study:
             values["notes"],
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"Expected a study of this version in '{folder / FILE}', but it differs ({error}); start a new one under "
-            "another name: study=NAME."
-        ) from error
+        message = (
+            f"Expected a study of this version in '{folder / FILE}', got another ({error}); start a new one."
+        )
+        raise UserError(message) from error
 
 
 def find_images(folders: Sequence[str], study: Study) -> dict[Key, Path]:
-    """Return the path of each image of a study; none is opened, and it need not be there any more.
+    """Return the path of each image of a study, whether or not it still exists.
 
     Raises:
-        UserError: If the folders are not as many as the study was made of, or a path leads out of them.
+        UserError: If the number of folders differs from the study's, or a path leads out of them.
     """
     needed = 1 + max(number for number, _ in study.files.values())
     if len(folders) != needed:
-        raise UserError(
-            f"Expected the {needed} folders that the study was made of, in order, got {len(folders)}."
-        )
+        raise UserError(f"Expected the {needed} folders of the study, in order, got {len(folders)}.")
     roots = [Path(folder).resolve() for folder in folders]
     found = {key: Path(folders[number]) / name for key, (number, name) in study.files.items()}
     for key, path in found.items():
         if not path.resolve().is_relative_to(roots[study.files[key][0]]):
-            raise UserError(
-                f"Expected images inside the run, but '{path}' lies elsewhere; copy it into the run."
-            )
+            raise UserError(f"Expected images inside the run, got '{path}'; copy it into the run.")
     return found
 
 
 def read_secret(folder: Path) -> bytes:
-    """Return the study's secret, made at the first call; ids of images and the token are derived from it."""
+    """Return the study's secret, from which image ids and the token are derived; it is made at the first call."""
     file = folder / SECRET
     if not file.exists():
         with atomic_path(file) as temporary:
@@ -196,18 +162,24 @@ def read_secret(folder: Path) -> bytes:
 
 
 def _new_study(folder: Path, folders: Sequence[str], options: StudyOptions, arms: Arms) -> Study:
-    scales = {name: _scale(images[0]) for name, images in arms.images.items()}
+    records = {name: images[0].record for name, images in arms.images.items()}
+    scales = {name: record.scale if record else None for name, record in records.items()}
     names = list(scales)
-    if options.compare != "baseline" and all(scale is not None for scale in scales.values()):
+    if options.compare != "baseline" and None not in scales.values():
         names.sort(key=lambda name: scales[name] or 0.0)
     items = [
         Item(row.prompt_id, row.prompt, row.category, row.seed, first, second)
         for first, second in ask_pairs(names, options.compare)
         for row in arms.rows
     ]
-    images = {(name, *image.pair): image for name, rows in arms.images.items() for image in rows}
-    digests = {key: image.digest[:16] for key, image in images.items()}
-    files = {key: _place(image.file, folders) for key, image in images.items()}
+    digests: dict[Key, str] = {}
+    files: dict[Key, tuple[int, str]] = {}
+    for name, images in arms.images.items():
+        for image in images:
+            key = (name, *image.pair)
+            number = next(i for i, f in enumerate(folders) if image.file.is_relative_to(f))
+            digests[key] = image.digest[:16]
+            files[key] = number, image.file.relative_to(folders[number]).as_posix()
     notes = [f"{len(gone)} pairs were left out from the start: {why}." for why, gone in arms.excluded.items()]
     if not arms.audited:
         notes.append(
@@ -216,35 +188,15 @@ def _new_study(folder: Path, folders: Sequence[str], options: StudyOptions, arms
     return Study(folder, options, scales, items, digests, files, notes)
 
 
-def _place(file: Path, folders: Sequence[str]) -> tuple[int, str]:
-    number = next(i for i, folder in enumerate(folders) if file.is_relative_to(folder))
-    return number, file.relative_to(folders[number]).as_posix()
-
-
-def _scale(image: ArmImage) -> float | None:
-    return image.record.scale if image.record else None
-
-
-def _check_same(made: Study, options: StudyOptions, loading: Mapping[str, Any]) -> None:
-    different = list_differences(made.options.__dict__, options.__dict__)
-    only, baseline = loading.get("only") or (), loading.get("baseline")
-    if only and {*only} - {next(iter(made.arms))} != {*list(made.arms)[1:]}:
-        different.append(f"arms: {', '.join(made.arms)} there, {', '.join(only)} here")
-    if baseline and baseline != next(iter(made.arms)):
-        different.append(f"baseline: {next(iter(made.arms))} there, {baseline} here")
+def _check_same(study: Study, options: StudyOptions, loading: Mapping[str, Any]) -> None:
+    different = list_differences(study.options.__dict__, options.__dict__)
+    baseline, *others = study.arms
+    if loading["only"] and {*loading["only"]} - {baseline} != {*others}:
+        different.append(f"arms: {', '.join(study.arms)} there, {', '.join(loading['only'])} here")
+    if loading["baseline"] not in (None, "", baseline):
+        different.append(f"baseline: {baseline} there, {loading['baseline']} here")
     if different:
         raise UserError(
-            f"Expected the options that the study in '{made.folder}' was made with, but {'; '.join(different)}; leave "
-            "them as they were, or start another study: study=NAME."
+            f"Expected the options that the study in '{study.folder}' was made with, got others: "
+            f"{'; '.join(different)}; leave them as they were, or start another study: study=NAME."
         )
-
-
-def _to_json(study: Study) -> dict[str, Any]:
-    return {
-        "id": study.id,
-        "options": study.options,
-        "arms": study.arms,
-        "items": study.items,
-        "images": [[*key, digest, *study.files[key]] for key, digest in study.digests.items()],
-        "notes": study.notes,
-    }

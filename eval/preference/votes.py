@@ -1,8 +1,8 @@
-"""Votes: one JSON line each, appended and synchronised before the rater hears that it is stored.
+"""Votes: one JSON line each, appended and synchronised before the rater sees that it is stored.
 
-Every server process has a file of its own, which nobody else writes: nothing is lost when it is killed, a torn last
-line (of a vote that was never acknowledged) is dropped, and files of several machines are merged by laying them side
-by side.  Nothing is ever changed: an undo is a line, too.
+Every server process appends to a file of its own, which no other writes: a kill loses nothing but a torn last line (of
+a vote that was never acknowledged), and files of several machines are merged by placing them side by side.  Lines are
+never changed: an undo is a line, too.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ PATTERN = "votes-*.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Vote:
-    """The answers of a rater to one trial, or that they are undone.
+    """A rater's answers to one trial, or their undoing.
 
     Attributes:
-        id: Of this line, everywhere.
-        time: Seconds since 1970; rises strictly with each line of a rater.
-        study: Of :attr:`eval.preference.study.Study.id`.
+        id: Unique id of this line.
+        time: Seconds since 1970, strictly increasing over the lines of a rater.
+        study: Id of the study.
         rater: Name or anonymous id.
         trial, kind, swapped: See :class:`eval.preference.pairs.Trial`.
         prompt_id, seed, first, second: See :class:`eval.preference.pairs.Item`.
         answers: Question -> "left", "right", "tie" or "skip"; None undoes the trial's earlier line.
         seconds: Between the pair's appearance and the vote.
-        simulated: Whether a program voted.
+        simulated: Whether the rater is simulated.
     """
 
     id: str
@@ -59,7 +59,7 @@ class Vote:
     simulated: bool = False
 
     def preferred(self, question: str) -> float | None:
-        """1 where the second arm's image (of a check: the damaged copy) is preferred, 0 the first's, 0.5 for a tie."""
+        """Return 1 for the second arm's image (in a check: the damaged copy), 0 for the first's, 0.5 for a tie."""
         choice = (self.answers or {}).get(question)
         if choice == "tie":
             return 0.5
@@ -70,7 +70,7 @@ class VoteStore:
     """The votes of a study's folder, and the file that this process appends to.
 
     Args:
-        folder: Holds ``votes-*.jsonl``; made with the first vote.
+        folder: Folder of ``votes-*.jsonl``; created with the first vote.
 
     Raises:
         UserError: If a line other than a torn last one cannot be read.
@@ -82,82 +82,88 @@ class VoteStore:
         self.path = self.folder / f"votes-{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
         self._lock = threading.RLock()
         self._latest: dict[str, float] = {}
-        self._standing: dict[str, dict[int, Vote]] = {}
+        self._current: dict[str, dict[int, Vote]] = {}
         for vote in read_lines(self.folder):
-            self._take(vote)
+            self._index(vote)
 
     def votes_of(self, rater: str) -> dict[int, Vote]:
-        """Trial -> vote of a rater, without those that were undone."""
+        """Return a rater's current votes by trial."""
         with self._lock:
-            return dict(self._standing.get(rater, {}))
+            return dict(self._current.get(rater, {}))
 
     def count(self) -> int:
-        """Pairs that were voted on by all raters, repeats, checks and skipped ones not counted."""
+        """Count the votes of all raters, without repeats, checks and skipped pairs."""
         with self._lock:
-            return sum(is_counted(v) for votes in self._standing.values() for v in votes.values())
+            return sum(count_votes(votes.values()) for votes in self._current.values())
 
     def has_people(self) -> bool:
-        """Whether any vote was cast by other than a program."""
+        """Tell whether any vote is not simulated."""
         with self._lock:
-            return any(not v.simulated for votes in self._standing.values() for v in votes.values())
+            return any(not v.simulated for votes in self._current.values() for v in votes.values())
 
-    def append(self, vote: Vote) -> Vote:
-        """Store a vote; when this returns it is on the disk.
-
-        Args:
-            vote: Its ``id`` and ``time`` are filled in here.
+    def append(self, vote: Vote) -> Vote | None:
+        """Store a vote on the disk, unless its trial has one (an undo: unless it has none).
 
         Returns:
-            The vote as stored.
+            The vote with its id and time; None if it was not stored.
 
         Raises:
-            OSError: If it is not stored; the file is as it was.
+            OSError: If it could not be stored; the file is unchanged.
         """
         with self._lock:
+            if (vote.trial in self._current.get(vote.rater, {})) == (vote.answers is not None):
+                return None
             now = max(time.time(), self._latest.get(vote.rater, 0.0) + 1e-3)
             vote = dataclasses.replace(vote, id=uuid.uuid4().hex, time=round(now, 3))
             _append_line(self.path, _line(vote))
-            self._take(vote)
+            self._index(vote)
         return vote
 
-    def append_once(self, vote: Vote) -> bool:
-        """Store a vote unless its trial has one (``answers`` None: unless it has none); tells whether it did."""
-        with self._lock:
-            if (vote.trial in self._standing.get(vote.rater, {})) == (vote.answers is not None):
-                return False
-            self.append(vote)
-        return True
-
-    def _take(self, vote: Vote) -> None:
+    def _index(self, vote: Vote) -> None:
         self._latest[vote.rater] = max(vote.time, self._latest.get(vote.rater, 0.0))
-        own = self._standing.setdefault(vote.rater, {})
+        votes = self._current.setdefault(vote.rater, {})
         if vote.answers is None:
-            own.pop(vote.trial, None)
+            votes.pop(vote.trial, None)
         else:
-            own[vote.trial] = vote
+            votes[vote.trial] = vote
 
 
 def read_lines(folder: str | os.PathLike[str]) -> list[Vote]:
-    """Read every line of every file of votes in the order of time, each once."""
+    """Read the distinct lines of all files of votes in a folder, in the order of time."""
     found: dict[str, Vote] = {}
     for file in sorted(Path(folder).glob(PATTERN)):
         found |= {vote.id: vote for vote in read_file(file)}
     return sorted(found.values(), key=lambda vote: (vote.time, vote.id))
 
 
-def standing(lines: Iterable[Vote]) -> list[Vote]:
-    """The votes that hold: the last line of each rater and trial, without those that undo."""
+def current_votes(lines: Iterable[Vote]) -> list[Vote]:
+    """Return the votes in effect: the last line of each rater and trial, unless it is an undo."""
     last = {(vote.rater, vote.trial): vote for vote in lines}
     return [vote for vote in last.values() if vote.answers is not None]
 
 
-def is_counted(vote: Vote) -> bool:
-    """Whether a vote counts for the preference rate: neither repeat nor check, and not skipped throughout."""
-    return vote.kind == "pair" and any(choice != "skip" for choice in (vote.answers or {}).values())
+def count_votes(votes: Iterable[Vote]) -> int:
+    """Count the votes on pairs, without repeats, checks and pairs skipped in every question."""
+    return sum(v.kind == "pair" and bool({*(v.answers or {}).values()} - {"skip"}) for v in votes)
+
+
+def check_votes(votes: Sequence[Vote], study: str, path: Path) -> None:
+    """Check that there are votes, all of one study.
+
+    Raises:
+        UserError: If not.
+    """
+    if not votes:
+        raise UserError(f"Expected votes in '{path}', found none; let raters vote, or name another path.")
+    if others := {vote.study for vote in votes} - {study}:
+        raise UserError(
+            f"Expected votes of the study {study} in '{path}', got some of {', '.join(sorted(others))}; studies differ "
+            "in images or options."
+        )
 
 
 def read_file(file: Path) -> list[Vote]:
-    """Read the whole lines of a file.
+    """Read the complete lines of a file.
 
     Raises:
         UserError: If there is no such file, or a line is not a vote.
@@ -171,11 +177,11 @@ def read_file(file: Path) -> list[Vote]:
     ]
 
 
-def merge(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], study: str) -> int:
-    """Add votes from elsewhere to a folder; those that are there already are left out.
+def merge_votes(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], study: str) -> int:
+    """Add the votes of other files to a folder, except those it already has.
 
     Args:
-        folder: Of the study.
+        folder: Folder of the study.
         files: Files of votes, or folders of such files.
         study: Id of the study.
 
@@ -185,32 +191,20 @@ def merge(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]
     Raises:
         UserError: If a file holds no votes, or those of another study.
     """
-    there = {vote.id for vote in read_lines(folder)}
-    fresh: dict[str, Vote] = {}
-    for name in map(Path, files):
-        lines = read_lines(name) if name.is_dir() else read_file(name)
-        if not lines:
-            raise UserError(
-                f"Expected votes in '{name}', found none; name a file votes-*.jsonl, or its folder."
-            )
-        other = next((vote.study for vote in lines if vote.study != study), None)
-        if other is not None:
-            raise UserError(
-                f"Expected votes of the study {study} in '{name}', got some of {other}; merge only votes on the same "
-                "images, asked with the same options."
-            )
-        fresh |= {vote.id: vote for vote in lines if vote.id not in there}
-    if fresh:
-        text = "".join(fresh)
-        write_lines(
-            Path(folder) / f"votes-merged-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl",
-            fresh.values(),
-        )
-    return len(fresh)
+    existing = {vote.id for vote in read_lines(folder)}
+    new: dict[str, Vote] = {}
+    for file in map(Path, files):
+        lines = read_lines(file) if file.is_dir() else read_file(file)
+        check_votes(lines, study, file)
+        new |= {vote.id: vote for vote in lines if vote.id not in existing}
+    if new:
+        digest = hashlib.sha256("".join(new).encode()).hexdigest()[:12]
+        write_lines(Path(folder) / f"votes-merged-{digest}.jsonl", new.values())
+    return len(new)
 
 
 def write_lines(path: Path, votes: Iterable[Vote]) -> None:
-    """Write votes to a file of their own."""
+    """Write votes to a file, replacing it."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(b"".join(map(_line, votes)))
 
@@ -223,7 +217,7 @@ def _append_line(path: Path, line: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     append_bytes(path, line)
-    if is_new:  # the file's name must survive a power cut, too
+    if is_new:  # the directory entry must survive a power cut, too
         parent = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(parent)
@@ -239,7 +233,5 @@ def _parse(line: bytes, where: str) -> Vote:
         raise UserError(f"Expected a vote, but {where} cannot be read; remove that line.") from error
     known = isinstance(vote.answers, dict) and all(choice in CHOICES for choice in vote.answers.values())
     if vote.answers is not None and not known:
-        raise UserError(
-            f"Expected answers among {', '.join(CHOICES)}, but {where} has others; remove that line."
-        )
+        raise UserError(f"Expected answers among {', '.join(CHOICES)}, but {where} has others; remove it.")
     return vote

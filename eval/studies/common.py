@@ -210,7 +210,7 @@ def load_class_head(folder: str) -> tuple[Head, str]:
     attribute = head.config.target
     if attribute not in ATTRIBUTES:
         raise UserError(
-            f"Expected a class head for one of {', '.join(ATTRIBUTES)}, got '{attribute}' in '{folder}'."
+            f"Expected a class head for {', '.join(ATTRIBUTES)}, got '{attribute}' in '{folder}'."
         )
     return head, attribute
 

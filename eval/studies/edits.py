@@ -16,7 +16,7 @@ from eval.studies.common import StudyBench, StudyConfig, pixel_rms, share
 from guidance.runs.specs import EmbeddingSpec, MidBlockSpec
 from guidance.sampling import sample_images
 from guidance.sampling.start import FromImage, FromMask, Start, encode_images, encode_masks
-from guidance.testbed.data import load_edit_pairs
+from guidance.testbed.data import draw_edit_pairs
 from guidance.testbed.scenes import ATTRIBUTES, parse_caption
 from guidance.testbed.truth import truth_score
 from guidance.utils.config import option
@@ -53,10 +53,8 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         UserError: On several processes, which would all do the same work.
     """
     if bench.state.num_processes > 1:
-        raise UserError(
-            f"Expected one process for edits, got {bench.state.num_processes}; leave torchrun out."
-        )
-    pairs = load_edit_pairs(config.split, config.num_images)
+        raise UserError(f"Expected one process for edits, got {bench.state.num_processes}; omit torchrun.")
+    pairs = draw_edit_pairs(config.split, config.num_images)
     source, target = (np.stack([np.asarray(image) for image in pairs[c]]) for c in ("image", "edited_image"))
     changed = np.abs(source.astype(int) - target).max(-1) > _CHANGED
     masks = maximum_filter(changed, (1, _MARGIN, _MARGIN))
