@@ -55,7 +55,7 @@ print(head.config.metrics)
 # ## One prompt
 #
 # Inside `apply_guidance` the pipeline's own call is guided. A negative scale pushes away, which is the quickest test
-# of a head. `start` and `stop` are fractions of the steps; left out, a head guides where it was measured to beat chance.
+# of a head. `start` and `stop` are fractions of the steps; left out, a head guides where it was seen to beat chance.
 
 # %%
 prompt, scales = "a red balloon over the sea at dusk", (-2.5, 0.0, 2.5)
