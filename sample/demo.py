@@ -18,12 +18,12 @@ from guidance.utils.errors import friendly_errors
 
 @dataclasses.dataclass
 class DemoConfig:
-    """How much the demo does."""
+    """Options of the demo."""
 
     output: str = option("runs/demo", "folder of images, grid, table and summary")
-    head: str = option("runs/heads/testbed-aesthetic", "the head; trained first if it is absent")
+    head: str = option("runs/heads/testbed-aesthetic", "the head; trained first if there is none")
     num_prompts: int = option(64, "test prompts, one seed each")
-    scales: list[float] = option([-2.5, 1.25, 2.5], "guidance scales beside unguided")
+    scales: list[float] = option([-2.5, 1.25, 2.5], "guidance scales besides unguided")
     start: float = option(0.1, "fraction of the steps where guidance begins")
     num_steps: int = option(25, "sampling steps")
     cfg_scale: float = option(3.0, "classifier-free guidance weight")
@@ -32,30 +32,29 @@ class DemoConfig:
 
 
 def run_demo(config: DemoConfig) -> Path:
-    """Run the four stages; each is skipped where its result is there already.
+    """Run the three stages; each is skipped if its result exists.
 
     Returns:
         The output folder, with ``grid.png``, ``table.md``, ``eval/report.html`` and one PNG and record per image.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
 
     def stage(k: int, text: str) -> None:
-        print(f"\n[{k}/3 | {time.monotonic() - begun:4.0f} s] {text}", flush=True)
+        print(f"\n[{k}/3 | {time.monotonic() - start:4.0f} s] {text}", flush=True)
 
-    stage(
-        1, "Mid-block features of noised test-world images are cached, and a rating head is trained on them"
-    )
+    stage(1, "Cache mid-block features of noised testbed images, and train a rating head on them")
     _train(config.head)
+    scales = ", ".join(f"{scale:g}" for scale in config.scales)
     stage(
-        2, f"{config.num_prompts} unseen captions, without guidance and at scales {config.scales}, same noise"
+        2, f"Sample {config.num_prompts} unseen captions unguided and at scales {scales}, from the same noise"
     )
     folder = _sample(config)
-    stage(3, "The images are judged by truth and by networks that took no part in guiding")
+    stage(3, "Judge the images by the ground truth and by networks that took no part in guiding")
     print(f"\n{_compare(config, folder)}\n")
     print(
         f"Truth: pixel formulas, in sd of training scenes; change in sd of the unguided images; paired by prompt.\n"
         f"FD-judge of {config.num_prompts} images is biased upwards (128 features): compare rows, not levels.\n"
-        f"Look at {folder / 'grid.png'} and {folder / 'eval' / 'report.html'}. {time.monotonic() - begun:.0f} s in all."
+        f"See {folder / 'grid.png'} and {folder / 'eval' / 'report.html'}. {time.monotonic() - start:.0f} s in all."
     )
     return folder
 
@@ -84,7 +83,7 @@ def _sample(config: DemoConfig) -> Path:
 
 
 def _processes() -> int:
-    """One on an accelerator; on a CPU one a core, of one thread each."""
+    """Return the number of processes: one on an accelerator, otherwise one per core, with one thread each."""
     import torch
 
     return 1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, 4)
@@ -95,12 +94,12 @@ def _compare(config: DemoConfig, folder: Path) -> str:
     from eval.stats.tables import arm_table
     from guidance.utils.io import atomic_path
 
-    judged = EvalImagesConfig(
+    evaluation = EvalImagesConfig(
         [str(folder)], reference_size=config.reference, permutations=99, title="make demo"
     )
-    found = evaluate_images(judged, "make demo")
-    assert found is not None  # one process
-    table = arm_table(found)
+    results = evaluate_images(evaluation, "make demo")
+    assert results is not None  # one process
+    table = arm_table(results)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(table + "\n")
     return table

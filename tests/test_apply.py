@@ -9,14 +9,13 @@ from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
 )
 from PIL import Image
 
 from guidance.apply import apply_guidance, cfg_parts
 from guidance.guides import MidBlockGuide, Strength
 from guidance.guides.base import rms
-from guidance.sampling import decode_latents, sample_images, sample_latents, using_scheduler
+from guidance.sampling import sample_images, sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
 from guidance.taps import encode_features
 from guidance.utils.errors import UserError
@@ -321,37 +320,15 @@ def test_images_do_not_depend_on_the_batch(tiny_pipe, head):
     assert abs(whole.astype(int) - single.astype(int)).max() <= 1
 
 
-def test_decoding_rounds(tiny_pipe):
-    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        exact = (
-            tiny_pipe.vae.decode(z / tiny_pipe.vae.config.scaling_factor).sample.clamp(-1, 1) + 1
-        ) * 127.5
-    got = torch.from_numpy(decode_latents(tiny_pipe, z)).permute(0, 3, 1, 2).float()
-    assert (got - exact).abs().max() <= 0.5001
-
-
 def test_bad_strengths_get_a_sentence(head):
     for options, text in [
         ({"guidance_scale": float("nan")}, "finite guidance_scale"),
         ({"start": 0.5, "stop": 0.5}, "start < stop"),
         ({"every": 0}, "every >= 1"),
-        ({"space": "h"}, "'eps' or 'x'"),
-        ({"normalize": "rms"}, "'cfg' or None"),
         ({"space": "x"}, "normalize=None"),
     ]:
         with pytest.raises(UserError, match=text):
             MidBlockGuide(head, **options)
-
-
-def test_bad_calls_get_a_sentence(tiny_pipe, head):
-    with pytest.raises(UserError, match="one seed per prompt"):
-        sample_latents(tiny_pipe, PROMPTS, [1])
-    with pytest.raises(UserError, match="Did you mean 'ddim'"):
-        sample_latents(tiny_pipe, PROMPTS, [1, 2], scheduler="dim")
-    with pytest.raises(UserError, match="with a unet"), apply_guidance(object(), []):
-        pass
-    assert isinstance(tiny_pipe, StableDiffusionPipeline)
 
 
 @pytest.mark.parametrize(

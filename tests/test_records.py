@@ -75,19 +75,6 @@ def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path: Path) -> None:
     assert store.path.read_bytes() == both and both.startswith(whole)
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
-    store = RecordStore(tmp_path)
-    store.append(make_record(), IMAGE)
-    good = store.path.read_bytes()
-    for bad, message in (
-        (b"{]\n", "line 1 .* cannot be read"),
-        (b'{"seed": 1}\n', "line 1 .* differs in arm"),
-    ):
-        store.path.write_bytes(bad + good)
-        with pytest.raises(UserError, match=message):
-            RecordStore(tmp_path)
-
-
 def test_a_missing_or_changed_image_is_seen(tmp_path: Path) -> None:
     store = RecordStore(tmp_path)
     record = store.append(make_record(), IMAGE)

@@ -18,17 +18,7 @@ from guidance.runs.sweep import (
 )
 from guidance.utils.errors import UserError
 
-ONE = {
-    "scale": [1.0],
-    "guide": [()],
-    "head": ["h"],
-    "start": [None],
-    "stop": [None],
-    "cfg_scale": [4.0],
-    "num_steps": [25],
-    "scheduler": ["ddim"],
-    "strength": [0.6],
-}
+ONE = dict(zip(AXES, ([1.0], [()], ["h"], [None], [None], [4.0], [25], ["ddim"], [0.6]), strict=True))
 
 
 def names(**options) -> list[str]:

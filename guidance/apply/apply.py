@@ -1,13 +1,13 @@
-"""``apply_guidance``: one wrapper around the denoiser call that guides any sampling loop.
+"""Guide any sampling loop by wrapping its denoiser: ``apply_guidance``.
 
-The wrapper sees the call's input ``x``, timestep and output, and returns a shifted output.  It therefore guides our
-loop and any unmodified diffusers pipeline alike.  For guides with scores ``log p_i(y | x)``::
+The wrapper sees the input ``x``, timestep and output of a denoiser call, and returns a shifted output, in our own loop
+as in any unmodified diffusers pipeline.  For guides with scores ``log p_i(y | x)``::
 
     eps~ = eps - sigma_t * sum_i s_i grad_x log p_i          (normalize=None)
     eps~ = eps - kappa * RMS(eps_cond - eps_uncond) * d      (normalize="cfg"; d: the gradient's direction, RMS 1)
 
-in the model's own parameterisation (:meth:`NoiseSchedule.shift_factor`).  With classifier-free guidance in one batch
-the same shift is subtracted from every part, so any combination whose weights sum to one is shifted by exactly it.
+in the model's own parameterisation (:meth:`NoiseSchedule.shift_factor`).  With classifier-free guidance in one batch,
+every part gets the same shift, so that a combination whose weights sum to one is shifted by exactly that.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from guidance.utils.errors import UserError
 
 @contextmanager
 def apply_guidance(pipe: Pipeline, guides: Sequence[Guide]) -> Iterator[GuidanceHandle]:
-    """Guide every denoiser call of a pipeline inside the ``with`` block; leave nothing behind.
+    """Guide every denoiser call of a pipeline inside the ``with`` block, and restore the pipeline afterwards.
 
-    A denoiser that ``torch.compile`` compiled as a whole runs uncompiled where gradients are taken at a module; blocks
-    that contain no tap stay compiled (``pipe.unet.compile_repeated_blocks()``), and see
-    :func:`guidance.taps.hooks.uncompiled` for why.
+    A denoiser that was compiled as a whole by ``torch.compile`` runs uncompiled where gradients are taken at a module
+    (see :func:`guidance.taps.hooks.uncompiled`); blocks without a tap stay compiled
+    (``pipe.unet.compile_repeated_blocks()``).
 
     Args:
-        pipe: A diffusers pipeline of one of the families in :data:`guidance.models.layouts.SUPPORTED`, or our own
-            loop over one.
-        guides: One or more guides; scales add.  Guides whose scale is 0 cost nothing and change no bit.
+        pipe: A diffusers pipeline of one of the families in :data:`guidance.models.layouts.SUPPORTED`.
+        guides: One or more guides; scales add.  Guides with scale 0 cost nothing and change no bit.
 
     Yields:
-        A handle with per-step scores and gradient norms.
+        A handle with the scores and gradient norms of each step.
 
     Raises:
         UserError: If the pipeline is not supported, a guide does not fit it, or guidance is applied to it twice.

@@ -1,14 +1,14 @@
-"""The x-space mode as a ``callback_on_step_end`` of diffusers pipelines: nothing of the pipeline is wrapped.
+"""The x-space mode as a ``callback_on_step_end`` of diffusers pipelines, without wrapping the pipeline.
 
-After step i the callback moves the latents that the next call will see, by guides' gradients at just these latents::
+After each step the callback moves the latents that the next call will see, along the guides' gradients at these
+latents::
 
     x <- x + sum_i s_i grad_x log p_i(y | h(x, t_next))
 
-:func:`guidance.apply_guidance` with ``space="x"`` takes the same gradient in the step's own denoiser call, and moves
-the latents only after its prediction was made.  So the two differ in two ways, and agree where these do not matter:
-here the next prediction is made from the moved latents (the mid-u report's loop), and no push comes before the first
-step.
-The price is a forward of the encoder half a step.
+:func:`guidance.apply_guidance` with ``space="x"`` takes the gradient in the step's own denoiser call, and moves the
+latents after its prediction.  There are two differences: here the next prediction is made from the moved latents (as in
+the mid-u report), and the latents are not moved before the first step.  The cost is a forward pass of the encoder half
+per step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from guidance.models.types import Denoiser, Pipeline
 from guidance.schedule import step_position
 from guidance.utils.errors import UserError
 
-#: What a pipeline gives its callbacks -> argument of its denoiser.
+#: Tensor that a pipeline passes to callbacks -> argument of its denoiser.
 _ARGUMENTS = {"prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections"}
 
 _ADDED = {"add_text_embeds": "text_embeds", "add_time_ids": "time_ids"}
 
-#: Channels of the denoiser's input beside the latents: of InstructPix2Pix, of inpainting denoisers.
+#: Channels of the denoiser's input besides the latents, of InstructPix2Pix and of inpainting.
 _CHANNELS = ("image_latents", "mask", "masked_image_latents")
 
 
@@ -41,15 +41,15 @@ class MoveLatents(PipelineCallback):
     """Move the latents between steps along the gradients of guides.
 
     Args:
-        pipe: A pipeline with ``callback_on_step_end`` whose denoiser sees latents and text only: Stable Diffusion 1, 2
-            and 3, SDXL, their img2img, inpaint and InstructPix2Pix forms.
+        pipe: A pipeline with ``callback_on_step_end`` whose denoiser sees only latents and text: Stable Diffusion 1, 2
+            and 3, SDXL, and their img2img, inpainting and InstructPix2Pix variants.
         guides: Guides with ``space="x"``.
 
     Attributes:
-        handle: Records of the run so far, as :func:`guidance.apply_guidance` yields them.
+        handle: Records of the run so far, as from :func:`guidance.apply_guidance`.
 
     Raises:
-        UserError: If the pipeline takes no such callback or its denoiser sees more, or a guide does not fit.
+        UserError: If the pipeline takes no such callback, its denoiser has other inputs, or a guide does not fit.
 
     Example::
 
@@ -59,7 +59,7 @@ class MoveLatents(PipelineCallback):
 
     def __init__(self, pipe: Pipeline, guides: Sequence[Guide]) -> None:
         super().__init__()
-        self._given = _given(pipe)
+        self._inputs = _required_inputs(pipe)
         wrong = [g.name for g in guides if g.strength.space != "x" or is_direct(g)]
         if wrong:
             raise UserError(
@@ -72,13 +72,13 @@ class MoveLatents(PipelineCallback):
 
     @property
     def tensor_inputs(self) -> list[str]:
-        """What the pipeline is to hand over."""
-        return self._given
+        """Names of the tensors that the pipeline passes to the callback."""
+        return self._inputs
 
     def callback_fn(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Move the latents, unless no call of the denoiser follows."""
+        """Move the latents, unless this was the last step."""
         scheduler, forward = pipeline.scheduler, self._forward
         following = getattr(scheduler, "step_index", None)
         if following is None:
@@ -87,16 +87,16 @@ class MoveLatents(PipelineCallback):
             return callback_kwargs
         x, t = callback_kwargs["latents"], scheduler.timesteps[following]
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        seen, others = _conditional(callback_kwargs, scaled, forward.denoiser)
+        model_input, others = _conditional(callback_kwargs, scaled, forward.denoiser)
         with forward.tapped(), advised():
-            step = forward.begin((), {forward.first: seen, "timestep": t.expand(len(x)), **others})
+            step = forward.begin((), {forward.first: model_input, "timestep": t.expand(len(x)), **others})
             if step is not None:
                 step.move()
         return callback_kwargs | {"latents": forward.moved(x)}
 
 
-def _given(pipe: Pipeline) -> list[str]:
-    """The tensors that a pipeline hands over and that its denoiser sees."""
+def _required_inputs(pipe: Pipeline) -> list[str]:
+    """List the tensors that the denoiser sees, and check that the pipeline passes them to callbacks."""
     offered = getattr(pipe, "_callback_tensor_inputs", [])
     config = denoiser_of(pipe).config
     needed = ["latents", "prompt_embeds"]
@@ -104,23 +104,25 @@ def _given(pipe: Pipeline) -> list[str]:
     needed += [name for name in _ARGUMENTS if hasattr(pipe, "transformer") and name not in needed]
     if hasattr(pipe, "controlnet") or hasattr(pipe, "adapter") or not set(needed) <= set(offered):
         raise UserError(
-            "Expected a pipeline that hands its callbacks all that its denoiser sees, got "
+            "Expected a pipeline that hands its callbacks all inputs of its denoiser, got "
             f"{type(pipe).__name__}; use apply_guidance(pipe, guides) with space='x'."
         )
-    beside = config.in_channels > config.out_channels
-    return needed + [name for name in _CHANNELS if beside and name in offered]
+    more_channels = config.in_channels > config.out_channels
+    return needed + [name for name in _CHANNELS if more_channels and name in offered]
 
 
 def _conditional(given: dict[str, Tensor], x: Tensor, denoiser: Denoiser) -> tuple[Tensor, dict[str, Any]]:
-    """What the denoiser sees of the conditional part: its input, and the other arguments of its call."""
+    """Return the denoiser's input and its other arguments, of the conditional part."""
     layout = Parts.of(len(given["prompt_embeds"]) // len(x))
-    own = {name: v.chunk(layout.number)[layout.conditional] for name, v in given.items() if name != "latents"}
-    seen = torch.cat([x, *(own[name].to(x.dtype) for name in _CHANNELS if name in own)], dim=1)
-    if seen.shape[1] != denoiser.config.in_channels:
+    part = {
+        name: v.chunk(layout.number)[layout.conditional] for name, v in given.items() if name != "latents"
+    }
+    model_input = torch.cat([x, *(part[name].to(x.dtype) for name in _CHANNELS if name in part)], dim=1)
+    if model_input.shape[1] != denoiser.config.in_channels:
         raise UserError(
             f"Expected {denoiser.config.in_channels} channels of the denoiser's input from the pipeline, got "
-            f"{seen.shape[1]}; use apply_guidance(pipe, guides) with space='x'."
+            f"{model_input.shape[1]}; use apply_guidance(pipe, guides) with space='x'."
         )
-    others: dict[str, Any] = {_ARGUMENTS[name]: v for name, v in own.items() if name in _ARGUMENTS}
-    added = {_ADDED[name]: v for name, v in own.items() if name in _ADDED}
-    return seen, others | ({"added_cond_kwargs": added} if added else {})
+    others: dict[str, Any] = {_ARGUMENTS[name]: v for name, v in part.items() if name in _ARGUMENTS}
+    added = {_ADDED[name]: v for name, v in part.items() if name in _ADDED}
+    return model_input, others | ({"added_cond_kwargs": added} if added else {})

@@ -1,4 +1,4 @@
-"""What takes the place of a denoiser's forward while guidance is applied: every call becomes a guided step."""
+"""Replacement of a denoiser's forward while guidance is applied, which makes every call a guided step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from guidance.schedule import NoiseSchedule, step_position
 from guidance.taps.hooks import X0, X0_THROUGH_UNET, runs_compiled, uncompiled
 from guidance.utils.errors import UserError, is_out_of_memory
 
-#: Number of classifier-free guidance parts in one denoiser batch, set by our own loop; None: ask the pipeline.
+#: Number of classifier-free guidance parts in one denoiser batch, set by our sampling loop; None: ask the pipeline.
 cfg_parts: ContextVar[int | None] = ContextVar("cfg_parts", default=None)
 
 
 class GuidanceHandle:
-    """What ``with apply_guidance(...) as handle`` yields: the records of the run so far.
+    """Records of the run so far, as yielded by :func:`guidance.apply_guidance`.
 
     Attributes:
         records: One :class:`StepRecord` per guided denoiser call; cleared when a new run starts.
@@ -40,25 +40,25 @@ class GuidanceHandle:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object an attribute of its own for a while."""
-    had = vars(owner).get(name)
+    """Temporarily override an instance attribute."""
+    previous = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
         vars(owner).pop(name, None)
-        if had is not None:
-            setattr(owner, name, had)
+        if previous is not None:
+            setattr(owner, name, previous)
 
 
 class GuidedForward:
     """Replacement of a denoiser's forward while guidance is applied.
 
     Args:
-        pipe: The pipeline; its scheduler gives the noise schedule.
+        pipe: The pipeline, with its scheduler.
         guides: Guides; those with scale 0 are left out.
-        layout: How the pipeline lays out the parts of classifier-free guidance.
-        handle: Where records go.
+        layout: Layout of the parts of classifier-free guidance in the batch.
+        handle: Receives the records.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class GuidedForward:
         self.original: Callable[..., Any] = self.called.forward
         self.guides = [g for g in guides if g.strength.guidance_scale != 0]
         by_kind = itertools.groupby(sorted(self.guides, key=_kind), _kind)
-        self.groups = [Group(list(alike)) for _, alike in by_kind]
+        self.groups = [Group(list(same_kind)) for _, same_kind in by_kind]
         functools.update_wrapper(self, self.original, updated=())  # keeps the signature
         self.last_t = -math.inf
         self.x_shift: Tensor | None = None
@@ -77,17 +77,17 @@ class GuidedForward:
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:
-        """The scheduler's noise schedule, read at the first guided call."""
+        """Noise schedule of the scheduler, read at the first guided call."""
         return NoiseSchedule.from_scheduler(self.pipe.scheduler)
 
     @functools.cached_property
     def num_weights(self) -> int:
-        """Parameters of the denoiser."""
+        """Number of parameters of the denoiser."""
         return sum(p.numel() for p in self.denoiser.parameters())
 
     @contextmanager
     def tapped(self) -> Iterator[None]:
-        """Make the denoiser ready to be tapped: frozen, and run as Python where the taps are."""
+        """Prepare the denoiser for taps: freeze it, and run it uncompiled where the taps are."""
         self.original = self.called.forward
         self.signature, self.first = signature_of(self.denoiser)
         self.part_by_part = runs_compiled(self.denoiser) or _recomputes(self.denoiser)
@@ -97,7 +97,7 @@ class GuidedForward:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put this in the place of the denoiser's forward."""
+        """Replace the denoiser's forward."""
         with self.tapped(), replaced(self.called, "forward", self):
             yield
 
@@ -110,7 +110,7 @@ class GuidedForward:
             return step.run()
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuidedStep | None:
-        """The step of a denoiser call, or None where no guide is active; a first step starts a new run."""
+        """Return the guided step of a denoiser call, or None if no guide is active; the first step starts a new run."""
         bound = self.signature.bind(None, *args, **kwargs).arguments
         others = {
             name: value for name, value in bound.items() if name not in ("self", self.first, "timestep")
@@ -118,7 +118,7 @@ class GuidedForward:
         others |= others.pop("kwargs", {})
         call = DenoiserCall(bound[self.first], bound["timestep"], others)
         index, total, t = step_position(self.pipe.scheduler, call.timestep)
-        if index == 0 or t > self.last_t:  # img2img and inpainting start behind index 0
+        if index == 0 or t > self.last_t:  # img2img and inpainting start after index 0
             self.handle.records.clear()
             for group in self.groups:
                 group.direction = None
@@ -127,7 +127,7 @@ class GuidedForward:
         return GuidedStep(self, active, call, index, self.parts(call)) if active else None
 
     def parts(self, call: DenoiserCall) -> Parts:
-        """The parts of classifier-free guidance in a denoiser batch."""
+        """Return the parts of classifier-free guidance in a denoiser batch."""
         number = cfg_parts.get()
         return Parts.of(number) if number else self.layout(self.pipe, call.sample, call.others)
 
@@ -136,7 +136,7 @@ class GuidedForward:
         return self._run(self.original, call)
 
     def call_tapped(self, call: DenoiserCall) -> Any:
-        """Run the denoiser where its hooks are seen: not the compiled whole."""
+        """Run the denoiser uncompiled, so that hooks see its modules."""
         return self._run(self.original if self.called is self.denoiser else self.denoiser, call)
 
     def _run(self, function: Callable[..., Any], call: DenoiserCall) -> Any:
@@ -144,18 +144,18 @@ class GuidedForward:
 
     # ---- x-space ----------------------------------------------------------------------------------------------
     def moved(self, x: Tensor) -> Tensor:
-        """Latents moved by the pending x-space shift, which is used up."""
+        """Move latents by the pending x-space shift, and clear it."""
         if self.x_shift is None or self.x_input is None:
             return x
-        # sigma-scaled schedulers feed x / sqrt(1 + sigma^2): undo that one number
-        seen = self.x_input.double()
-        factor = (x.double() * seen).sum() / (seen * seen).sum()
+        # sigma-scaled schedulers feed x / sqrt(1 + sigma^2): recover that factor
+        x_input = self.x_input.double()
+        factor = (x.double() * x_input).sum() / (x_input * x_input).sum()
         moved = x + (factor * self.x_shift).to(x.dtype)
         self.x_shift = self.x_input = None
         return moved
 
     def wrap_step(self, scheduler: Any) -> Callable[..., Any]:
-        """A ``scheduler.step`` that moves the latents by the pending x-space shift first."""
+        """Wrap ``scheduler.step`` to move the latents by the pending x-space shift first."""
         step = scheduler.step
 
         @functools.wraps(step)  # pipelines inspect its signature to see whether it takes a generator
@@ -168,19 +168,19 @@ class GuidedForward:
 
 
 def _kind(guide: Guide) -> tuple[bool, str, str, float, float, int]:
-    """What the guides of one :class:`Group` have in common."""
+    """Key of the guides that share a :class:`Group`."""
     s = guide.strength
     return is_direct(guide), str(s.normalize), s.space, s.start, s.stop, s.every
 
 
 def _recomputes(denoiser: Denoiser) -> bool:
-    """Whether gradient checkpointing runs blocks a second time, outside of the forward."""
+    """Tell whether gradient checkpointing runs blocks a second time, outside of the forward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in denoiser.modules())
 
 
 @contextmanager
 def advised() -> Iterator[None]:
-    """Say what to turn when a guided step does not fit in memory."""
+    """Explain what to change when a guided step does not fit in memory."""
     try:
         yield
     except RuntimeError as error:

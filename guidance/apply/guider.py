@@ -1,8 +1,8 @@
-"""Guides in modular pipelines of diffusers, whose *guiders* call the denoiser once for each part.
+"""Guides in modular pipelines of diffusers, whose *guiders* call the denoiser once per part.
 
 The shift is that of :func:`guidance.apply_guidance`: its gradient is taken in the first call, which is the conditional
-one of every guider, its size and direction are added to what the guider makes of all parts.  Tested with diffusers
-0.42.1, the only release of 0.42, on Stable Diffusion XL; its guiders are marked experimental.
+one in every guider, and the shift is added to the guider's combination of all parts.  Tested with diffusers 0.42.1 on
+Stable Diffusion XL; guiders are marked experimental there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from guidance.utils.errors import UserError
 
 
 class GuidedPart(GuidedForward):
-    """Replacement of a denoiser's forward for one call, the conditional part's; the shift waits for the others."""
+    """Replacement of a denoiser's forward for the call of the conditional part; the shift is added after the others."""
 
     def __init__(self, pipe: Pipeline, guides: Sequence[Guide], handle: GuidanceHandle) -> None:
         super().__init__(pipe, guides, one_part, handle)
@@ -32,14 +32,14 @@ class GuidedPart(GuidedForward):
         self._placed = ExitStack()
 
     def before(self, number: int) -> None:
-        """Take the denoiser's place in its ``number``-th call of a step, 1 the conditional part's."""
+        """Replace the denoiser's forward in the first call of a step, that of the conditional part."""
         self.after()
         if number == 1:
             self.step = None
             self._placed.enter_context(self.in_place())
 
     def after(self) -> None:
-        """Give the denoiser its place back."""
+        """Restore the denoiser's forward."""
         self._placed.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ class GuidedPart(GuidedForward):
             self.after()  # also after an error, where a guider does not clean up
 
     def shifted(self, output: Any, pred_cond: Tensor, pred_uncond: Tensor | None) -> Any:
-        """A guider's output with the shift added."""
+        """Add the shift to a guider's output."""
         step, self.step = self.step, None
         predictions = [p for p in (pred_cond, pred_uncond) if p is not None]
         shift = None if step is None else step.shift(predictions)
@@ -92,10 +92,10 @@ class GuidedPart(GuidedForward):
 
 
 class GuidesGuider(ClassifierFreeGuidance):
-    """Classifier-free guidance with guides beside it, as a component of a modular pipeline.
+    """Classifier-free guidance combined with guides, as a component of a modular pipeline.
 
-    ``guidance_scale`` and the other options of the constructor are those of classifier-free guidance.  For another
-    guider with guides beside it, give the pipeline that one and use ``with apply_guidance(pipe, guides)``.
+    ``guidance_scale`` and the other options of the constructor are those of classifier-free guidance.  To combine
+    guides with another guider, give the pipeline that guider and use ``with apply_guidance(pipe, guides)``.
 
     Example::
 
@@ -108,11 +108,11 @@ class GuidesGuider(ClassifierFreeGuidance):
     _part: GuidedPart | None = None
 
     def attach(self, pipe: Pipeline, guides: Sequence[Guide]) -> GuidesGuider:
-        """Guide by these from now on, instead of others.
+        """Set the guides, replacing earlier ones.
 
         Args:
             pipe: The pipeline, with its denoiser and scheduler loaded; they are not copied.
-            guides: As in :func:`guidance.apply_guidance`, but for ``space="x"``.
+            guides: As in :func:`guidance.apply_guidance`, except those with ``space="x"``.
 
         Raises:
             UserError: If a guide does not fit the pipeline, or moves the latents between steps.
@@ -130,7 +130,7 @@ class GuidesGuider(ClassifierFreeGuidance):
         return self
 
     def new(self, **kwargs: Any) -> GuidesGuider:
-        """A copy with other options of classifier-free guidance and the same guides."""
+        """Copy with other options of classifier-free guidance and the same guides."""
         other: Self = super().new(**kwargs)
         return other.attach(self._part.pipe, self._guides) if self._part else other
 
@@ -145,11 +145,11 @@ class GuidesGuider(ClassifierFreeGuidance):
         super().cleanup_models(denoiser)
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """Combine the parts, and shift what comes out."""
+        """Combine the parts, and add the shift."""
         output = super().forward(pred_cond, pred_uncond)
         return self._part.shifted(output, pred_cond, pred_uncond) if self._part else output
 
 
 def is_guided(guider: Any) -> bool:
-    """Tell whether guides push beside a guider already, as its own or by :func:`guidance.apply_guidance`."""
+    """Tell whether a guider is guided already, by its own guides or by :func:`guidance.apply_guidance`."""
     return guider is not None and ("forward" in vars(guider) or getattr(guider, "_part", None) is not None)

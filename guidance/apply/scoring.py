@@ -1,4 +1,4 @@
-"""A guide's score at every sampling step without any gradient."""
+"""Score every sampling step with a guide, without a gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from guidance.utils.errors import UserError
 class StepScorer:
     """Replacement of ``unet.forward`` that scores the conditional part in the first denoiser call of each step.
 
-    Guidance on a GPU runs the unconditional part by itself after the conditional one: later calls are not read.
+    Guidance on a GPU runs the unconditional part separately after the conditional one, so later calls are ignored.
     """
 
     def __init__(self, pipe: Pipeline, guide: Guide, batch: int) -> None:
@@ -35,7 +35,7 @@ class StepScorer:
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:
-        """The scheduler's noise schedule, read at the first scored call."""
+        """Noise schedule of the scheduler, read at the first scored call."""
         return NoiseSchedule.from_scheduler(self.pipe.scheduler)
 
     def __call__(self, sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +52,7 @@ class StepScorer:
         return output
 
     def take(self) -> tuple[Tensor, int, list[int], int]:
-        """Scores of the step just taken, its index, the steps in the guide's range, and the number of steps."""
+        """Return the scores of the last step, its index, the steps in the guide's range, and the number of steps."""
         assert self.scores is not None
         scores, self.scores = self.scores, None
         s, total = self.guide.strength, self.total
@@ -64,7 +64,7 @@ class StepScorer:
         return scores, self.index, self.used, total
 
     def _conditional(self, v: Tensor) -> Float[Tensor, "b c y x"]:
-        """The last part of the batch, the only one if guidance runs the parts in step or by themselves."""
+        """Return the last part of the batch: the only one if guidance runs the parts in step or separately."""
         return plain(v)[-self.batch :].detach().float().contiguous()
 
     def _x0(self, output: Any, sample: Tensor, t: Tensor) -> Float[Tensor, "b c y x"]:
@@ -75,7 +75,7 @@ class StepScorer:
 
 @contextmanager
 def scoring(pipe: Pipeline, guide: Guide, batch: int) -> Iterator[StepScorer]:
-    """Score each step of a run inside the ``with`` block; refuse a pipeline that is guided already."""
+    """Score each step of a run inside the ``with`` block; refuse a pipeline that is already guided."""
     with apply_guidance(pipe, ()):
         guide.prepare(pipe)
     scorer = StepScorer(pipe, guide, batch)

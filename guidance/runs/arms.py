@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,14 +70,7 @@ def arm_name(scale: float) -> str:
 
 
 def list_scales(scales: Sequence[float]) -> list[float]:
-    """Return the distinct scales in order, 0 first: the unguided images are always sampled.
-
-    Raises:
-        UserError: If a scale is not a finite number.
-    """
-    for scale in scales:
-        if not math.isfinite(scale):
-            raise UserError(f"Expected finite scales, got {scale}; 0 samples without guidance.")
+    """Return the distinct scales in order, 0 first: the unguided images are always sampled."""
     named = {arm_name(scale): float(scale) for scale in scales}
     named.pop(UNGUIDED, None)
     return [0.0, *named.values()]
@@ -99,11 +91,7 @@ def midblock_arms(head: Head, scales: Sequence[float], *, head_path: str = "", *
 
 
 def guide_arms(specs: Sequence[GuideSpec], scales: Sequence[float]) -> list[Arm]:
-    """Make the unguided arm and one per other scale, in which all guides act, each with its own factor of the scale.
-
-    Raises:
-        UserError: If an option is out of range, or a part of a guide cannot be loaded.
-    """
+    """Make the unguided arm and one per other scale, in which all guides act, each with its own factor of the scale."""
     arms = []
     for scale in list_scales(scales):
         guides = [spec.build(scale * spec.guidance_scale) for spec in specs] if scale else []

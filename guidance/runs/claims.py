@@ -1,17 +1,17 @@
-"""Claims: small files by which processes that share a folder agree who does what; no server, no lock manager.
+"""Claims: small files by which processes that share a folder divide the work, without a server or lock manager.
 
-Each process has a file that says who it is, and touches it in the background.  A claim is a hard link to that file,
-which one process alone can make, also over NFS, and which is there whole or not at all.  (Where there are no hard links
-it is a file made by exclusive creation.)  A claim is free for another when
+Each process has a file that identifies it, and touches it in the background.  A claim is a hard link to that file,
+which only one process can create, also over NFS, and which is complete or absent.  (Without hard links, it is a file
+made by exclusive creation.)  Another process may take a claim over if
 
-- it names a process of this machine that is gone (known at once: a killed run goes on without waiting), or
+- it names a process of this machine that is gone (known at once: a killed run is resumed without waiting), or
 - its heartbeat has stopped.  Clocks are not compared: the age of a heartbeat is the difference between its time stamp
-  and that of a file touched just now, both set by the file system's own clock.  As that clock may jump, a claim that
+  and that of a file touched just now, both set by the clock of the file system.  As that clock may jump, a claim that
   looks old is watched until it has missed a heartbeat, and one that never looks old (the clock went back) until it
-  has not moved for as long as an old one.
+  has not changed for as long as an old one.
 
-A dead claim is renamed away before it is made anew: of several processes one alone succeeds.  A process that was only
-asleep asks :meth:`Claims.holds` before it writes, and finds that it has lost the claim.
+A dead claim is renamed before it is created anew, so that only one of several processes succeeds.  A process that was
+merely asleep calls :meth:`Claims.holds` before it writes, and finds that it has lost the claim.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a claim.
+    """The process that holds a claim.
 
     Attributes:
-        host, pid, since: For people; ``since`` is the holder's local time.
-        machine: Boot and process namespace, in which a pid means something.
-        started: When the process started, in ticks since the boot: pids are used again.
-        token: Of these claims.
+        host, pid, since: For messages; ``since`` is the holder's local time.
+        machine: Boot and process namespace, within which a pid is valid.
+        started: Start of the process in ticks since the boot, because pids are reused.
+        token: Identifies the :class:`Claims` object.
     """
 
     host: str
@@ -58,7 +58,7 @@ class Holder:
     token: str
 
     def is_gone(self) -> bool:
-        """Whether it was a process of this machine that runs no more; False where that cannot be known."""
+        """Tell whether it was a process of this machine that has ended; False if that cannot be known."""
         return self.machine == _machine() and self.started != _started(self.pid)
 
     def __str__(self) -> str:
@@ -69,11 +69,8 @@ class Claims:
     """The claims of one process in a folder.
 
     Args:
-        folder: Of the claims; made with the first one, removed with the last.
+        folder: Folder of the claims, created with the first and removed with the last.
         stalled_after: Seconds without a heartbeat after which a holder counts as stalled.
-
-    Raises:
-        UserError: If ``stalled_after`` is not positive.
     """
 
     def __init__(self, folder: str | os.PathLike[str], stalled_after: float = STALLED_AFTER) -> None:
@@ -84,7 +81,7 @@ class Claims:
         host, pid, token = platform.node(), os.getpid(), uuid.uuid4().hex
         self.me = Holder(host, pid, now, _machine(), _started(pid), token)
         self._held: set[str] = set()
-        # claim -> its time stamp, and since when, by a clock that does not jump, it is so
+        # claim -> its time stamp, and the monotonic time at which that was first seen
         self._seen: dict[str, tuple[int, float]] = {}
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -95,10 +92,10 @@ class Claims:
         return self.stalled_after / 4
 
     def take(self, name: str, *, only_dead: bool = False) -> bool:
-        """Claim something; tells whether it is ours now.
+        """Try to take a claim, and tell whether it succeeded.
 
         Args:
-            name: Of the claim, fit for a file name.
+            name: Name of the claim, valid as a file name.
             only_dead: Do not take it from a holder that may be merely stalled.
         """
         path = self._path(name)
@@ -116,7 +113,7 @@ class Claims:
         return True
 
     def take_from_dead(self, name: str) -> bool:
-        """Claim something, and if its holder looks dead watch for as long as it takes to be sure."""
+        """Take a claim; if its holder looks dead, watch it for as long as it takes to be sure."""
         while not self.take(name):
             if self.is_busy(name):
                 return False
@@ -124,35 +121,35 @@ class Claims:
         return True
 
     def is_busy(self, name: str) -> bool:
-        """Whether another's claim looks alive."""
+        """Tell whether a claim looks alive."""
         holder, age = self.holder(name), self._age(self._path(name))
         gone = holder is not None and holder.is_gone()
         return age is not None and 0 <= age <= self.stalled_after and not gone
 
     def take_number(self, name: str) -> int:
-        """Claim the lowest free of NAME-0, NAME-1, ...; never a stalled holder's, who may go on."""
+        """Take the lowest free claim of NAME-0, NAME-1, ...; never that of a stalled holder, who may continue."""
         number = 0
         while not self.take(f"{name}-{number}", only_dead=True):
             number += 1
         return number
 
     def holds(self, name: str) -> bool:
-        """Whether a claim is still ours; a process that slept may have lost it."""
+        """Tell whether a claim is still ours; a process that slept may have lost it."""
         holder = self.holder(name)
         return holder is not None and holder.token == self.me.token
 
     def holder(self, name: str) -> Holder | None:
-        """Who holds a claim; None if nobody does, or the claim does not say (its holder died while writing it)."""
+        """Return the holder of a claim; None without one, or if it died while writing the claim."""
         return _read_holder(self._path(name))
 
     def release(self, name: str) -> None:
-        """Give a claim back."""
+        """Release a claim."""
         if self.holds(name):
             self._path(name).unlink(missing_ok=True)
         self._held.discard(name)
 
     def close(self) -> None:
-        """Give all claims back, remove what dead processes of this machine have left, and the folder if it is empty."""
+        """Release all claims, and remove those of dead processes of this machine, and the folder if it is empty."""
         self._done.set()
         if self._thread is not None:
             self._thread.join()
@@ -167,8 +164,8 @@ class Claims:
             if holder == self.me or (holder is not None and holder.is_gone()):
                 _rename_away(path, holder)
             elif holder is None and path.suffix != SUFFIX and (self._age(path) or 0) > self.interval:
-                path.unlink(missing_ok=True)  # its process was killed when it had just made it
-        self._own.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # its process was killed just after creating it
+        self._identity.unlink(missing_ok=True)
         self.folder.rmdir()
 
     def __enter__(self) -> Claims:
@@ -178,7 +175,8 @@ class Claims:
         self.close()
 
     @property
-    def _own(self) -> Path:
+    def _identity(self) -> Path:
+        """File that identifies this process, to which claims are links."""
         return self.folder / f".process-{self.me.token}"
 
     def _path(self, name: str) -> Path:
@@ -187,10 +185,10 @@ class Claims:
     def _create(self, path: Path) -> bool:
         try:
             self._touch()
-            os.link(self._own, path)
+            os.link(self._identity, path)
         except FileExistsError:
             return False
-        except FileNotFoundError:  # the last of the others has just removed the folder
+        except FileNotFoundError:  # another process has just removed the folder
             return self._create(path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -201,25 +199,25 @@ class Claims:
     def _create_file(self, path: Path) -> bool:
         try:
             with open(path, "x", encoding="utf-8") as stream:
-                stream.write(self._own.read_text(encoding="utf-8"))
+                stream.write(self._identity.read_text(encoding="utf-8"))
         except FileExistsError:
             return False
         return True
 
     def _touch(self) -> None:
-        """Show a sign of life, with which all links to it move."""
+        """Send a heartbeat: update the time stamp of the identity file and all links to it."""
         try:
-            os.utime(self._own)
+            os.utime(self._identity)
         except FileNotFoundError:
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                self._own.write_text(json.dumps(dataclasses.asdict(self.me)))
+                self._identity.write_text(json.dumps(dataclasses.asdict(self.me)))
             except BaseException:  # a disk that is full
-                self._own.unlink(missing_ok=True)
+                self._identity.unlink(missing_ok=True)
                 raise
 
     def _is_stalled(self, path: Path) -> bool:
-        """Whether the heartbeat of a claim has stopped, see the module."""
+        """Tell whether the heartbeat of a claim has stopped, see the module's documentation."""
         age = self._age(path)
         if age is None:
             return False
@@ -227,12 +225,12 @@ class Claims:
         return watched > (1.5 * self.interval if age > self.stalled_after else self.stalled_after)
 
     def _age(self, path: Path) -> float | None:
-        """Seconds by the file system's clock since a claim's last heartbeat; None if there is no claim."""
+        """Return the seconds since a claim's last heartbeat, by the file system's clock; None without a claim."""
         try:
             beat = path.stat().st_mtime_ns
             self._touch()
-            age = (self._own.stat().st_mtime_ns - beat) / 1e9
-        except FileNotFoundError:  # given back
+            age = (self._identity.stat().st_mtime_ns - beat) / 1e9
+        except FileNotFoundError:  # released
             return None
         if self._seen.get(path.name, (None, 0.0))[0] != beat:
             self._seen[path.name] = beat, time.monotonic()
@@ -243,7 +241,7 @@ class Claims:
             with suppress(OSError):  # a file system that is away for a while
                 self._touch()
                 for name in [name for name in list(self._held) if self.holds(name)]:
-                    os.utime(self._path(name))  # where it is no link
+                    os.utime(self._path(name))  # in case it is not a link
 
 
 def _read_holder(path: Path) -> Holder | None:
@@ -254,7 +252,7 @@ def _read_holder(path: Path) -> Holder | None:
 
 
 def _rename_away(path: Path, holder: Holder | None) -> bool:
-    """Remove the claim of a dead holder; False if it has become another's in the meantime."""
+    """Remove the claim of a dead holder; False if another process has taken it in the meantime."""
     aside = path.with_name(f".dead-{uuid.uuid4().hex}")
     try:
         os.rename(path, aside)
@@ -270,7 +268,7 @@ def _rename_away(path: Path, holder: Holder | None) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """What a pid belongs to: this boot of this machine, and the container."""
+    """Identify this boot of this machine and the container, within which a pid is valid."""
     facts: list[Any] = [platform.node()]
     with suppress(OSError):
         facts += [
@@ -281,7 +279,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since the boot; "" if there is none, "?" where it cannot be told."""
+    """Return the start of a process in ticks since the boot; "" if there is none, "?" if that is unknown."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]

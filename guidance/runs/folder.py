@@ -63,11 +63,7 @@ def read_settings(
 
 
 def load_settings(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the settings a folder was made with, or None if it is new or empty.
-
-    Raises:
-        UserError: If the folder holds something else.
-    """
+    """Return the settings a folder was made with, or None if it is new or empty."""
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise UserError(f"Expected a folder at '{path}', found a file; choose another output.")

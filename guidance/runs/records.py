@@ -1,7 +1,7 @@
-"""Records: one JSON line per image, the images beside them, and the audit that two arms are paired.
+"""Records: one JSON line per image, the image files, and the audit that two arms are paired.
 
-An image is on the disk before its record is, and a record is appended in one synchronised write: after a kill
-at any time the folder holds whole images, whole records, and at most one torn last line, which is dropped.
+An image is written before its record, and a record is appended in one synchronised write: after a kill at any time the
+folder holds complete images, complete records, and at most one torn last line, which is dropped.
 """
 
 from __future__ import annotations
@@ -29,22 +29,16 @@ RECORDS_FILE = "records.jsonl"
 
 UNGUIDED = "unguided"
 
-#: What must be equal between the images of a pair, besides prompt id and seed.
-PAIRED_FIELDS: tuple[str, ...] = (
-    "prompt",
-    "noise_hash",
-    "start",
-    "model_fingerprint",
-    "scheduler",
-    "num_steps",
+#: Fields that must be equal between the images of a pair, besides prompt id and seed.
+PAIRED_FIELDS = (
+    *("prompt", "noise_hash", "start", "model_fingerprint"),
+    *("scheduler", "num_steps", "cfg_scale", "cfg"),
 )
-
-PAIRED_FIELDS += ("cfg_scale", "cfg")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """How one image was made, and where it is.
+    """Record of an image: how it was made, and its file.
 
     Attributes:
         prompt_id, prompt, category, challenge: See :class:`guidance.data.prompts.Prompt`.
@@ -55,22 +49,21 @@ class Record:
             stop, every, space, head, head_fingerprint.  Empty for unguided images.
         cfg_scale, scheduler, num_steps: As in :func:`guidance.sampling.loop.sample_latents`; the scheduler by its
             class name.
-        model, model_fingerprint: What the model was called, and what its weights were.
+        model, model_fingerprint: Name and fingerprint of the model.
         dtype: Precision of the denoiser.
         image: Path of the PNG relative to the folder of the records, with forward slashes.
         sha256, bytes: Hash and size of that file.
-        seconds: Wall-clock time, sampling and decoding; the batch's divided by its size.
+        seconds: Wall-clock time of sampling and decoding: that of the batch divided by its size.
         batch_size: Images in that batch.
         score: The guide's score at its last active step; None without a guide.
         nan_skipped: Steps in which the gradient was not finite and the image was left unguided.
         truncated: Whether the prompt was longer than the tokenizer's limit.
         head: Path of the head; "" without one.
-        version: Of this toolkit.
-        conditioning: What the denoiser was told instead of the prompt; None: the prompt.
-        steering: Particles, their potential, and what scores them; None: one sample an image.
-        cfg: What :class:`guidance.sampling.cfg.ClassifierFree` does beside its weight, and what modulates it;
-            None: nothing.
-        start: Image that sampling began with (its digest) and the strength; None: noise.
+        version: Version of this toolkit.
+        conditioning: Text that the denoiser saw instead of the prompt; None: the prompt.
+        steering: Options of steering and the guide that scores the particles; None: one sample per image.
+        cfg: Options of :class:`guidance.sampling.cfg.ClassifierFree` besides the weight; None: none.
+        start: Digest of the image from which sampling started, and the strength; None: noise.
     """
 
     prompt_id: str
@@ -109,7 +102,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells an image from all others of its folder: (arm, prompt id, seed)."""
+        """Key of an image in its folder: (arm, prompt id, seed)."""
         return self.arm, self.prompt_id, self.seed
 
 
@@ -117,8 +110,8 @@ class RecordStore:
     """The records and images of one folder, which several processes may fill.
 
     Args:
-        folder: Holds ``records.jsonl`` and ``images/ARM/PROMPT-SEED.png``; made with the first image.
-        process_index: The process that appends.  Each has a file of its own: ``records-1.jsonl`` is the second's.
+        folder: Holds ``records.jsonl`` and ``images/ARM/PROMPT-SEED.png``; created with the first image.
+        process_index: The process that appends, each to its own file: the second to ``records-1.jsonl``.
 
     Raises:
         UserError: If a line other than a torn last one cannot be read.
@@ -128,20 +121,19 @@ class RecordStore:
         self.folder = Path(folder)
         self.path = self.folder / (f"records-{process_index}.jsonl" if process_index else RECORDS_FILE)
         self._records: dict[tuple[str, str, int], Record] = {}
-        # file -> where its last whole line ends, and the number of that line; what follows in our own file is cut off
-        # by the next append
+        # file -> end and number of its last complete line; the next append to our own file cuts off what follows
         self._ends: dict[Path, tuple[int, int]] = {}
         for file in sorted(self.folder.glob("records*.jsonl")):
             self._read(file)
 
     def refresh(self) -> None:
-        """Read what other processes have appended since."""
+        """Read what other processes have appended."""
         for file in self.folder.glob("records*.jsonl"):
             if file != self.path and file.stat().st_size > self._ends.get(file, (0, 0))[0]:
                 self._read(file)
 
     def _read(self, file: Path) -> None:
-        """Read the whole lines of a file of records that have not been read."""
+        """Read the new complete lines of a file of records."""
         end, number = self._ends.get(file, (0, 0))
         with file.open("rb") as stream:
             stream.seek(end)
@@ -154,7 +146,7 @@ class RecordStore:
         self._ends[file] = end, number
 
     def count(self, keys: Iterable[tuple[str, str, int]]) -> int:
-        """How many of these images are recorded."""
+        """Count the recorded ones among these images."""
         return sum(key in self._records for key in keys)
 
     def __len__(self) -> int:
@@ -181,11 +173,11 @@ class RecordStore:
         for record in self._records.values():
             problem = None if check is None else self.problem(record, read=check == "sha256")
             if problem:
-                raise UserError(f"{problem}; run the command that made the folder again to make it anew.")
+                raise UserError(f"{problem}; run the command that made the folder again to replace it.")
         return list(self._records.values())
 
     def problem(self, record: Record, *, read: bool = False) -> str | None:
-        """Say what is wrong with the file of a record, or None; `read` compares its hash too."""
+        """Describe what is wrong with the file of a record, or return None; `read` also compares its hash."""
         file = self.folder / record.image
         try:
             size = file.stat().st_size
@@ -199,8 +191,8 @@ class RecordStore:
         """Write an image and then its record.
 
         Args:
-            record: Its ``sha256`` and ``bytes`` are filled in here, and a score that is not finite (JSON has
-            no NaN) becomes None; the image goes to ``record.image``.
+            record: Its ``sha256`` and ``bytes`` are filled in here, and a score that is not finite becomes None (JSON
+                has no NaN); the image is written to ``record.image``.
             image: RGB.
 
         Returns:
@@ -223,18 +215,18 @@ class RecordStore:
 def audit_pairs(
     records: Iterable[Record], baseline_arm: str = UNGUIDED, *, vary: Collection[str] = ()
 ) -> dict[str, list[tuple[Record, Record]]]:
-    """Pair every arm's images with the baseline's, and refuse if they differ in more than the guidance.
+    """Pair the images of every arm with the baseline's, and check that they differ only in the guidance.
 
     Args:
-        records: Of one or of several folders.
+        records: Records of one or several folders.
         baseline_arm: The arm to compare with.
         vary: Fields of :data:`PAIRED_FIELDS` that may differ: "cfg_scale" for a sweep of plain CFG.
 
     Returns:
-        Arm -> (baseline, image) of each prompt and seed, in the baseline's order; without its own arm.
+        Arm -> (baseline, image) of each prompt and seed, in the order of the baseline; without the baseline's arm.
 
     Raises:
-        UserError: At the first image without a partner, or pair that differs.
+        UserError: At the first image without a partner or pair that differs.
     """
     arms: dict[str, dict[tuple[str, int], Record]] = {}
     for record in records:
@@ -273,7 +265,7 @@ def noise_hash(latents: Tensor) -> str:
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """Encode an RGB image; the same pixels give the same bytes."""
+    """Encode an RGB image; equal pixels give equal bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -283,7 +275,7 @@ def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
 
 @functools.cache
 def toolkit_version() -> str:
-    """The installed version, or "source" when the package is run without being installed."""
+    """Return the installed version, or "source" if the package is not installed."""
     try:
         return importlib.metadata.version("midblock-guidance")
     except importlib.metadata.PackageNotFoundError:
@@ -302,7 +294,7 @@ def _parse(line: bytes, where: str) -> Record:
         values = json.loads(line)
     except ValueError as error:
         raise UserError(
-            f"Expected a record, but {where} cannot be read; remove that line: its image is made again."
+            f"Expected a record, but {where} cannot be read; remove that line to make its image again."
         ) from error
     if not isinstance(values, dict) or not needed <= values.keys() <= names:
         other = (

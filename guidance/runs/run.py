@@ -108,11 +108,7 @@ class UnitSampler:
         self._jobs: dict[Job, dict[str, Any]] = {}  # record fields of a job, the same under every arm
 
     def missing(self, unit: Unit) -> list[Task]:
-        """Return the tasks of a unit that are not done.
-
-        Raises:
-            UserError: If an image of the same name was made with other options.
-        """
+        """Return the tasks of a unit that are not done."""
         return [task for task in unit if not _is_done(self.store, self._record(task))]
 
     def images(self, unit: Unit) -> list[tuple[Record, Any]]:
@@ -260,11 +256,7 @@ class _GuidanceMonitor:
 
 
 def check_sampling(pipe: Pipeline, arms: Sequence[Arm], sampling: Sampling, batch_size: int = 1) -> None:
-    """Check that arms and options fit a pipeline, before anything is written.
-
-    Raises:
-        UserError: If they do not.
-    """
+    """Check that arms and options fit a pipeline, before anything is written."""
     if not hasattr(pipe, "unet"):
         raise UserError(f"Expected a pipeline with a unet, got {type(pipe).__name__}, which has none.")
     if batch_size < 1:
@@ -273,6 +265,9 @@ def check_sampling(pipe: Pipeline, arms: Sequence[Arm], sampling: Sampling, batc
         most = pipe.scheduler.config.num_train_timesteps
         if not 1 <= sampling.num_steps <= most:
             raise UserError(f"Expected num_steps from 1 to {most}, got {sampling.num_steps}; 25 is usual.")
+        modulate = ClassifierFree.of(sampling.cfg_scale).modulate
+        if modulate is not None:
+            modulate.prepare(pipe)
         for guide in itertools.chain.from_iterable(arm.guides for arm in arms):
             guide.prepare(pipe)
         for steering, guides in ((arm.steering, arm.guides) for arm in arms if arm.steering is not None):
@@ -358,9 +353,6 @@ def read_jobs(
         category: A category or a list of categories to take prompts from.
         edits: Edit pairs, see :func:`guidance.data.edits.load_edit_pairs`, whose images are changed towards their
             edited captions (SDEdit).
-
-    Raises:
-        UserError: If there are no such prompts or edits, or an edit has no image.
     """
     if not isinstance(prompts, str) and not _are_texts(prompts):
         raise UserError(f"Expected prompts as a set, a file or a list of texts, got {prompts!r}.")

@@ -1,7 +1,7 @@
-"""Guides by name and options: what a command line, a YAML file and a record say of a guide.
+"""Guides by name and options, as command lines, YAML files and records describe them.
 
-Each kind of guide is one dataclass; :func:`guidance.runs.specs.read_guide` reads them.  Plain data with help texts:
-nothing heavy is imported before :meth:`GuideSpec.build`.
+Each kind of guide is a dataclass of plain options; :func:`read_guide` reads them.  Nothing heavy is imported before
+:meth:`GuideSpec.build`.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from guidance.utils.config import load_config, option
 from guidance.utils.errors import UserError, nearest
 from guidance.utils.io import read_json
 
-_MID_BLOCK_COST = 1.19  # of a step with a gradient from the mid-block, in unguided ones
+_MID_BLOCK_COST = 1.19  # of a step with a gradient from the mid-block, in unguided steps
 
 
 @dataclasses.dataclass
 class GuideSpec:
-    """Options that all guides share; the scale multiplies the scale of the arm."""
+    """Options that all guides share; the scale multiplies that of the arm."""
 
     method: ClassVar[str]
 
     guidance_scale: float = option(1.0, "factor of the arm's scale; negative pushes away")
     start: float | None = option(None, "fraction of the steps where guidance begins; null: the guide's own")
     stop: float | None = option(None, "fraction of the steps where guidance ends; null: the guide's own")
-    every: int = option(1, "take a gradient each so many steps")
+    every: int = option(1, "take a gradient every so many steps")
 
     def build(self, scale: float) -> Any:
-        """The guide at a scale; heavy parts are loaded once and shared."""
+        """Build the guide at a scale; heavy parts are loaded once and shared."""
         raise NotImplementedError
 
     def describe(self, guide: Any) -> dict[str, Any]:
-        """What a record says of the guide: method, name, strength, and these options."""
-        own = {
-            k: v for k, v in dataclasses.asdict(self).items() if k not in ("guidance_scale", "start", "stop")
-        }
-        return {"method": self.method, "name": guide.name, **dataclasses.asdict(guide.strength), **own}
+        """Describe the guide for a record: method, name, strength, and these options."""
+        options = dataclasses.asdict(self)
+        for name in ("guidance_scale", "start", "stop"):  # the guide's strength has their final values
+            del options[name]
+        return {"method": self.method, "name": guide.name, **dataclasses.asdict(guide.strength), **options}
 
     def explain(self, num_steps: int) -> str:
-        """A line for ``--explain``, before any model is loaded: what is read, when, at what cost, all options."""
+        """Describe tap, active steps, cost and options in a line for ``--explain``, without loading a model."""
         interval = {"start": 0.0, "stop": 1.0} | self.trained | self._interval()
         phases = step_phases(interval["start"], interval["stop"], self.every, num_steps)
-        chosen = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
+        options = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
         when = f"pushes in {num_steps - phases.count(OFF)} of {num_steps} steps"
         if KEPT in phases:
             when += f", with a new direction in {phases.count(FRESH)}"
@@ -57,32 +57,32 @@ class GuideSpec:
         if self.step_cost is not None:
             average = 1 + (self.step_cost - 1) * phases.count(FRESH) / num_steps
             cost += f", steps on average {average:.2f}"
-        return f"{self.method}: tap {self.where}; {when}; {cost}; {', '.join(chosen)}"
+        return f"{self.method}: tap {self.where}; {when}; {cost}; {', '.join(options)}"
 
     @property
     def price(self) -> str:
-        """What a step with a gradient costs, in words."""
+        """Cost of a step with a gradient, in words."""
         return "what its gradient takes (not counted)"
 
     @property
     def step_cost(self) -> float | None:
-        """The same in unguided steps; None where that is not counted."""
+        """Cost of a step with a gradient in unguided steps; None if unknown."""
         return None
 
     @property
     def folder(self) -> str:
-        """Where the guide's trained part lies; "" without one."""
+        """Folder of the guide's trained part; "" without one."""
         return ""
 
     @functools.cached_property
     def trained(self) -> dict[str, Any]:
-        """The description beside the trained part's weights; empty where there is none on this disk."""
+        """Config of the trained part; empty if it is not on this disk."""
         file = Path(self.folder) / "config.json"
         return read_json(file) if self.folder and file.is_file() else {}
 
     @property
     def where(self) -> str:
-        """Where the guide reads the denoiser, and what for."""
+        """Tap of the guide and its purpose, in words."""
         return "as the guide says"
 
     def _interval(self) -> dict[str, Any]:
@@ -90,32 +90,27 @@ class GuideSpec:
 
 
 class HeadSpec(GuideSpec):
-    """What guides by a head have in common; each has its folder as the option ``head``."""
+    """Base class of guides by a head, whose folder is the option ``head``."""
 
     head: str
 
     @property
     def folder(self) -> str:
-        """Where the head lies."""
         return self.head
 
     @property
     def where(self) -> str:
-        """As the head's config says."""
         if not self.trained:
             return f"as its head says (no '{self.folder}' on this disk)"
-        known = self.trained
-        model = known["base_model"] or "its model"
-        return f"{known['tap']} of {model}, for {known['target']} (task {known['task']})"
+        head = self.trained
+        return f"{head['tap']} of {head['base_model'] or 'its model'}, for {head['target']} (task {head['task']})"
 
     @property
     def step_cost(self) -> float | None:
-        """Counted for taps up to the mid-block."""
         return None if "up_blocks" in self.trained.get("tap", "") else _MID_BLOCK_COST
 
     @property
     def price(self) -> str:
-        """Behind the mid-block it is only known to be more."""
         if self.step_cost is None:
             return f"more than the {_MID_BLOCK_COST:.2f} unguided ones of a guide on the mid-block"
         return f"about {self.step_cost:.2f} unguided ones (counted, Stable Diffusion at 512 px with CFG)"
@@ -139,24 +134,20 @@ class MidBlockSpec(HeadSpec):
 
     @functools.cached_property
     def loaded(self) -> Any:
-        """The heads."""
+        """The loaded heads."""
         from guidance.heads.networks import load_head
 
         return [load_head(folder) for folder in (self.head, *self.committee)]
 
     def build(self, scale: float) -> Any:
-        """See :class:`guidance.guides.midblock.MidBlockGuide`."""
         from guidance.guides.midblock import MidBlockGuide
 
-        names = ("objective", "target", "normalize", "space", "pessimism")
+        names = ("objective", "target", "normalize", "space", "pessimism", "every")
         options: dict[str, Any] = {k: getattr(self, k) for k in names}
-        return MidBlockGuide(self.loaded, scale, every=self.every, **self._interval(), **options)
+        return MidBlockGuide(self.loaded, scale, **self._interval(), **options)
 
     def describe(self, guide: Any) -> dict[str, Any]:
-        """With the fingerprints of the heads."""
-        from guidance.models.denoiser import fingerprint
-
-        first, *others = [fingerprint(head) for head in self.loaded]
+        first, *others = guide.describe()["networks"]
         return super().describe(guide) | {"head_fingerprint": first, "committee_fingerprints": others}
 
 
@@ -172,20 +163,18 @@ class ClipSpec(GuideSpec):
     weights: list[float] = option([], "one weight per text and image; negative pushes away; empty: all 1")
     distance: Literal["spherical", "cosine"] = option("spherical", "distance of embeddings")
     through: Literal["x0", "unet"] = option("x0", "stop the gradient at the prediction of x0, or carry it on")
-    cutouts: int = option(0, "random crops an image; 0 looks at the whole image")
+    cutouts: int = option(0, "random crops per image; 0 shows the whole image")
     decoder: str | None = option(None, "folder or hub id of an AutoencoderTiny; null: the model's VAE")
     normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
     seed: int = option(0, "seed of the cutouts")
 
     @property
     def price(self) -> str:
-        """Not counted: it depends on CLIP and the decoder."""
         unet = " and the UNet" if self.through == "unet" else ""
         return f"an unguided one, the decoder and CLIP, and backward through them{unet}"
 
     @property
     def where(self) -> str:
-        """At the prediction of x0."""
         return "the prediction of x0" + (", through the UNet" if self.through == "unet" else "")
 
     @functools.cached_property
@@ -199,20 +188,16 @@ class ClipSpec(GuideSpec):
         return load_clip(self.clip), AutoencoderTiny.from_pretrained(self.decoder, use_safetensors=True)
 
     def build(self, scale: float) -> Any:
-        """See :class:`guidance.guides.ClipGuide`."""
         from guidance.guides.clip import ClipGuide
 
         clip, decoder = self._parts
-        options: dict[str, Any] = {k: getattr(self, k) for k in ("distance", "through", "cutouts", "seed")}
-        options |= {
-            "texts": self.texts or None,
-            "images": _open(self.images) or None,
-        }
-        options |= {"weights": self.weights or None, "normalize": self.normalize, "decoder": decoder}
-        return ClipGuide(clip, scale, every=self.every, **self._interval(), **options)
+        names = ("distance", "through", "cutouts", "seed", "normalize", "every")
+        options: dict[str, Any] = {k: getattr(self, k) for k in names}
+        targets: dict[str, Any] = {"texts": self.texts or None, "images": _open(self.images) or None}
+        targets |= {"weights": self.weights or None}
+        return ClipGuide(clip, scale, decoder=decoder, **self._interval(), **options, **targets)
 
     def describe(self, guide: Any) -> dict[str, Any]:
-        """With the fingerprint of the CLIP, which must not grade what it has guided."""
         return super().describe(guide) | {"clip_fingerprint": self._parts[0].fingerprint}
 
 
@@ -230,14 +215,13 @@ class EmbeddingSpec(HeadSpec):
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
-        """The head and its CLIP."""
+        """The loaded head and its CLIP."""
         from guidance.heads.networks import load_head
         from guidance.models.clip import load_clip
 
         return load_head(self.head), load_clip(self.clip)
 
     def build(self, scale: float) -> Any:
-        """See :class:`guidance.guides.embedding.EmbeddingGuide`."""
         from guidance.guides.embedding import EmbeddingGuide
 
         options: dict[str, Any] = {"texts": self.texts or None, "images": _open(self.images) or None}
@@ -246,7 +230,6 @@ class EmbeddingSpec(HeadSpec):
         return EmbeddingGuide(head, clip, scale, **self._interval(), **options)
 
     def describe(self, guide: Any) -> dict[str, Any]:
-        """With the fingerprint of the CLIP, which must not grade what it has guided."""
         return super().describe(guide) | {"clip_fingerprint": self.loaded[1].fingerprint}
 
 
@@ -260,17 +243,14 @@ class AmortisedSpec(GuideSpec):
 
     @property
     def folder(self) -> str:
-        """Where the adapter lies."""
         return self.adapter
 
     @property
     def price(self) -> str:
-        """No more than the forward pass."""
         return "about 1.00 unguided ones (it is predicted: no backward pass)"
 
     @property
     def where(self) -> str:
-        """None: the latents and the prediction."""
         return "none (reads latents and prediction)"
 
     @functools.cached_property
@@ -280,18 +260,16 @@ class AmortisedSpec(GuideSpec):
         return load_adapter(self.adapter)
 
     def build(self, scale: float) -> Any:
-        """See :class:`guidance.guides.AmortisedGuide`."""
         from guidance.guides.amortised import AmortisedGuide
 
         return AmortisedGuide(self._adapter, scale, every=self.every, **self._interval())
 
     def describe(self, guide: Any) -> dict[str, Any]:
-        """With the fingerprints of the adapter, and of its teachers, which must not grade either."""
         from guidance.models.denoiser import fingerprint
 
-        taught = [part["fingerprint"] for part in self._adapter.config.teacher if "fingerprint" in part]
-        own = {"adapter_fingerprint": fingerprint(self._adapter), "teacher_fingerprints": taught}
-        return super().describe(guide) | own
+        teachers = [part["fingerprint"] for part in self._adapter.config.teacher if "fingerprint" in part]
+        fingerprints = {"adapter_fingerprint": fingerprint(self._adapter), "teacher_fingerprints": teachers}
+        return super().describe(guide) | fingerprints
 
 
 #: Guides by name.
@@ -317,10 +295,10 @@ CONFIGS = Path("configs/guides")
 def read_guide(text: str) -> GuideSpec:
     """Read a guide from ``NAME``, ``NAME:key=value,key=value`` or a YAML file with the line ``guide: NAME``.
 
-    A name that is no method is looked up as ``configs/guides/NAME.yaml``; options after the colon override it.
+    A name that is not a method is looked up as ``configs/guides/NAME.yaml``; options after the colon override it.
 
     Raises:
-        UserError: If there is no such guide or option; the message names what there is and the nearest.
+        UserError: If there is no such guide or option; the message suggests the nearest name.
 
     >>> read_guide("midblock:head=my/head,target=7").target
     '7'
@@ -359,5 +337,5 @@ def split_options(text: str) -> list[str]:
 
 
 def explain(specs: Sequence[GuideSpec], num_steps: int) -> str:
-    """What will run in so many steps, a line a guide."""
+    """Describe guides for ``--explain``, one per line."""
     return "\n".join(spec.explain(num_steps) for spec in specs) or "no guide: unguided sampling"

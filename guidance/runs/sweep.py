@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,9 +91,6 @@ class Cell:
 def combine_axes(axes: Mapping[str, Sequence[Any]], combine: str = "product") -> list[dict[str, Any]]:
     """Combine the values of axes: all combinations (product), or one by one (zip; single values repeat).
 
-    Raises:
-        UserError: If zipped axes differ in length.
-
     >>> combine_axes({"scale": [1, 2], "num_steps": [15, 25]}, "zip")
     [{'scale': 1, 'num_steps': 15}, {'scale': 2, 'num_steps': 25}]
     """
@@ -127,9 +126,6 @@ def plan_cells(
 
     Returns:
         The cells, in the order of columns: unguided, guided, plain classifier-free guidance.
-
-    Raises:
-        UserError: See :func:`combine_axes`.
     """
     unnamed = single_values(axes) if unnamed is None else unnamed
     points: dict[Kind, list[dict[str, Any]]] = {"unguided": [], "guided": [], "matched": []}
@@ -237,11 +233,7 @@ class ArmBuilder:
         self._specs: dict[tuple[tuple[str, ...], str | None], list[GuideSpec]] = {}
 
     def build(self, cell: Cell) -> Arm:
-        """Build the arm of a cell.
-
-        Raises:
-            UserError: If it has a scale and neither head nor guide, or these cannot be loaded.
-        """
+        """Build the arm of a cell."""
         arm = guide_arms(self.specs(cell), [cell.scale])[-1]
         return dataclasses.replace(arm, name=cell.name)
 
@@ -277,77 +269,50 @@ def read_axes(given: Mapping[str, Any]) -> dict[str, list[Any]]:
     Args:
         given: Axis -> a value or a list of them.
 
-    Raises:
-        UserError: If a list is empty, or a value is of another kind.
-
     >>> read_axes({"scale": [1, -2], "guide": None})
     {'scale': [1.0, -2.0], 'guide': [()]}
     """
-    return {name: _read(name, given[name]) for name in AXES if name in given}
+    axes = {}
+    for name in (axis for axis in AXES if axis in given):
+        values = given[name] if isinstance(given[name], list | tuple) else [given[name]]
+        if not values:
+            raise UserError(
+                f"Expected one value or more for '{name}', got an empty list; leave it out for its default."
+            )
+        read = _read_guides if name == "guide" else functools.partial(_read_value, name)
+        axes[name] = list(dict.fromkeys(read(value) for value in values))  # distinct
+    return axes
 
 
-def _read(name: str, value: Any) -> list[Any]:
-    values = value if isinstance(value, list | tuple) else [value]
-    if not values:
-        raise UserError(
-            f"Expected one value or more for '{name}', got an empty list; leave it out for its default."
-        )
-    return list(dict.fromkeys(_READERS[name](name, item) for item in values))  # distinct
+_NUMBER = (int, float), "a number or a list of numbers"
+_NUMBER_OR_NONE = (int, float, types.NoneType), "a number or a list of numbers"
+_TEXT_OR_NONE = (str, types.NoneType), "text or a list of texts"
+
+#: Axis -> the types of its values, and their description.
+_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("scale", "cfg_scale", "strength"), _NUMBER),
+    **dict.fromkeys(("start", "stop"), _NUMBER_OR_NONE),
+    **dict.fromkeys(("head", "scheduler"), _TEXT_OR_NONE),
+    "num_steps": ((int,), "whole numbers"),
+}
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(
-            f"Expected a number or a list of numbers for '{name}', got {value!r}; write {name}=[1, 2]."
-        )
+def _read_value(name: str, value: Any) -> Any:
+    kinds, expected = _TYPES[name]
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UserError(f"Expected {expected} for '{name}', got {value!r}.")
+    if name == "scheduler" and value not in (None, *SCHEDULERS):
+        raise UserError(f"Expected a scheduler's name, got '{value}'.{nearest(value, SCHEDULERS)}")
+    if float not in kinds or value is None:
+        return value
     if not math.isfinite(value):
         raise UserError(f"Expected a finite number for '{name}', got {value}; give another value.")
-    return float(value)
+    return Sampling(strength=float(value)).strength if name == "strength" else float(value)
 
 
-def _fraction(name: str, value: Any) -> float | None:
-    return None if value is None else _number(name, value)
-
-
-def _strength(name: str, value: Any) -> float:
-    return Sampling(strength=_number(name, value)).strength
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"Expected whole numbers for '{name}', got {value!r}; write {name}=[15, 25].")
-    return value
-
-
-def _text(name: str, value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    raise UserError(f"Expected text or a list of texts for '{name}', got {value!r}.")
-
-
-def _scheduler(name: str, value: Any) -> str | None:
-    text = _text(name, value)
-    if text is not None and text not in SCHEDULERS:
-        raise UserError(f"Expected a scheduler's name, got '{text}'.{nearest(text, SCHEDULERS)}")
-    return text
-
-
-def _guides(name: str, value: Any) -> tuple[str, ...]:
+def _read_guides(value: Any) -> tuple[str, ...]:
     """Read one guide, or several that act together; none for the head."""
     texts = value if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"Expected guides as NAME:key=value,... for '{name}', got {value!r}.")
+        raise UserError(f"Expected guides as NAME:key=value,..., got {value!r}.")
     return tuple(texts)
-
-
-_READERS: dict[str, Callable[[str, Any], Any]] = {
-    "scale": _number,
-    "guide": _guides,
-    "head": _text,
-    "start": _fraction,
-    "stop": _fraction,
-    "cfg_scale": _number,
-    "num_steps": _count,
-    "scheduler": _scheduler,
-    "strength": _strength,
-}

@@ -71,9 +71,6 @@ def plan_sweep(
         axes, combine, baseline, matched: See :func:`guidance.runs.sweep.plan_cells`.
         batch_size: Images at once; None: as in the folder, or not known yet.
         fresh: Whether to ignore the content of the folder.
-
-    Raises:
-        UserError: If the folder was made with other settings, or the axes cannot be combined.
     """
     previous = None if fresh else read_settings(folder, settings, free=FREE)
     known = [Cell.from_dict(values) for values in previous["cells"]] if previous else []

@@ -51,11 +51,7 @@ class Divider:
         self.sampler, self.size, self._halve, self._report = sampler, size, halve, report
 
     def images(self, unit: Unit) -> Images:
-        """Sample a unit; nothing is written.
-
-        Raises:
-            UserError: If memory runs out, and the size is fixed or one image.
-        """
+        """Sample a unit; nothing is written."""
         while (images := self._try(unit)) is None:
             gc.collect()
             if torch.cuda.is_available():
@@ -93,9 +89,6 @@ def fill_units(
 
     Returns:
         The number of images that this process has made.
-
-    Raises:
-        UserError: If an existing image was made with other options, or memory does not suffice.
     """
     sampler, count = divider.sampler, 0
     remaining = [unit for unit in units if sampler.missing(unit)]  # checks all before any work

@@ -20,9 +20,6 @@ class SweepTracking:
     Args:
         tracker: "none", "wandb" or "tensorboard".
         folder: Folder of the sweep; logs go to its subfolder ``tracking``.
-
-    Raises:
-        UserError: If the tracker is not installed.
     """
 
     def __init__(self, tracker: str, folder: Path) -> None:
