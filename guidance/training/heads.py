@@ -130,6 +130,7 @@ class HeadTrainer:
             elif time.monotonic() - saved > self.checkpoint_every:
                 self._save()
                 saved = time.monotonic()
+        bar.total = state.step  # early stopping leaves no half bar
         bar.close()
         if self.best:
             self.head.load_state_dict(self.best)
