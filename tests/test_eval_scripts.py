@@ -138,10 +138,3 @@ def test_the_demo_from_head_to_table(tmp_path, monkeypatch, capsys) -> None:
     assert len(RecordStore(folder).load(check="sha256")) == 16  # with plain CFG beside guidance
     assert (folder / "table.md").read_text().count("\n") == 6
     assert "[3/3" in capsys.readouterr().out
-
-
-def test_the_demo_says_when_its_head_cannot_be_trained(tmp_path, capsys) -> None:
-    (tmp_path / "file").write_text("no folder")
-    words = [f"head={tmp_path}/file/head", f"output={tmp_path}/out"]
-    refused(demo.main, words, f"Expected a folder at '{tmp_path}/file', found a file", capsys)
-    assert not (tmp_path / "out").exists()

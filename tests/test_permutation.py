@@ -37,7 +37,6 @@ def test_the_fast_form_is_the_slow_one() -> None:
         slow = swap_rows(A + shift, B, PROMPTS, full_kid, **some)
         fast = mmd_permutation_test(A + shift, B, PROMPTS, cubic_kernel, **some)
         assert fast.statistic == pytest.approx(slow.statistic, rel=1e-9) and fast.p == slow.p
-        assert (fast.n_prompts, fast.n_images, fast.permutations) == (12, 36, 60)
 
     def to_real(x: np.ndarray, y: np.ndarray) -> float:
         a, b = (mmd_squared(torch.tensor(z), torch.tensor(REAL), cubic_kernel).unbiased for z in (x, y))

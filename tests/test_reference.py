@@ -386,18 +386,14 @@ def test_npz_of_other_packages(tmp_path, extractor) -> None:
     assert m.shape == (4,) and s.shape == (4, 4)
 
 
-def test_files_that_are_no_statistics(tmp_path, extractor) -> None:
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+def test_files_that_are_no_statistics_are_refused(tmp_path, extractor) -> None:
     (tmp_path / "text.npz").write_text("no zip")
     (tmp_path / "folder.npz").mkdir()
     np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.zeros((3, 2)))
     np.savez(tmp_path / "objects.npz", mu=np.array([None]), sigma=np.array([[None]]))
-    for name in ("array", "text", "folder", "shapes", "objects"):
-        with pytest.raises(UserError, match="got something else"):
+    for name in ("text", "folder", "shapes", "objects", "none"):
+        with pytest.raises(UserError):
             load_reference(tmp_path / f"{name}.npz", extractor)
-    with pytest.raises(UserError, match="found none"):
-        load_reference(tmp_path / "none.npz", extractor)
 
 
 def test_sources_that_cannot_be_read_are_refused(tmp_path, extractor) -> None:

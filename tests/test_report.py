@@ -21,7 +21,6 @@ from PIL import Image
 from eval.comparison.report.grids import thumbnail
 from eval.comparison.report.page import render, write_report
 from eval.comparison.report.plots import curves
-from eval.comparison.report.svg import plain
 from eval.comparison.report.text import focus_arm, headline, improved, primary_metric, verdict
 from eval.comparison.results import (
     ArmSummary,
@@ -453,10 +452,6 @@ def test_thumbnails_keep_to_their_limit(tmp_path: Path) -> None:
     assert thumbnail(tmp_path / "small.png", 40_000)[1] and not thumbnail(tmp_path / "large.png", 40_000)[1]
     (tmp_path / "text.png").write_text("no image")
     assert [thumbnail(tmp_path / name, 9)[0] for name in ("text.png", "none.png", "", "a\0b")] == [""] * 4
-
-
-def test_plot_labels_are_one_line() -> None:
-    assert plain("a\nb\x00\u202e  c", 20) == "a b c" and len(plain("x" * 99, 20)) == 20
 
 
 # The report in a frame of a given width.  `srcdoc` shares the origin, so that the page around it may measure.

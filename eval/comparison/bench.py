@@ -58,24 +58,15 @@ class ImageBench:
         state: This process and the others, which share the embedding.
         progress: Show progress bars.
 
-    Attributes:
-        testbed: All images and captions are of the testbed's world, so that its truth and judges apply.
-        clip: Network with texts; None leaves out what needs one.
-        features: Network of set metrics; None leaves them out.
-        readings: What the judge classifier sees in images of the testbed.
-        rating: Score of a head.
-        reference: Name of the reference set.
-        edits: Name of the edit pairs.
-
     Raises:
         UserError: If there is no such network, or it cannot be used so.
     """
 
-    testbed: bool
+    testbed: bool  # all images and captions are of the testbed's world, so that its truth and judges apply
     clip: TextExtractor | None
-    features: Extractor | None
-    readings: Extractor | None
-    rating: Extractor | None
+    features: Extractor | None  # of set metrics
+    readings: Extractor | None  # of the judge classifier, on the testbed
+    rating: Extractor | None  # by a head
     reference: str | None
     edits: str | None
 

@@ -257,23 +257,22 @@ def _of_clip(clip: Clip, name: str, label: str) -> TextExtractor:
 
 def _vision(argument: str, device: torch.device) -> Extractor:
     """Load a vision encoder with its own image processor: pooled output, else the first token (CLS)."""
-    model, processor, pooled = _load_vision(argument)
+    model, processor, pooler = _load_vision(argument)
     model = model.eval().requires_grad_(False).to(device, torch.float32)
 
-    def features(images: list[Image.Image]) -> Tensor:
+    def features(images: list[Image.Image]) -> Float[Tensor, "b d"]:
         pixels = torch.as_tensor(np.stack(processor(images=images)["pixel_values"])).to(device, torch.float32)
         output = model(pixel_values=pixels)
-        found = output.pooler_output if pooled(output) else output.last_hidden_state[:, 0]
-        return rearrange(found, "b ... -> b (...)")
+        pooled = output.get("pooler_output") if pooler else None
+        return rearrange(output.last_hidden_state[:, 0] if pooled is None else pooled, "b ... -> b (...)")
 
     described = {**processor.to_dict(), "processor": type(processor).__name__}
-    return Extractor(
-        f"vision:{argument}", _label(argument), network_key(model, described), fingerprint(model), features
-    )
+    key = network_key(model, described)
+    return Extractor(f"vision:{argument}", _label(argument), key, fingerprint(model), features)
 
 
-def _load_vision(name: str) -> tuple[Any, Any, Callable[[Any], bool]]:
-    """Load an encoder and its processor, and a predicate: whether an output has a trained pooled part."""
+def _load_vision(name: str) -> tuple[Any, Any, bool]:
+    """Load an encoder and its processor, and tell whether the weights include those of its pooler."""
     import transformers
 
     # the processor uses Pillow, whether or not torchvision is installed: a cache outlives an installation
@@ -303,7 +302,7 @@ def _load_vision(name: str) -> tuple[Any, Any, Callable[[Any], bool]]:
             f"Expected all weights of a {type(model).__name__} in '{name}', but {len(missing)} are missing, such as "
             f"'{min(missing)}'; choose a folder that the model itself was saved into."
         )
-    return model, processor, lambda output: not untrained_pooler and output.get("pooler_output") is not None
+    return model, processor, not untrained_pooler
 
 
 def _inception(argument: str, device: torch.device) -> ClassExtractor:

@@ -119,7 +119,6 @@ class FrechetDistance(Metric):
 
     Args:
         num_features: Width d of the features.
-        features: Their network, for `name`: "judge" gives "FD-judge".
         reset_real: Let `reset` clear the real side too; False keeps a reference over many comparisons.
 
     >>> fd = FrechetDistance(2, reset_real=False)
@@ -134,11 +133,9 @@ class FrechetDistance(Metric):
     higher_is_better = False
     full_state_update = False
 
-    def __init__(
-        self, num_features: int, *, features: str = "features", reset_real: bool = True, **kwargs: Any
-    ) -> None:
+    def __init__(self, num_features: int, *, reset_real: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_features, self.features, self.reset_real = num_features, features, reset_real
+        self.num_features, self.reset_real = num_features, reset_real
         for side in ("real", "fake"):
             self.add_state(f"{side}_n", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(
@@ -146,11 +143,6 @@ class FrechetDistance(Metric):
             )
             outer = torch.zeros(num_features, num_features, dtype=torch.float64)
             self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum")
-
-    @property
-    def name(self) -> str:
-        """Name under which to report the value."""
-        return f"FD-{self.features}"
 
     def update(self, features: Features, real: bool) -> None:
         """Add features (tensor or array) to the real or the generated side.
@@ -172,7 +164,7 @@ class FrechetDistance(Metric):
         least = int(min(self.real_n, self.fake_n))
         if 2 <= least < 2 * self.num_features:
             warnings.warn(
-                f"{self.name} of {least} samples with {self.num_features} features is biased upwards: "
+                f"Frechet distance of {least} samples with {self.num_features} features is biased upwards: "
                 f"compare it only at equal sample sizes, or take {2 * self.num_features} or more.",
                 stacklevel=2,
             )

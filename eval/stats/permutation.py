@@ -40,16 +40,10 @@ class PermutationResult:
     Attributes:
         statistic: Value for the sets as they are.
         p: Share of swaps, this one included, with a statistic at least as large.
-        permutations: Number of random swaps.
-        n_prompts: Number of prompts, the units.
-        n_images: Images of each method.
     """
 
     statistic: float
     p: float
-    permutations: int
-    n_prompts: int
-    n_images: int
 
 
 def permutation_test(
@@ -80,13 +74,9 @@ def permutation_test(
     a, b = np.arange(n), np.arange(n, 2 * n)
     swaps = _swaps(int(group.max()) + 1, permutations, seed)
     observed = float(statistic(a, b))
-    values = np.array(
-        [
-            float(statistic(np.where(swapped, b, a), np.where(swapped, a, b)))
-            for swapped in (swap[group] for swap in swaps)
-        ]
-    )
-    return PermutationResult(observed, _p_value(observed, values, two_sided), permutations, swaps.shape[1], n)
+    swapped = (swap[group] for swap in swaps)
+    values = np.array([float(statistic(np.where(s, b, a), np.where(s, a, b))) for s in swapped])
+    return PermutationResult(observed, _p_value(observed, values, two_sided))
 
 
 def mmd_permutation_test(
@@ -128,8 +118,9 @@ def mmd_permutation_test(
         share = _swap_shares(x, y, two_sets(reference, x)[0], kernel)
         by_prompt = share.new_zeros(signs.shape[1]).index_add(0, group, share)
         observed, values = float(by_prompt.sum()), signs @ by_prompt
-    p = _p_value(observed, values.cpu().numpy(), two_sided=reference is not None)
-    return PermutationResult(observed, p, permutations, signs.shape[1], n)
+    return PermutationResult(
+        observed, _p_value(observed, values.cpu().numpy(), two_sided=reference is not None)
+    )
 
 
 def _swap_matrix(
