@@ -54,7 +54,6 @@ def test_heads_that_agree_have_a_finite_gradient(heads) -> None:
 def test_committees_that_cannot_be_are_refused(heads, tiny_pipe) -> None:
     other = build_head(HeadConfig("linear", in_channels=4, target="truth", time_conditioned=False))
     for wrong, k, message in (
-        ([], 0.0, "one head or more"),
         (heads[:1], 1.0, "0 with a single head"),
         (heads, math.nan, "finite pessimism"),
         ([heads[0], other], 0.0, "one target in a committee"),

@@ -69,14 +69,20 @@ def evaluate_heads(config: EvalHeadsConfig, *, progress: bool = True) -> dict[st
     if not config.heads:
         raise UserError("Expected the folder of a head, got none; write 'python -m eval.heads FOLDER'.")
     accelerator = Accelerator()
-    heads = {name: load_head(path, accelerator.device) for name, path in _names(config.heads).items()}
+    folders = _names(config.heads)
+    heads = {name: load_head(path, accelerator.device) for name, path in folders.items()}
     output = Path(config.output)
     check_writable(output / "metrics.json")
-    options: dict[str, Any] = {key: getattr(config, key) for key in ("cache", "generated", "compare")}
-    described = {name: head.config for name, head in heads.items()}
-    features = open_features(described, config.data, config.split, **options)
+    features = open_features(
+        {name: head.config for name, head in heads.items()},
+        config.data,
+        config.split,
+        cache=config.cache,
+        generated=config.generated,
+        compare=config.compare,
+    )
     results = {}
-    for name, folder in _names(config.heads).items():
+    for name, folder in folders.items():
         source, settings = features[name]
         bar = f"measure {name}" if progress else None
         found = measure(heads[name], source, settings["draws"], accelerator, config.compare, bar)

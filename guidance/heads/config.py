@@ -27,7 +27,7 @@ class HeadConfig:
         time_conditioned: Whether the timestep is an input of the head.
         hidden: Width of the network; 256 in the report.
         target: Dataset column the head predicts.
-        task: What the outputs mean, a key of :data:`guidance.heads.tasks.TASKS`.
+        task: Meaning of the outputs, a key of :data:`guidance.heads.tasks.TASKS`.
         labels: Names of the outputs ("1" ... "10" for ratings).
         tap: Module whose output is read, or several joined by "+", see :func:`guidance.taps.features.join_maps`.
         tap_channels: Channels of each of several modules, in their order; empty for one.

@@ -46,7 +46,7 @@ class LossWeights(Protocol):
 
 
 class Task:
-    """What a head predicts.
+    """Targets, loss, measures and objectives of one kind of prediction.
 
     Attributes:
         name: Value of the option ``task``.

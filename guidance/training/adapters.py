@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from guidance.data.cache import (
     FORMAT_VERSION,
     MANIFEST,
     FeatureCache,
+    FeatureSource,
     first_difference,
     has_shard,
     shard_name,
@@ -68,6 +69,25 @@ def recording(pipe: Pipeline, teacher: Sequence[Guide], recorder: PairRecorder) 
     with apply_guidance(pipe, guides):
         pipe.unet.forward = recorder.wrap(pipe.unet.forward)  # apply_guidance takes both off again
         yield
+
+
+@runtime_checkable
+class PairSource(Protocol):
+    """A source of teacher pairs: sampling runs, or noised images."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that decides which pairs these are."""
+
+    def record(
+        self,
+        pipe: Pipeline,
+        teacher: Sequence[Guide],
+        split: str,
+        n: int,
+        calls: int,
+        rng: np.random.Generator,
+    ) -> PairRecorder:
+        """Record ``calls`` denoiser calls of ``n`` samples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +199,6 @@ class NoisedLatents:
         return recorder
 
 
-PairSource = SampledStates | NoisedLatents
-
-
 def cache_pairs(
     pipe: Pipeline,
     teacher: Sequence[Guide],
@@ -259,7 +276,7 @@ def _check_plan(folder: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def read_pairs(pairs: FeatureCache, rows: Any, device: Any = "cpu") -> tuple[tuple[Tensor, ...], Tensor]:
+def read_pairs(pairs: FeatureSource, rows: Any, device: Any = "cpu") -> tuple[tuple[Tensor, ...], Tensor]:
     """Read the inputs ``(x_t, eps, x0, t)`` of an adapter and the teacher's directions, float32."""
     h, t = (value.to(device, torch.float32) for value in pairs.read(rows))
     x_t, eps, x0, direction = h.chunk(4, dim=1)
@@ -268,7 +285,7 @@ def read_pairs(pairs: FeatureCache, rows: Any, device: Any = "cpu") -> tuple[tup
 
 def fit_adapter(
     adapter: Adapter,
-    pairs: FeatureCache,
+    pairs: FeatureSource,
     stage: Stage,
     work: Path,
     *,
@@ -314,7 +331,7 @@ def _share(wanted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_adapter(adapter: Adapter, pairs: FeatureCache, batch_size: int = 256) -> dict[str, Any]:
+def measure_adapter(adapter: Adapter, pairs: FeatureSource, batch_size: int = 256) -> dict[str, Any]:
     """Mean cosine between predicted and true directions, over all pairs and by timestep bin."""
     cosines = torch.zeros(len(pairs))
     known = torch.zeros(len(pairs), dtype=torch.bool)
@@ -371,18 +388,20 @@ class PairRecorder:
 
         @functools.wraps(guided)
         def forward(sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            whole = guided(sample, timestep, *args, **kwargs)[0]
+            output = guided(sample, timestep, *args, **kwargs)[0]
             x_t, eps, x0, t = self.seen
-            channels, parts = x_t.shape[1], len(whole) // len(x_t)
-            shifted = self.schedule.to_eps(whole[-len(x_t) :, :channels].to(x_t.dtype), x_t, t)
+            channels, parts = x_t.shape[1], len(output) // len(x_t)
+            shifted = self.schedule.to_eps(output[-len(x_t) :, :channels].to(x_t.dtype), x_t, t)
             shift = shifted - eps  # the conditional part is the last, and all are shifted alike
             if self.kept is None or self.calls in self.kept:
                 self._keep(torch.cat([x_t, eps, x0, unit_rms(-shift)], 1), t)
             self.calls += 1
             factor = rearrange(self.schedule.shift_factor(t).to(shift.dtype), "b -> b 1 1 1")
-            whole = whole.clone()
-            whole[:, :channels] += ((self.scales - 1) * factor * shift).repeat(parts, 1, 1, 1).to(whole.dtype)
-            return (whole,)
+            output = output.clone()
+            output[:, :channels] += (
+                ((self.scales - 1) * factor * shift).repeat(parts, 1, 1, 1).to(output.dtype)
+            )
+            return (output,)
 
         return forward
 

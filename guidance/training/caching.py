@@ -25,6 +25,7 @@ from guidance.data.sources import SPLITS, load_examples
 from guidance.heads.folder import CONFIG_FILE, SavedModel
 from guidance.models.denoiser import fingerprint
 from guidance.models.pipelines import TESTBED, load_pipeline
+from guidance.models.types import Pipeline
 from guidance.training.recipes import FeatureRecipe
 from guidance.utils.config import list_differences, load_config
 from guidance.utils.errors import UserError
@@ -49,13 +50,7 @@ def with_targets(recipe: FeatureRecipe, targets: Sequence[str], rating: str | No
 
 
 def build_cache(
-    recipe: FeatureRecipe,
-    folder: str | os.PathLike[str],
-    *,
-    splits: Sequence[str] = SPLITS,
-    process_index: int = 0,
-    num_processes: int = 1,
-    progress: bool = True,
+    recipe: FeatureRecipe, folder: str | os.PathLike[str], *, splits: Sequence[str] = SPLITS, **share: Any
 ) -> int:
     """Cache splits of a recipe; resume what a killed run left.
 
@@ -63,8 +58,7 @@ def build_cache(
         recipe: Model, dataset and noise.
         folder: The cache.
         splits: Splits to cache; others can be added later.
-        process_index, num_processes: Choose this process's shards.
-        progress: Show progress bars.
+        **share: See :func:`cache_split`.
 
     Returns:
         Rows this process computed.
@@ -74,26 +68,38 @@ def build_cache(
     """
     examples = {split: load_split(recipe, split) for split in splits}  # refused before the model loads
     pipe = load_model(recipe)
+    source = {name: getattr(recipe, name) for name in RECORDED}
     return sum(
-        cache_features(
-            pipe,
-            examples[split],
-            folder,
-            image_column=recipe.image_column,
-            caption_column=recipe.caption_column,
-            target_columns=recipe.target_columns,
-            split=split,
-            draws=recipe.draws,
-            batch_size=recipe.batch_size,
-            shard_size=recipe.shard_size,
-            base_model=recipe.model,
-            source={name: getattr(recipe, name) for name in RECORDED},
-            process_index=process_index,
-            num_processes=num_processes,
-            progress=progress,
-            **encoding_options(recipe),
-        )
-        for split in splits
+        cache_split(pipe, recipe, examples[s], folder, split=s, source=source, **share) for s in splits
+    )
+
+
+def cache_split(
+    pipe: Pipeline, recipe: FeatureRecipe, examples: Any, folder: str | os.PathLike[str], **options: Any
+) -> int:
+    """Cache the features of examples as a recipe says.
+
+    Args:
+        pipe: The recipe's model.
+        recipe: Columns, noise, batch size and shards.
+        examples: Rows of a data set.
+        folder: The cache.
+        **options: ``split``, ``source``, ``latents`` and the shares of processes (``process_index``,
+            ``num_processes``, ``progress``) of :func:`guidance.data.features.cache_features`.
+    """
+    return cache_features(
+        pipe,
+        examples,
+        folder,
+        image_column=recipe.image_column,
+        caption_column=recipe.caption_column,
+        target_columns=recipe.target_columns,
+        draws=recipe.draws,
+        batch_size=recipe.batch_size,
+        shard_size=recipe.shard_size,
+        base_model=recipe.model,
+        **options,
+        **encoding_options(recipe),
     )
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidance.data.cache import FeatureCache, FeatureSource, first_difference, shard_name
-from guidance.data.features import cache_features, write_manifest
+from guidance.data.features import write_manifest
 from guidance.data.sources import SPLITS
 from guidance.models.denoiser import fingerprint
 from guidance.models.types import Pipeline
 from guidance.sampling.loop import sample_latents
-from guidance.training.caching import RECORDED, encoding_options, load_model, load_split
+from guidance.training.caching import RECORDED, cache_split, load_model, load_split
 from guidance.training.recipes import FeatureRecipe, GenerationRecipe
 from guidance.utils.errors import UserError
 from guidance.utils.io import atomic_path
@@ -62,8 +62,7 @@ class RealAndGenerated:
         """Return the labels ("real") or the timesteps ("t") of all rows."""
         if name == "t":
             return np.tile(self.generated.column("t"), 2)
-        if name != REAL:
-            raise UserError(f"Expected the column '{REAL}' of real and generated rows, got '{name}'; use it.")
+        assert name == REAL, name
         return np.repeat(np.array([1, 0]), self.n)
 
     def read(
@@ -204,23 +203,9 @@ def _generate(
         captions = [text or "" for text in examples[column]] if column else [""] * n
         generate_latents(pipe, captions, folder / "latents", generation, split=split, source=source, **share)
         accelerator.wait_for_everyone()
-        cache_features(
-            pipe,
-            examples,
-            folder / "features",
-            image_column=recipe.image_column,
-            caption_column=column,
-            target_columns=[],
-            split=split,
-            draws=recipe.draws,
-            batch_size=recipe.batch_size,
-            shard_size=recipe.shard_size,
-            base_model=recipe.model,
-            source=described["source"],
-            latents=load_latents(folder / "latents", split, n),
-            **share,
-            **encoding_options(recipe),
-        )
+        latents = load_latents(folder / "latents", split, n)
+        options = share | {"split": split, "source": described["source"], "latents": latents}
+        cache_split(pipe, recipe, examples, folder / "features", **options)
         accelerator.wait_for_everyone()
 
 
