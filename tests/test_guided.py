@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +21,6 @@ from guidance.models.denoiser import fingerprint
 from guidance.runs.arms import midblock_arms
 from guidance.runs.records import RecordStore, audit_pairs
 from guidance.runs.run import Sampling, list_jobs, sample_arms
-from guidance.sampling import sample_images
 from sample.guided import GuidedConfig, default_output, main, read_words, sample_guided
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,13 +83,6 @@ def test_a_run_is_whole_and_paired(done: Path) -> None:
     assert read_image(done / "grid.png").shape[2] == 3
 
 
-def test_images_do_not_depend_on_their_batch(done: Path, tiny_pipe) -> None:
-    records = [r for r in RecordStore(done).load() if r.arm == "unguided"]
-    for r in records:
-        alone = sample_images(tiny_pipe, [r.prompt], [r.seed], num_steps=3, scheduler="ddim")[0]
-        assert np.abs(alone.astype(int) - read_image(done / r.image)).max() <= 1
-
-
 def test_two_processes_make_the_same_bytes_and_one_goes_on(done: Path, words, tmp_path: Path) -> None:
     """Real processes; then one image of each process is lost, and a single process makes it anew."""
     folder = tmp_path / "out"
@@ -128,37 +118,6 @@ def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, 
     shown = capsys.readouterr().out
     assert (done / "records.jsonl").read_bytes() == before
     assert "scale=-2" in shown and f"grid: {done / 'grid.png'}" in shown and "x unguided" in shown
-
-
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-real, calls = os.fsync, []
-def fsync(file):
-    calls.append(file)
-    if len(calls) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(file)
-os.fsync = fsync
-from sample.guided import main
-main(sys.argv[1:])
-"""
-
-
-def test_a_killed_run_ends_with_the_same_bytes(done: Path, words, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, *words, f"output={folder}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    records = folder / "records.jsonl"
-    records.write_bytes(records.read_bytes()[:-25])  # and the last line torn, as when the machine goes down
-    assert len(RecordStore(folder)) == 4
-    main([*words, f"output={folder}"])
-    assert image_hashes(folder) == image_hashes(done) and len(image_hashes(done)) == 12
-    assert (folder / "grid.png").read_bytes() == (done / "grid.png").read_bytes()
-    keys = [[r.key for r in RecordStore(f).load(check="sha256")] for f in (folder, done)]
-    assert keys[0] == keys[1] and records.read_bytes().count(b"\n") == 12  # done ones were left alone
 
 
 def test_another_config_is_refused_and_scales_are_added(words, tmp_path: Path, capsys) -> None:
@@ -216,47 +175,25 @@ def test_skipped_gradients_are_counted_per_image(tiny_pipe, head, tmp_path: Path
     ("change", "message"),
     [
         ("scales=[1, .nan]", "Expected a finite number for 'scales"),
-        ("scales=[.inf]", "Expected a finite number"),
         ("head=null", "Expected a head for scale 1, got none"),
-        ("head=runs/heads/none", "Expected a head, head.safetensors"),
-        ("model=no/such-model", "'no/such-model' could not be loaded"),
-        ("prompts=missing.txt", "found none called 'missing.txt'"),
-        ("prompts=EMPTY", "found none; write at least one"),
         ("prompts=3", "Expected prompts as a set, a file or a list"),
         ("num_steps=0", "Expected num_steps from 1 to 1000, got 0"),
         ("batch_size=0", "Expected a batch_size of at least 1"),
         ("seeds_per_prompt=0", "Expected 1 to 1000 seeds per prompt"),
         ("scheduler=dimm", "Did you mean 'ddim'"),
-        ("objective=expectd", "Did you mean 'expected'"),
-        ("normalize=cgf", "Expected normalize 'cfg' or None"),
-        ("device=cuda:99", "Expected a device of this machine"),
         ("scale=[1]", "Did you mean 'scales'"),
         ("output=FILE/out", "Expected a folder at"),
     ],
 )
 def test_bad_input_gets_a_sentence(change: str, message: str, words, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
-    change = change.replace("EMPTY", str(tmp_path / "empty.txt")).replace("FILE", str(tmp_path / "empty.txt"))
+    change = change.replace("FILE", str(tmp_path / "empty.txt"))
     given = words[2:] if change.startswith("prompts") else words
     with pytest.raises(SystemExit) as stopped:
         main([*given, f"output={tmp_path / 'out'}", "scales=[1]", change])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error, error
     assert {p.name for p in tmp_path.rglob("*")} == {"empty.txt"}
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_cannot_be_written(number: int, words, tmp_path: Path, capsys, monkeypatch) -> None:
-    def fail(*arguments: object, **named: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    name = "write_bytes" if number == errno.ENOSPC else "write_text"  # while sampling, and before it
-    monkeypatch.setattr(Path, name, fail)
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, f"output={tmp_path / 'out'}", "num_steps=1", "scales=[0]"])
-    assert stopped.value.code == 2 and "the disk is" in capsys.readouterr().err
-    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == ({"config.yaml"} if number == errno.ENOSPC else set())
 
 
 def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -268,17 +205,16 @@ def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
         "--help",
         'prompts=["a: b #1"]',
     ]
-    for text in ('say "hi" \\ there', "ein Bär 🐻", "a: b #1", "'"):
-        with pytest.raises(SystemExit) as stopped:
-            main([text, "--print-config"])
-        assert stopped.value.code == 0
-        assert yaml.safe_load(capsys.readouterr().out)["prompts"] == [text]
+    text = 'say "hi" \\ there: #1, ein Bär 🐻 '
+    with pytest.raises(SystemExit) as stopped:
+        main([text, "--print-config"])
+    assert stopped.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["prompts"] == [text]
     monkeypatch.chdir(tmp_path)
     Path("mine.txt").write_text("x")
     for words, message in (
         (["mine.txt"], "write prompts=mine.txt"),
         (["--head"], "a value after '--head'"),
-        (["--scale", "3"], "'scales'"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(words)
@@ -286,14 +222,8 @@ def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
 
 
 def test_particles_and_variants_of_cfg_from_the_command_line(words, tmp_path: Path, capsys) -> None:
-    options = [
-        "scales=[2]",
-        "seeds_per_prompt=1",
-        "num_steps=2",
-        "particles=2",
-        "cfg_rescale=0.7",
-        "cfg_stop=0.5",
-    ]
+    options = ["scales=[2]", "seeds_per_prompt=1", "num_steps=2", "particles=2", "cfg_rescale=0.7"]
+    options += ["cfg_stop=0.5"]
     main([*words, *options, f"output={tmp_path / 'out'}"])
     records = RecordStore(tmp_path / "out").load()
     assert {r.arm for r in records} == {"unguided", "steered", "scale=2, steered"}
@@ -304,7 +234,6 @@ def test_particles_and_variants_of_cfg_from_the_command_line(words, tmp_path: Pa
         ("scales=[0]", "a scale other than 0 with particles"),
         ("particles=0", "at least 1"),
         ("eta=0", "draws noise"),
-        ("cfg_rescale=2", "rescale in 0..1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main([*words, *options, f"output={tmp_path / 'bad'}", change])

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import hashlib
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from conftest import make_head
 from PIL import Image
 from test_claims import elsewhere, set_back
 
+from guidance.guides import MidBlockGuide
 from guidance.heads import save_head
 from guidance.models.denoiser import fingerprint
 from guidance.runs.claims import Claims
@@ -44,15 +42,14 @@ def words(tiny_pipe, tiny_folder, tmp_path_factory) -> list[str]:
     """A command line without an output: two prompts, three seeds, four cells, three batches each."""
     folder = tmp_path_factory.mktemp("heads") / "random"
     save_head(make_head(tiny_pipe, hidden=16, base_fingerprint=fingerprint(tiny_pipe.unet)), folder)
-    options = [
-        "scale=[1, -2]",
-        "seeds_per_prompt=3",
-        "num_steps=2",
-        "batch_size=2",
-        "device=cpu",
+    options = ["scale=[1, -2]", "seeds_per_prompt=3", "num_steps=2", "batch_size=2", "device=cpu"]
+    options += [
         "start=null",
+        f"prompts={TEXTS}",
+        f"model={tiny_folder}",
+        f"head={folder}",
+        "cfg_scales_matched=[6]",
     ]
-    options += [f"prompts={TEXTS}", f"model={tiny_folder}", f"head={folder}", "cfg_scales_matched=[6]"]
     return options
 
 
@@ -156,8 +153,8 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(done: Path, words, tmp_path
     command = [sys.executable, "-c", KILLER, "5", "0.5", "60", "1", str(folder), *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-2000:]
-    told = [line.split() for line in result.stdout.splitlines() if line.startswith(("killed", "finished"))]
-    assert len(told) == 5 and [word for word, _ in told].count("killed") >= 3, result.stdout
+    rounds = [line.split() for line in result.stdout.splitlines() if line.startswith(("killed", "finished"))]
+    assert len(rounds) == 5 and [word for word, _ in rounds].count("killed") >= 3, result.stdout
     main([*words, f"output={folder}"])
     assert image_hashes(folder) == image_hashes(done) and len(image_hashes(done)) == 24
     lines = [line for file in folder.glob("records*.jsonl") for line in file.read_bytes().splitlines()]
@@ -185,18 +182,18 @@ def test_a_second_sweep_is_refused_or_joins(done: Path, words, tmp_path: Path, c
     folder = tmp_path / "out"
     with Claims(folder / CLAIMS_FOLDER) as other:
         assert other.take(LOCK) and other.take_number("writer") == 0
-        told = stopped([*words, f"output={folder}"], capsys)
-        assert f"process {os.getpid()} on " in told and "since" in told and "join=true" in told
-        assert "another sweep" not in told and list(folder.iterdir()) == [folder / CLAIMS_FOLDER]
+        message = stopped([*words, f"output={folder}"], capsys)
+        assert f"process {os.getpid()} on " in message and "since" in message and "join=true" in message
+        assert "another sweep" not in message and list(folder.iterdir()) == [folder / CLAIMS_FOLDER]
         assert "got both" in stopped([*words, f"output={folder}", "--join", "--fresh"], capsys)
         (folder / "config.yaml").write_bytes((done / "config.yaml").read_bytes())
         main([*words, f"output={folder}", "--join"])
         assert image_hashes(folder) == image_hashes(done) and other.holds(LOCK)
         assert (folder / "records-1.jsonl").is_file() and not (folder / "records.jsonl").exists()
-        told = stopped([*words, f"output={folder}", "join=true", "scale=[7]"], capsys)
-        assert "does not fill 'scale=7'" in told
-        told = stopped([*words, f"output={folder}", "fresh=true"], capsys)
-        assert "at work" in told and image_hashes(folder) == image_hashes(done)
+        message = stopped([*words, f"output={folder}", "join=true", "scale=[7]"], capsys)
+        assert "does not fill 'scale=7'" in message
+        message = stopped([*words, f"output={folder}", "fresh=true"], capsys)
+        assert "at work" in message and image_hashes(folder) == image_hashes(done)
 
 
 def test_the_units_of_a_stalled_process_are_redone(done: Path, words, tmp_path: Path) -> None:
@@ -241,10 +238,8 @@ def tiny_units(done: Path) -> list:
     ]
 
 
-class Fake:
+class Fake(UnitSampler):
     """A sampler of units that takes no time."""
-
-    write = UnitSampler.write
 
     def __init__(self, store: RecordStore, units: list, real: Path) -> None:
         self.store, self._records = store, {r.key: r for r in RecordStore(real).load()}
@@ -270,11 +265,11 @@ def test_what_was_lost_while_asleep_is_not_written(done: Path, tmp_path: Path) -
         made = first(unit)
         if len(sampler.sampled) == 1:  # asleep for long: the claim is taken, the unit done
             (tmp_path / "c" / f"{unit_name(unit)}.claim").unlink()
-            assert fill_units([unit], Divider(other, 2, halve=False, report=print), theirs) == 2  # type: ignore[arg-type]
+            assert fill_units([unit], Divider(other, 2, halve=False, report=print), theirs) == 2
         return made
 
     sampler.images = slow  # type: ignore[method-assign]
-    assert fill_units(units, Divider(sampler, 2, halve=False, report=print), mine) == 4  # type: ignore[arg-type]
+    assert fill_units(units, Divider(sampler, 2, halve=False, report=print), mine) == 4
     assert len((tmp_path / "records.jsonl").read_bytes().splitlines()) == 4
     assert len((tmp_path / "records-1.jsonl").read_bytes().splitlines()) == 2
     assert len(RecordStore(tmp_path)) == 6
@@ -337,8 +332,8 @@ def test_out_of_memory_halves_the_batch(done: Path, words, tmp_path: Path, monke
     main(small)
     assert tried == [1]  # what fits is remembered
     capsys.readouterr()
-    told = stopped([*words, f"output={tmp_path / 'fixed'}", "batch_size=2"], capsys)
-    assert "memory for a batch of 2" in told and "batch_size=auto" in told
+    message = stopped([*words, f"output={tmp_path / 'fixed'}", "batch_size=2"], capsys)
+    assert "memory for a batch of 2" in message and "batch_size=auto" in message
     monkeypatch.undo()
     out_of_memory_above(0, monkeypatch)
     assert "half-precision" in stopped([*words, f"output={tmp_path / 'none'}", "batch_size=auto"], capsys)
@@ -365,7 +360,7 @@ def test_memory_that_runs_out_inside_a_guided_step_halves_the_batch(
     assert tried[0] == 6 and max(tried[2:]) <= 2 and len(RecordStore(tmp_path / "out").load()) == 6
 
 
-def test_what_fits_is_found_with_the_most_costly_cell(done: Path, tmp_path: Path) -> None:
+def test_what_fits_is_found_with_the_most_costly_cell(tiny_pipe, done: Path, tmp_path: Path) -> None:
     class Small(Fake):
         def images(self, unit) -> list:
             if len(unit) > 1:
@@ -373,10 +368,10 @@ def test_what_fits_is_found_with_the_most_costly_cell(done: Path, tmp_path: Path
             return super().images(unit)
 
     units = tiny_units(done)[:4]
-    guided = dataclasses.replace(units[1][0].arm, guides=("a guide",))
+    guided = dataclasses.replace(units[1][0].arm, guides=(MidBlockGuide(make_head(tiny_pipe)),))
     units[1] = tuple(dataclasses.replace(task, arm=guided) for task in units[1])
     sampler, said = Small(RecordStore(tmp_path), units, done), []
-    divider = Divider(sampler, 64, halve=True, report=lambda text, size: said.append(size))  # type: ignore[arg-type]
+    divider = Divider(sampler, 64, halve=True, report=lambda text, size: said.append(size))
     assert find_batch_size(divider, units) == 1 and said == [1]
     assert {r.arm for r in RecordStore(tmp_path).load()} == {"scale=-2"} and len(RecordStore(tmp_path)) == 2
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(
@@ -390,8 +385,8 @@ def test_cells_are_added_and_another_config_is_refused(words, tmp_path: Path, ca
     main([*small, "scale=1"])
     before = image_hashes(folder)
     for change, shown in (("seed=7", "seed=0 (now 7)"), ("normalize=null", "normalize='cfg' (now None)")):
-        told = stopped([*small, change], capsys)
-        assert shown in told and "fresh=true" in told
+        message = stopped([*small, change], capsys)
+        assert shown in message and "fresh=true" in message
     assert image_hashes(folder) == before
     main([*small, "scale=[1, 3]", "num_steps=[2, 3]"])
     names = [cell["name"] for cell in (load_settings(folder) or {})["cells"]]
@@ -409,14 +404,17 @@ def test_cells_are_added_and_another_config_is_refused(words, tmp_path: Path, ca
 
 def test_a_dry_run_writes_nothing(done: Path, words, tmp_path: Path, capsys) -> None:
     main([*words, f"output={tmp_path / 'out'}", "--dry-run"])
-    told = capsys.readouterr().out
-    assert "4 cells x 6 noises = 24 images, 0 of them done" in told and "96 forward passes" in told
-    assert "guided steps to make: 24; one of midblock costs about" in told and "GB are free" in told
-    assert "timed with a batch of 2 images" in told and not list(tmp_path.iterdir())
+    message = capsys.readouterr().out
+    assert "4 cells x 6 noises = 24 images, 0 of them done" in message and "96 forward passes" in message
+    assert "guided steps to make: 24; one of midblock costs about" in message and "GB are free" in message
+    assert "timed with a batch of 2 images" in message and not list(tmp_path.iterdir())
     before = {f: f.stat().st_mtime_ns for f in done.rglob("*")}
     main([*words, f"output={done}", "scale=[1, 5]", "--dry-run"])
-    told = capsys.readouterr().out
-    assert "5 cells x 6 noises = 30 images, 24 of them done" in told and "by the records of 24 images" in told
+    message = capsys.readouterr().out
+    assert (
+        "5 cells x 6 noises = 30 images, 24 of them done" in message
+        and "by the records of 24 images" in message
+    )
     assert before == {f: f.stat().st_mtime_ns for f in done.rglob("*")}
 
 
@@ -427,13 +425,8 @@ def test_tracking_that_fails_ends_nothing(words, tmp_path: Path, monkeypatch) ->
         raise OSError("no route to host")
 
     monkeypatch.setitem(tracking._TABLES, "tensorboard", fail)
-    options = [
-        "scale=0",
-        "seeds_per_prompt=1",
-        "cfg_matched=false",
-        "cfg_scales_matched=[]",
-        "tracker=tensorboard",
-    ]
+    options = ["scale=0", "seeds_per_prompt=1", "cfg_matched=false", "cfg_scales_matched=[]"]
+    options += ["tracker=tensorboard"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         main([*words, *options, f"output={tmp_path / 'out'}"])
@@ -445,32 +438,18 @@ def test_tracking_that_fails_ends_nothing(words, tmp_path: Path, monkeypatch) ->
     ("change", "message"),
     [
         ("scales=[1]", "Did you mean 'scale'"),
-        ("num_step=[2]", "Did you mean 'num_steps'"),
         ("scale=[]", "got an empty list"),
-        ("scheduler=[]", "got an empty list"),
         ("scale=two", "Expected a number or a list of numbers for 'scale', got 'two'"),
-        ("scale=[1, two]", "got 'two'"),
-        ("scale=[1, true]", "got True"),
         ("scale=[1, .nan]", "Expected a finite number for 'scale"),
-        ("cfg_scale=.inf", "Expected a finite number for 'cfg_scale'"),
         ("num_steps=[2.5]", "Expected whole numbers for 'num_steps', got 2.5"),
-        ("num_steps=[0]", "Expected num_steps from 1 to 1000, got 0"),
-        ("combine=zipp", "one of 'product', 'zip'"),
         ("combine=zip; start=[0, 0.1, 0.2]", "scale has 2, start has 3"),
-        ("start=0.9; stop=0.1", "start < stop"),
         ("scheduler=[ddim, dimm]", "Did you mean 'ddim'"),
         ("head=null", "Expected a head for scale"),
         ("head=[a, b]; guide=midblock", "write heads as guides"),
-        ("guide=[midblok]", "Did you mean 'midblock'"),
         ("guide=[3]", "Expected guides as NAME"),
         ("batch_size=0", "batch_size of at least 1 or auto"),
-        ("batch_size=many", "batch_size of at least 1 or auto"),
         ("stalled_after=0", "stalled_after in seconds above 0"),
         ("cfg_matched=false", "Expected cfg_matched=true with cfg_scales_matched"),
-        ("device=cuda:99", "Expected a device of this machine"),
-        ("model=no/such-model", "could not be loaded"),
-        ("prompts=missing.txt", "found none called 'missing.txt'"),
-        ("tracker=neptune", "one of 'none', 'wandb', 'tensorboard'"),
         ("output=FILE/out", "Expected a folder at"),
     ],
 )
@@ -480,19 +459,6 @@ def test_bad_input_gets_a_sentence(change: str, message: str, words, tmp_path: P
     error = stopped([*words, f"output={tmp_path / 'out'}", *changes], capsys)
     assert message in error.splitlines()[-1] and "Traceback" not in error
     assert {p.name for p in tmp_path.rglob("*")} == {"empty.txt"}
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
-def test_a_disk_that_cannot_be_written(number: int, words, tmp_path: Path, capsys, monkeypatch) -> None:
-    def fail(*arguments: object, **named: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    name = "write_bytes" if number == errno.ENOSPC else "write_text"  # while sampling, and before it
-    monkeypatch.setattr(Path, name, fail)
-    told = stopped([*words, f"output={tmp_path / 'out'}", "scale=0"], capsys)
-    assert ("disk is full" if number == errno.ENOSPC else "permission denied") in told
-    left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == ({"config.yaml"} if number == errno.ENOSPC else set())
 
 
 def test_many_cells_are_shown_on_pages(done: Path, tmp_path: Path) -> None:
@@ -514,17 +480,6 @@ def test_many_cells_are_shown_on_pages(done: Path, tmp_path: Path) -> None:
     assert before == [sheet.stat().st_mtime_ns for sheet in sheets]
 
 
-def test_memory_is_shared_by_cells_of_a_head(words) -> None:
-    from guidance.runs.sweep import ArmBuilder
-
-    head = next(w for w in words if w.startswith("head=")).partition("=")[2]
-    builder = ArmBuilder()
-    cells = [Cell(f"c{i}", scale=float(i + 1), head=head, start=i / 100) for i in range(20)]
-    arms = [builder.build(cell) for cell in cells]
-    assert len({id(arm.guides[0].head) for arm in arms}) == 1  # type: ignore[attr-defined]
-    assert [arm.guides[0].strength.start for arm in arms] == [cell.start for cell in cells]
-
-
 def test_the_function_runs_without_words(tiny_folder, tmp_path: Path, capsys) -> None:
     config = SweepConfig(
         scale=0, num_steps=[1, 2], num_prompts=2, model=str(tiny_folder), output=str(tmp_path / "o")
@@ -534,12 +489,3 @@ def test_the_function_runs_without_words(tiny_folder, tmp_path: Path, capsys) ->
     assert {r.arm for r in records} == {"unguided, num_steps=1", "unguided, num_steps=2"}
     same = SweepConfig(scale=[1, 2], batch_size=3, cfg_matched=True)
     assert default_output(same) == default_output(SweepConfig()) != default_output(SweepConfig(seed=1))
-
-
-def test_it_is_quick_to_look_at(words, done: Path, capsys) -> None:
-    """``--print-config`` shows every option, and needs no model."""
-    begun = time.monotonic()
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, "--print-config"])
-    assert stopped.value.code == 0 and time.monotonic() - begun < 2
-    assert yaml.safe_load(capsys.readouterr().out)["scale"] == [1, -2]
