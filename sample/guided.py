@@ -114,9 +114,15 @@ class GuidedConfig:
         return steered_arms(arms, self._steering(arms[1]))
 
     def _steering(self, arm: Arm) -> Steering:
+        from guidance.guides.base import ScoringGuide
         from guidance.runs.arms import Steering
 
-        steering = Steering(arm.guides[0], self.particles, self.potential, self.lam, eta=self.eta)
+        guide = arm.guides[0]
+        if not isinstance(guide, ScoringGuide):
+            raise UserError(
+                f"Expected a first guide with a score, by which particles are steered, got '{guide.name}'."
+            )
+        steering = Steering(guide, self.particles, self.potential, self.lam, eta=self.eta)
         return dataclasses.replace(steering, threshold=0.0) if self.lam == 0 else steering
 
     def build_sampling(self) -> Sampling:
