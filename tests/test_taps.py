@@ -85,7 +85,10 @@ def test_gradient_agrees_with_finite_differences(tiny_pipe):
 def test_two_targets_give_both_gradients(tiny_pipe):
     unet = tiny_pipe.unet
     x, t, text = inputs(unet)
-    half = lambda f: {"mid_block": 0.5 * score_gradient(f)["mid_block"]}  # noqa: E731
+
+    def half(features):
+        return {"mid_block": 0.5 * score_gradient(features)["mid_block"]}
+
     _, (a, b) = forward_with_gradient(
         lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient, half]
     )
@@ -126,7 +129,10 @@ def test_half_precision_gradients_do_not_underflow(tiny_pipe):
 
     unet = copy.deepcopy(tiny_pipe.unet)
     x, t, text = inputs(unet)
-    tiny = lambda f: {k: 1e-7 * v for k, v in score_gradient({k: v.float() for k, v in f.items()}).items()}  # noqa: E731
+
+    def tiny(features):
+        return {"mid_block": 1e-7 * score_gradient({k: v.float() for k, v in features.items()})["mid_block"]}
+
     _, (want,) = forward_with_gradient(
         lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [tiny]
     )

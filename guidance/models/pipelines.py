@@ -148,7 +148,7 @@ def _from_pretrained(
 ) -> Pipeline:
     from diffusers import DiffusionPipeline
 
-    source = _source(name)
+    source = source_of(name)
     index = DiffusionPipeline.load_config(source, **hub)
     _check_denoiser(index)
     unchecked = _UNCHECKED if "safety_checker" in index else {}
@@ -172,7 +172,7 @@ def _from_single_file(
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     check_file(file)
-    source = _source(preset_of_file(file) if config is None else os.fspath(config))
+    source = source_of(preset_of_file(file) if config is None else os.fspath(config))
     try:
         index = diffusers.DiffusionPipeline.load_config(source, **hub)
         _check_denoiser(index)
@@ -200,13 +200,9 @@ def _from_single_file(
         ) from error
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
     """Return the folder or hub id that a name stands for."""
     folder = TESTBED_FOLDER if name == TESTBED else Path(name).expanduser()
-    if name == TESTBED and not folder.is_dir():
-        raise UserError(
-            "Expected the embedded testbed weights in guidance/testbed/weights; reinstall the package."
-        )
     if folder.is_dir():
         if not (folder / INDEX).exists():
             raise UserError(
@@ -226,7 +222,7 @@ def _source(name: str) -> str:
     if base not in PRESETS:
         raise UserError(
             f"Expected 'testbed', a folder, a .safetensors file, a hub id (owner/name) or a published model's short "
-            f"name, got '{name}'.{nearest(name, PRESETS)}"
+            f"name, got '{name}'.{nearest(name, [TESTBED, *PRESETS])}"
         )
     return str(PRESETS[name].hub_id)
 
@@ -289,9 +285,6 @@ def load_on(
         model, revision: See :func:`guidance.models.pipelines.load_pipeline`.
         device: None takes the device of the process, or the best available.
         dtype: Name of a torch type.
-
-    Raises:
-        UserError: If there is no such device or model.
     """
     device = device or (state.device if state.num_processes > 1 else None)
     return load_pipeline(model, revision=revision, device=device, dtype=getattr(torch, dtype))

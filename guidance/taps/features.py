@@ -1,8 +1,8 @@
-"""What a tap names, and what its modules put out as features: maps (b, c, y, x), whatever the denoiser.
+"""Resolve tap names to modules and read their outputs as feature maps (b, c, y, x), whatever the denoiser.
 
-UNet blocks put out maps, alone or as the first entry of a tuple.  Blocks of a transformer put out tokens (b, n, d),
-one a patch, alone (DiT, PixArt) or behind the text's tokens (SD3, Flux); they are laid out on the patch grid of the
-model's input, a view through which gradients pass.
+UNet blocks return maps, alone or as the first entry of a tuple.  Transformer blocks return tokens (b, n, d), one per
+patch, alone (DiT, PixArt) or after the text tokens (SD3, Flux); they are laid out on the patch grid of the model's
+input, a view through which gradients pass.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from guidance.utils.errors import UserError, nearest
 
 MID_BLOCK = "mid_block"
 
-#: Between the names of modules that are read together: "down_blocks.2+mid_block".
+#: Joins the names of modules that are read together: "down_blocks.2+mid_block".
 JOIN = "+"
 
 #: Rows and columns of a transformer's patches.
@@ -28,10 +27,7 @@ Grid = tuple[int, int]
 
 
 def split_taps(tap: str) -> list[str]:
-    """The modules of a tap, in the order in which their channels are joined.
-
-    Raises:
-        UserError: If a name is empty or given twice.
+    """Return the modules of a tap, in the order in which their channels are joined.
 
     >>> split_taps("down_blocks.2+mid_block")
     ['down_blocks.2', 'mid_block']
@@ -46,14 +42,11 @@ def split_taps(tap: str) -> list[str]:
 
 
 def resolve_tap(model: nn.Module, tap: str = MID_BLOCK) -> nn.Module:
-    """Find the module whose output is read.
+    """Find the module of a tap.
 
     Args:
         model: Denoiser, for example ``pipe.unet``.
         tap: Dotted name as in ``model.named_modules()``, for example "mid_block" or "up_blocks.0".
-
-    Raises:
-        UserError: If the model has no such module.
     """
     try:
         module = model.get_submodule(tap)
@@ -66,15 +59,7 @@ def resolve_tap(model: nn.Module, tap: str = MID_BLOCK) -> nn.Module:
 
 
 def tap_channels(model: nn.Module, tap: str = MID_BLOCK) -> list[int | None]:
-    """The channels of each module that a tap names, None where its attributes do not say.
-
-    Args:
-        model: Denoiser.
-        tap: One name, or several joined by "+".
-
-    Raises:
-        UserError: If the model has no such module.
-    """
+    """Return the channels of each module of a tap, None where its attributes do not tell."""
     found: list[int | None] = []
     for name in split_taps(tap):
         module = resolve_tap(model, name)
@@ -88,7 +73,7 @@ def tap_channels(model: nn.Module, tap: str = MID_BLOCK) -> list[int | None]:
 
 
 def patch_grid(embedding: nn.Module, given: Tensor) -> Grid:
-    """The patch grid of a forward, by what the position embedding of a transformer is given.
+    """Return the patch grid of a forward, from the input of a transformer's position embedding.
 
     Args:
         embedding: ``model.pos_embed``.
@@ -109,15 +94,15 @@ def patch_grid(embedding: nn.Module, given: Tensor) -> Grid:
 
 
 def read_output(output: Any, grid: Grid = (0, 0)) -> Tensor:
-    """The features in a module's output.
+    """Return the features in a module's output.
 
     Args:
-        output: A tensor, or a tuple: of maps the first counts, of tokens the last that lie on the grid (the image's:
-            SD3 and Flux put the text's before them).
+        output: A tensor, or a tuple: the first counts for maps, the last on the grid for tokens (SD3 and Flux return
+            text tokens before those of the image).
         grid: Rows and columns of the patches; (0, 0) for models without patches.
 
     Returns:
-        Maps (b, c, y, x); what is neither a map nor tokens is returned as it is.
+        Maps (b, c, y, x); other tensors than maps and tokens are returned unchanged.
 
     Raises:
         UserError: If tokens do not lie on the grid.
@@ -153,27 +138,26 @@ def join_maps(maps: Sequence[Tensor]) -> Tensor:
     if len(maps) == 1:
         return maps[0]
     if any(h.ndim != 4 for h in maps):
-        shapes = ", ".join(str(tuple(h.shape)) for h in maps)
-        raise UserError(f"Expected maps (b, c, y, x) at each of several taps, got {shapes}; tap blocks only.")
+        raise UserError("Expected maps (b, c, y, x) at each of several taps, got others; tap blocks only.")
     size = min(h.shape[2] for h in maps), min(h.shape[3] for h in maps)
     averaged = [h if h.shape[2:] == size else F.adaptive_avg_pool2d(h, size) for h in maps]
     return torch.cat(averaged, dim=1)
 
 
-def join_by_tap(taps: Sequence[str], maps: dict[str, Tensor]) -> dict[str, Float[Tensor, "b c y x"]]:
-    """The features of each tap, joined where it names several modules, from those of single modules."""
+def join_by_tap(taps: Sequence[str], maps: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the features of each tap, joined where it names several modules, from those of single modules."""
     return {tap: join_maps([maps[name] for name in split_taps(tap)]) for tap in taps}
 
 
 def detached(output: Any) -> Any:
-    """A module's output without its graph, in the same structure."""
+    """Detach a module's output from its graph, in the same structure."""
     if isinstance(output, tuple | list):
         return type(output)(detached(part) for part in output)
     return output.detach() if isinstance(output, Tensor) else output
 
 
 def pull_back(live: dict[str, Tensor], wanted: dict[str, Tensor], leaf: Tensor, *, retain: bool) -> Tensor:
-    """``sum_tap J_tap^T wanted_tap``; half precision is scaled to unit size on the way, so nothing underflows."""
+    """Return ``sum_tap J_tap^T wanted_tap``; half precision is scaled to unit size meanwhile, so nothing underflows."""
     taps = [tap for tap in wanted if live[tap].requires_grad]
     precise = torch.float64 if leaf.dtype == torch.float64 else torch.float32
     if not taps:

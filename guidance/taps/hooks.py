@@ -1,25 +1,25 @@
-"""Taps: where features are read.  The only code of the library that touches hooks.
+"""Read features at taps and take gradients there.  The only code of the library that touches hooks.
 
-Three things can be done at a tap (default: the output of the UNet's mid-block):
+A tap (default: the output of the UNet's mid-block) allows three things:
 
-* :func:`capture` reads features while a model runs as it always does;
+* :func:`capture` reads features while a model runs unchanged;
 * :func:`encode_features` stops the forward at the tap: the blocks after it never run;
 * :func:`forward_with_gradient` runs **one** forward in which the features are scored at the tap, the gradient with
   respect to the model's input is taken right there, the graph is dropped, and the rest runs without a graph.
 
 A tap is the name of a module, or several joined by "+" ("down_blocks.2+mid_block": see
-:func:`guidance.taps.features.join_maps`).  Features are maps (b, c, y, x), of transformers too.  What works: all UNets;
-DiT, PixArt and SD3, whose tokens are laid out on the patch grid of the input; Flux, whose packed input (b, n, c) has no
-grid of its own: it is read off the position ids.  Refused are tokens that are no patch each (text, attention inside a
-UNet's block).
+:func:`guidance.taps.features.join_maps`).  Features are maps (b, c, y, x), of transformers too.  Supported are all
+UNets; DiT, PixArt and SD3, whose tokens are laid out on the patch grid of the input; Flux, whose grid is read from the
+position ids.  Tokens that are not patches (text, attention inside a UNet's block) are refused.
 
     python -m guidance.taps MODEL     # lists the taps of a model, see guidance/taps/table.py
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from guidance.taps.features import (
 from guidance.taps.lockstep import as_batch, as_parts, plain
 from guidance.utils.errors import UserError
 
-#: Taps that are no module: the prediction of x0, its gradient carried through the denoiser or not.
+#: Taps that are not modules: the prediction of x0, with the gradient taken at x0 or through the denoiser.
 X0, X0_THROUGH_UNET = "x0", "x0/unet"
 
 #: ``f(model output, x, through) -> x0`` of the conditional part, see :func:`forward_with_gradient`.
@@ -49,30 +49,33 @@ PredictX0 = Callable[[Any, Tensor, bool], Tensor]
 #: ``f(features by tap) -> d score / d features by tap``, for :func:`forward_with_gradient`.
 FeatureGradient = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-#: ``f(output, grid of the patches) -> output to go on with, or None for the same``.
+#: ``f(output, patch grid) -> output to continue with, or None to keep it``.
 Hook = Callable[[Any, Grid], Any]
 
 
 class _Stop(BaseException):
-    """Raised by a hook to leave a forward early; never seen outside of this module."""
+    """Leave a forward early from a hook; never seen outside of this module."""
 
 
 @contextmanager
 def _hooks(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
     """Register forward hooks by tap name and remove them however the block is left."""
     handles = []
-    grid: list[Grid] = [(0, 0)]
+    grid: Grid = (0, 0)
 
-    def see(module: nn.Module, args: Any) -> None:
-        grid[0] = patch_grid(module, args[0])
+    def read_grid(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal grid
+        grid = patch_grid(module, args[0])
+
+    def call(hook: Hook, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return hook(output, grid)
 
     try:
         embedding = getattr(model, "pos_embed", None)
         if isinstance(embedding, nn.Module):  # a transformer: it runs before all blocks
-            handles.append(embedding.register_forward_pre_hook(see))
+            handles.append(embedding.register_forward_pre_hook(read_grid))
         for tap, hook in hooks.items():
-            run = lambda module, args, output, hook=hook: hook(output, grid[0])  # noqa: E731
-            handles.append(resolve_tap(model, tap).register_forward_hook(run))
+            handles.append(resolve_tap(model, tap).register_forward_hook(functools.partial(call, hook)))
         yield
     finally:
         for handle in handles:
@@ -81,23 +84,19 @@ def _hooks(model: nn.Module, hooks: Mapping[str, Hook]) -> Iterator[None]:
 
 @contextmanager
 def watch(model: nn.Module, taps: Sequence[str], seen: Callable[[str, Any, Grid], None]) -> Iterator[None]:
-    """Call ``seen(tap, output, grid of the patches)`` whenever a tapped module has run; it changes nothing.
+    """Call ``seen(tap, output, patch grid)`` whenever a tapped module has run; the forward is unchanged.
 
     Args:
         model: Denoiser.
         taps: Names of single modules.
-        seen: What to call; :func:`guidance.taps.features.read_output` turns what it gets into features.
+        seen: Callback, which must return None; :func:`guidance.taps.features.read_output` reads the output.
     """
-
-    def hook_for(tap: str) -> Hook:
-        return lambda output, grid: seen(tap, output, grid)
-
-    with _hooks(model, {tap: hook_for(tap) for tap in taps}):
+    with _hooks(model, {tap: functools.partial(seen, tap) for tap in taps}):
         yield
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The prediction in a denoiser's output: of a tuple the first entry, else its ``sample``."""
+    """Return the prediction in a denoiser's output: the first entry of a tuple, else its ``sample``."""
     return output[0] if isinstance(output, tuple) else output.sample
 
 
@@ -107,10 +106,10 @@ def capture(model: nn.Module, taps: Sequence[str] = (MID_BLOCK,)) -> Iterator[di
 
     Args:
         model: Denoiser.
-        taps: What to read.
+        taps: Taps to read.
 
     Yields:
-        A dict that holds, after each forward, the latest features of every tap (detached).
+        A dict that holds the latest features of every tap (detached) after each forward.
 
     Example:
         >>> from torch import nn, zeros
@@ -137,14 +136,14 @@ def capture(model: nn.Module, taps: Sequence[str] = (MID_BLOCK,)) -> Iterator[di
 
 
 def _modules(taps: Sequence[str]) -> list[str]:
-    """The single modules that taps name, each once."""
+    """Return the single modules that taps name, each once."""
     return list(dict.fromkeys(name for tap in taps for name in split_taps(tap)))
 
 
 @torch.no_grad()
 def encode_features(
     model: nn.Module,
-    x: Float[Tensor, "b c y x"],
+    x: Float[Tensor, "b ..."],
     t: Tensor | float,
     text: Float[Tensor, "b n d"] | None = None,
     *,
@@ -157,7 +156,7 @@ def encode_features(
 
     Args:
         model: Denoiser with the call ``model(x, timestep=t, encoder_hidden_states=...)``.
-        x: Noisy latents as the model expects them (after ``scale_model_input``); of Flux packed, (b, n, c).
+        x: Noisy latents as the model expects them (after ``scale_model_input``); for Flux packed, (b, n, c).
         t: Timestep(s) as the model expects them, a number or shape (b,).
         text: Text-encoder states, None for models without text.
         tap: Name of the module to read, or several joined by "+".
@@ -194,13 +193,13 @@ def encode_features(
 def forward_with_gradient(
     forward: Callable[[Tensor], Any],
     model: nn.Module,
-    x: Float[Tensor, "b c y x"],
+    x: Float[Tensor, "b ..."],
     taps: Sequence[str],
     feature_gradients: Sequence[FeatureGradient],
     predict_x0: PredictX0 | None = None,
     *,
     whole: bool = True,
-) -> tuple[Any, list[Float[Tensor, "b c y x"]]]:
+) -> tuple[Any, list[Float[Tensor, "b ..."]]]:
     """Run one forward and take gradients with respect to its input at the last tap.
 
     ``feature_gradients[i]`` maps features to ``d score_i / d features``; the gradient of each ``score_i`` with
@@ -283,16 +282,15 @@ def forward_with_gradient(
 
 @contextmanager
 def whole_blocks(model: nn.Module) -> Iterator[None]:
-    """Let a UNet's blocks run parts in step (:mod:`guidance.taps.lockstep`) as the one batch they are, where no graph
-    is wanted, or not any more."""
+    """Let a UNet's blocks run parts in step (:mod:`guidance.taps.lockstep`) as one batch where no graph is needed."""
     number: list[int] = []
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         joined = None if torch.is_grad_enabled() else as_batch(args, kwargs)
         number.append(joined[2] if joined else 0)
         return joined[:2] if joined else None
 
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         parts = number.pop()
         return as_parts(output, parts) if parts else None
 
@@ -307,18 +305,18 @@ def whole_blocks(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _saved_as_they_are() -> Any:
-    """What is saved for a backward pass here is none of a checkpointed block's, whose hook may be running."""
+def _saved_as_they_are() -> AbstractContextManager[None]:
+    """Save tensors for this backward pass unchanged, even inside the hook of a checkpointed block."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 @contextmanager
 def uncompiled(denoiser: nn.Module, taps: Iterable[str]) -> Iterator[None]:
-    """Run the denoiser itself, whose forward is replaced, and every module that contains a tap as plain Python.
+    """Run the denoiser itself, whose forward is replaced, and every module that contains a tap without compilation.
 
-    Hooks are new in every step: compiled, such modules would be traced again each time (44 graphs and 40 s for 12 steps
-    of a tiny DiT), and PyTorch does not promise that hooks younger than a graph are seen.  Blocks beside and below the
-    taps stay compiled, as ``pipe.unet.compile_repeated_blocks()`` makes them.
+    Hooks are registered anew in every step: compiled, such modules would be traced again each time (44 graphs and 40 s
+    for 12 steps of a tiny DiT), and PyTorch does not guarantee that a graph sees later hooks.  Blocks beside and below
+    the taps stay compiled, as by ``pipe.unet.compile_repeated_blocks()``.
     """
     paths = [name.split(".") for tap in taps for name in split_taps(tap)]
     names = {"", *(".".join(path[:n]) for path in paths for n in range(1, len(path) + 1))}

@@ -1,12 +1,12 @@
 """Run the parts of a classifier-free guidance batch in step, with a graph for one part only.
 
-The gradient of guidance needs a graph for the conditional part alone, but a forward for each part reads and unpacks
-every weight once a part, which costs 10 to 20% of a step at batch 1 on a CPU.  A :class:`Lockstep` tensor is the
-conditional part with the others at its side: operations with large weights run once on the whole batch, all others part
-by part, and only the conditional part remembers them for the backward pass.  Weights smaller than a part's input are
-read again for each part: that is cheaper than to put the parts together.
+The gradient of guidance needs a graph for the conditional part alone, but separate forwards read and unpack every
+weight once per part, which costs 10 to 20% of a step at batch 1 on a CPU.  A :class:`Lockstep` tensor is the
+conditional part with the others beside it: operations with large weights run once on the whole batch, all others part
+by part, and only the conditional part records them for the backward pass.  Weights smaller than a part's input are read
+again for each part, which is cheaper than concatenating the parts.
 
-Where no graph is wanted any more, whole modules run on the batch as one (:func:`as_batch`, :func:`as_parts`).
+Where no graph is needed any more, whole modules run on the batch as one (:func:`as_batch`, :func:`as_parts`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ from torch import Tensor
 _WEIGHTED = (F.conv2d, F.linear)
 
 
+#: Tensors in nested tuples, lists and dicts, beside other values.
+Tree = Any
+
+
 class NotInStepError(Exception):
-    """An operation that cannot run part by part; the parts have to run one after another then."""
+    """Report an operation that cannot run part by part; the parts must then run one after another."""
 
 
 class Lockstep(Tensor):
     """The conditional part of a batch; ``others`` holds the other parts, each of the same shape.
 
-    ``whole`` is the tensor they all are views of, the conditional part last, where there is one.
+    ``whole`` is the tensor of which they all are views, the conditional part last, if there is one.
     """
 
     others: list[Tensor]
@@ -54,11 +58,11 @@ class Lockstep(Tensor):
             return _merge(result, rest)
 
 
-def lockstep(parts: Sequence[Any], conditional: int) -> Any:
+def lockstep(parts: Sequence[Tree], conditional: int) -> Tree:
     """Join the same argument of several parts: tensors that differ become one :class:`Lockstep`.
 
     Args:
-        parts: The argument as each part would get it: tensors, or containers of them.
+        parts: The argument of each part: tensors, or containers of them.
         conditional: Index of the part that may have a graph.
     """
     first = parts[conditional]
@@ -73,13 +77,13 @@ def lockstep(parts: Sequence[Any], conditional: int) -> Any:
 
 
 def plain(x: Tensor) -> Tensor:
-    """The conditional part alone, as an ordinary tensor with its graph."""
+    """Return the conditional part alone, as an ordinary tensor with its graph."""
     with torch._C.DisableTorchFunctionSubclass():
         return x.as_subclass(Tensor) if isinstance(x, Lockstep) else x
 
 
 def split_parts(x: Tensor, conditional: int) -> list[Tensor]:
-    """All parts in their order: the inverse of :func:`lockstep`."""
+    """Return all parts in order: the inverse of :func:`lockstep`."""
     parts = list(x.others) if isinstance(x, Lockstep) else []
     parts.insert(conditional, plain(x))
     return parts
@@ -88,27 +92,27 @@ def split_parts(x: Tensor, conditional: int) -> list[Tensor]:
 def as_batch(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], int] | None:
-    """A module's arguments as the whole batch has them, the conditional part last, and the number of parts.
+    """Return a module's arguments for the whole batch, the conditional part last, and the number of parts.
 
-    An argument that all parts share is repeated if it runs along the batch.
+    A shared argument with a batch dimension is repeated.
 
     Returns:
-        None if no argument has parts, or not all of them run along the batch.
+        None if no argument has parts, or not all of them have the batch dimension.
     """
     tied = list(_find((args, kwargs)))
     if not tied or any(x.ndim == 0 or len(x) != len(tied[0]) for x in tied):
         return None
     size, parts = len(tied[0]), len(tied[0].others) + 1
 
-    def whole(value: Any) -> Any:
+    def whole(value: Tree) -> Tree:
         shared = type(value) is Tensor and value.ndim > 0 and len(value) == size
         return torch.cat([value] * parts) if shared else _map(_whole, value)
 
     return tuple(map(whole, args)), {k: whole(v) for k, v in kwargs.items()}, parts
 
 
-def as_parts(output: Any, parts: int) -> Any:
-    """What a module made of :func:`as_batch`, cut into parts again."""
+def as_parts(output: Tree, parts: int) -> Tree:
+    """Split a module's output for :func:`as_batch` into parts again."""
     return _map(lambda x: _cut(x, parts), output)
 
 
@@ -119,12 +123,12 @@ def _whole(x: Tensor) -> Tensor:
 
 
 def _cut(whole: Tensor, parts: int) -> Tensor:
-    """The parts of a batch whose last part is the conditional one, as views of it."""
+    """Return the parts of a batch whose last part is the conditional one, as views of it."""
     *others, first = whole.chunk(parts)
     return _tie(first, others, whole)
 
 
-def _map(f: Callable[[Tensor], Any], value: Any) -> Any:
+def _map(f: Callable[[Tensor], Any], value: Tree) -> Tree:
     if isinstance(value, Tensor):
         return f(value)
     if isinstance(value, dict):
@@ -134,8 +138,8 @@ def _map(f: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
-def _find(value: Any) -> Iterator[Lockstep]:
-    """All tensors with parts in containers."""
+def _find(value: Tree) -> Iterator[Lockstep]:
+    """Yield all tensors with parts."""
     if isinstance(value, Lockstep):
         yield value
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -150,7 +154,7 @@ def _tie(first: Tensor, others: Sequence[Tensor], whole: Tensor | None = None) -
 
 
 def _pays(x: Lockstep, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether all parts share the weight, and reading it costs more than putting the parts into one tensor."""
+    """Tell whether all parts share the weight, and reading it costs more than concatenating the parts."""
     if any(isinstance(value, Lockstep) for value in args):
         return False
     return x.whole is not None or _weight(args, kwargs).numel() > x.numel()
@@ -161,28 +165,33 @@ def _weight(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _fills(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor that all parts share is written to, as sliced attention does: the last part would win."""
+    """Tell whether a shared tensor is written to, as in sliced attention: the last part would win."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__") and not isinstance(args[0], Lockstep)
     return "out" in kwargs or name == "__setitem__" or in_place
 
 
-def _pick(value: Any, part: int | None) -> Any:
-    """The arguments as one part sees them; None: the conditional one."""
-    own = lambda x: plain(x) if part is None else x.others[part]  # noqa: E731
-    return _map(lambda x: own(x) if isinstance(x, Lockstep) else x, value)
+def _pick(value: Tree, part: int | None) -> Tree:
+    """Return the arguments of one part; None: the conditional one."""
+
+    def pick(x: Tensor) -> Tensor:
+        if not isinstance(x, Lockstep):
+            return x
+        return plain(x) if part is None else x.others[part]
+
+    return _map(pick, value)
 
 
-def _count(value: Any) -> int:
-    """Number of other parts, 0 where no argument has any."""
+def _count(value: Tree) -> int:
+    """Return the number of other parts, 0 where no argument has any."""
     return max((len(x.others) for x in _find(value)), default=0)
 
 
-def _has_tensor(value: Any) -> bool:
+def _has_tensor(value: Tree) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_has_tensor, value)))
 
 
-def _merge(first: Any, rest: Sequence[Any]) -> Any:
+def _merge(first: Tree, rest: Sequence[Tree]) -> Tree:
     if isinstance(first, Tensor):
         return _tie(first, rest)
     if isinstance(first, list | tuple):
@@ -191,30 +200,38 @@ def _merge(first: Any, rest: Sequence[Any]) -> Any:
 
 
 def _joint(func: Callable[..., Tensor], x: Lockstep, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """One call on the whole batch, cut into parts again."""
+    """Call once on the whole batch and split the result into parts."""
     first = plain(x)
     if not (torch.is_grad_enabled() and first.requires_grad):
         with torch.no_grad():
             return _cut(func(_whole(x), *args, **kwargs), len(x.others) + 1)
     found: list[Tensor] = []
-    run = lambda c: func(torch.cat([*x.others, c]), *args, **kwargs)  # noqa: E731
+
+    def run(conditional: Tensor) -> Tensor:
+        return func(torch.cat([*x.others, conditional]), *args, **kwargs)
+
     options = _conv_options(args, kwargs) if func is F.conv2d else None
     return _tie(_Joint.apply(first, _weight(args, kwargs), run, options, found), found)
 
 
 def _conv_options(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """stride, padding, dilation, groups of a ``conv2d`` call."""
+    """Return stride, padding, dilation and groups of a ``conv2d`` call."""
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     given = dict(zip(("weight", "bias", *defaults), args, strict=False)) | kwargs
     return tuple(given.get(k, v) for k, v in defaults.items())
 
 
 class _Joint(torch.autograd.Function):
-    """A weighted operation on all parts whose backward pass knows the conditional one; the weight is frozen."""
+    """A weighted operation on all parts with a backward pass of the conditional one; the weight is frozen."""
 
     @staticmethod
     def forward(
-        ctx: Any, cond: Tensor, weight: Tensor, run: Any, options: Any, found: list[Tensor]
+        ctx: Any,
+        cond: Tensor,
+        weight: Tensor,
+        run: Callable[[Tensor], Tensor],
+        options: tuple[Any, ...] | None,
+        found: list[Tensor],
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.options = cond.shape, options
@@ -222,7 +239,7 @@ class _Joint(torch.autograd.Function):
         parts = whole.shape[0] // cond.shape[0]
         *others, first = whole.chunk(parts)
         found += others
-        # Its own memory: what is kept of it for the gradient must not hold the other parts' too.
+        # a copy: what the graph keeps of it must not keep the other parts alive
         return first.clone()
 
     @staticmethod

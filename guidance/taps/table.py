@@ -1,4 +1,4 @@
-"""The taps of a model, with the shape of their features and what it costs to get there.
+"""List the taps of a model, with the shape of their features and the cost of reaching them.
 
     python -m guidance.taps random:sdxl                    # seconds and no weights: shapes alone
     python -m guidance.taps testbed --depth 2 --json
@@ -23,26 +23,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from guidance.models.checks import check_file, explained, parts_of, preset_of_file
 from guidance.models.inputs import build_inputs
-from guidance.models.pipelines import DENOISER, TESTBED, TESTBED_FOLDER
+from guidance.models.pipelines import DENOISER, source_of
 from guidance.models.presets import PRESETS, RANDOM, TINY
 from guidance.models.random_weights import build_denoiser
 from guidance.taps.features import MID_BLOCK, Grid, read_output
 from guidance.taps.hooks import watch
-from guidance.utils.errors import UserError, friendly_errors, nearest
+from guidance.utils.errors import UserError, friendly_errors
 
 PROG = "python -m guidance.taps"
 
 
 @dataclasses.dataclass(frozen=True)
 class TapRow:
-    """One tap.
+    """A tap and its cost.
 
     Attributes:
         tap: Name of the module.
-        shape: Of its features, (b, c, y, x).
+        shape: Shape of its features, (b, c, y, x).
         flops: Floating-point operations of a forward that stops after it (a multiplication and an addition are two).
         share: The same as a fraction of a full forward.
-        parameters: Numbers in the weights that such a forward reads.
+        parameters: Number of parameters that such a forward reads.
     """
 
     tap: str
@@ -54,14 +54,14 @@ class TapRow:
 
 @dataclasses.dataclass(frozen=True)
 class TapTable:
-    """The taps of a denoiser in the order in which they run, and what a whole forward takes.
+    """The taps of a denoiser in the order in which they run, and the cost of a full forward.
 
     Attributes:
         denoiser: Name of its class.
-        input_shape: Of the latents, (b, c, y, x); of Flux packed, (b, n, c).
-        flops, parameters: Of a full forward.
+        input_shape: Shape of the latents, (b, c, y, x); for Flux packed, (b, n, c).
+        flops, parameters: Totals of a full forward.
         taps: The rows.
-        default: The tap that heads read where nothing else is said, None for a model without a mid-block.
+        default: The default tap of heads, None for a model without a mid-block.
     """
 
     denoiser: str
@@ -72,41 +72,35 @@ class TapTable:
     default: str | None
 
     def halfway(self) -> str | None:
-        """The last tap within half of the FLOPs."""
+        """Return the last tap within half of the FLOPs."""
         return next((row.tap for row in reversed(self.taps) if row.share <= 0.5), None)
 
 
 def list_taps(
     model: nn.Module, latent_size: int | None = None, batch_size: int = 1, depth: int = 1
 ) -> TapTable:
-    """Run a denoiser once and list its blocks that can be tapped.
+    """Run a denoiser once and list the blocks that can be tapped.
 
     Args:
         model: A denoiser on the meta device, see :func:`build_shape`: elsewhere some attention is not counted.
         latent_size: Height and width of the latents; None for the model's own.
         batch_size: Samples.
-        depth: How deep blocks are looked for: 1 lists "down_blocks.0", 2 also "down_blocks.0.resnets.1".  Single
+        depth: How deep to look for blocks: 1 lists "down_blocks.0", 2 also "down_blocks.0.resnets.1".  Single
             layers, such as a convolution, can be tapped but are not listed.
-
-    Raises:
-        UserError: If the class is not known or has values, or the size does not suit the model.
     """
     for name, value in (("latent-size", latent_size), ("batch-size", batch_size), ("depth", depth)):
         if value is not None and value < 1:
             raise UserError(f"Expected a {name} of at least 1, got {value}.")
     x, inputs = build_inputs(model, latent_size, batch_size)
-    if x.device.type != "meta":
-        raise UserError(
-            f"Expected a denoiser on the meta device, got one on {x.device}; build it by tap_table.build_shape(name)."
-        )
+    assert x.device.type == "meta", "build the denoiser by build_shape(name)"
     modules = dict(model.named_modules())
-    own = {n: sum(p.numel() for p in m.parameters(recurse=False)) for n, m in modules.items()}
+    sizes = {n: sum(p.numel() for p in m.parameters(recurse=False)) for n, m in modules.items()}
     found: dict[str, tuple[tuple[int, ...], int, int]] = {}
     read: dict[str, int] = {}
     counter = FlopCounterMode(display=False)
 
     def seen(tap: str, output: Any, grid: Grid) -> None:
-        read[tap] = own[tap]
+        read[tap] = sizes[tap]
         shape = _map_shape(output, grid) if _is_block(modules[tap]) and _level(tap) <= depth else None
         if shape is not None:
             found[tap] = shape, counter.get_total_flops(), sum(read.values())
@@ -116,11 +110,11 @@ def list_taps(
     flops = counter.get_total_flops()
     rows = [TapRow(tap, shape, count, count / flops, n) for tap, (shape, count, n) in found.items()]
     default = MID_BLOCK if MID_BLOCK in found else None
-    return TapTable(type(model).__name__, tuple(x.shape), flops, sum(own.values()), rows, default)
+    return TapTable(type(model).__name__, tuple(x.shape), flops, sum(sizes.values()), rows, default)
 
 
 def _level(name: str) -> int:
-    """Depth of a module, the numbers in a list of blocks not counted."""
+    """Return the depth of a module, without the numbers in lists of blocks."""
     return sum(not part.isdigit() for part in name.split("."))
 
 
@@ -129,7 +123,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _map_shape(output: Any, grid: Grid) -> tuple[int, ...] | None:
-    """The shape of a module's features, None where it has none that can be tapped."""
+    """Return the shape of a module's features, None where they cannot be tapped."""
     try:
         features = read_output(output, grid)
     except UserError:
@@ -144,9 +138,6 @@ def build_shape(name: str) -> nn.Module:
     Args:
         name: "testbed", a folder, a hub id, a single file of weights, or the name of a published model, with or
             without "random:" before it.
-
-    Raises:
-        UserError: If there is no such model, or it has no denoiser that diffusers knows.
     """
     preset = name.removeprefix(RANDOM)
     if name.startswith(RANDOM) or preset.removesuffix(TINY) in PRESETS:
@@ -154,23 +145,19 @@ def build_shape(name: str) -> nn.Module:
     if Path(name).suffix == ".safetensors":
         check_file(Path(name))
         return build_denoiser(preset_of_file(Path(name)), device="meta")
-    return _from_config(str(TESTBED_FOLDER) if name == TESTBED else name, name)
+    return _from_config(name)
 
 
-def _from_config(source: str, name: str) -> nn.Module:
+def _from_config(name: str) -> nn.Module:
     import diffusers
 
-    if not Path(source).is_dir() and "/" not in name:
-        raise UserError(
-            f"Expected 'testbed', a folder, a hub id (owner/name) or random:NAME, got '{name}'."
-            f"{nearest(name, [TESTBED, *PRESETS])}"
-        )
+    source = source_of(name)
     with explained(name, torch.device("meta"), torch.float32):
         parts = parts_of(diffusers.DiffusionPipeline.load_config(source))
         part = next((part for part in DENOISER if part in parts), None)
         cls: Any = getattr(diffusers, parts[part][1], None) if part else None
-        known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
-        if not known:
+        is_model = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+        if not is_model:
             raise UserError(
                 f"Expected a pipeline with a unet or transformer of diffusers, got '{name}' without."
             )
@@ -181,7 +168,7 @@ def _from_config(source: str, name: str) -> nn.Module:
 
 # ---- the command ------------------------------------------------------------------------------------------------
 def format_table(table: TapTable) -> str:
-    """The table as text, shapes as b x c x y x x."""
+    """Format the table as text, shapes as b x c x y x x."""
     head = f"{table.denoiser}, input {'x'.join(map(str, table.input_shape))}: {_count(table.flops)} FLOPs a forward"
     lines = [f"{head}, {_count(table.parameters)} parameters", ""]
     width = max([len(row.tap) for row in table.taps], default=3)
@@ -205,7 +192,7 @@ def _count(n: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Run ``python -m guidance.taps``."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         description=(
