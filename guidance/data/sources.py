@@ -1,4 +1,4 @@
-"""Datasets of images with captions and targets: the testbed, files, image folders, the hub."""
+"""Load datasets of images with captions and targets: the testbed, files, image folders, the hub."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.processes import launched
 
 TESTBED = "testbed"
@@ -34,6 +34,24 @@ _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json
 _HELD_OUT = 0.1  # share of train that becomes a missing validation or test split
 
 
+@runtime_checkable
+class Examples(Protocol):
+    """A ``datasets.Dataset``: rows with named columns."""
+
+    column_names: list[str]
+    features: Any
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a row, rows, or a column."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
 def load_examples(
     source: str | os.PathLike[str] = TESTBED,
     split: str = "train",
@@ -46,25 +64,25 @@ def load_examples(
     split_column: str = "split",
     group_column: str | None = None,
     seed: int = 0,
-) -> Any:
+) -> Examples:
     """Load one split of a dataset and check its columns.
 
-    A file may name the split of each row in ``split_column``.  A validation or test split that the dataset
-    lacks is taken out of train, a tenth each, by a hash of the row number or of ``group_column``.
+    A file may name the split of each row in ``split_column``.  A missing validation or test split is taken out of
+    train, a tenth each, by a hash of the row number or of ``group_column``.
 
     Args:
         source: "testbed"; a parquet, CSV, TSV or JSON-lines file; a folder of images with metadata.csv or
             metadata.jsonl (``datasets``' imagefolder); or a hub id.
         split: "train", "validation" or "test".
-        n: Use n examples, drawn by ``seed`` (of the testbed: its first n); None for all of them (of the
-            testbed :data:`TESTBED_SIZES`).
+        n: Number of examples, drawn by ``seed`` (of the testbed: the first n); None for all (of the testbed
+            :data:`TESTBED_SIZES`).
         image_column: Column of encoded bytes, ``{"bytes": ...}``, or file names relative to the file.
         caption_column: Column of captions; None for a dataset without.
-        target_columns: Columns that must exist besides.
+        target_columns: Further columns that must exist.
         rating_column: Column to check for numbers within 1..10; None checks none.
-        split_column: See above.
-        group_column: Rows with the same value stay in one split; set it to the caption column where several
-            images share a prompt, or validation examples are half known from training.
+        split_column: Column of split names, see above.
+        group_column: Rows with the same value stay in one split; set it to the caption column where several images
+            share a prompt, so that no validation prompt was seen in training.
         seed: Seed of the testbed's world, and of the choice of n examples.
 
     Returns:
@@ -80,7 +98,7 @@ def load_examples(
     if source == TESTBED:
         from guidance.testbed.data import load_testbed
 
-        workers = min(os.cpu_count() or 1, 4) if launched() == 1 else 1  # of several each draws by itself
+        workers = min(os.cpu_count() or 1, 4) if launched() == 1 else 1  # several processes draw in each
         dataset = load_testbed(split, TESTBED_SIZES[split] if n is None else n, seed=seed, workers=workers)
     else:
         wanted = [image_column, caption_column, *target_columns, rating_column, group_column]
@@ -99,8 +117,8 @@ def load_examples(
     return _keep_encoded(dataset, image_column, Path(source))
 
 
-def require_columns(dataset: Any, columns: Sequence[str], source: str | os.PathLike[str]) -> None:
-    """Refuse a dataset that lacks a column; the message lists those it has."""
+def require_columns(dataset: Examples, columns: Sequence[str], source: str | os.PathLike[str]) -> None:
+    """Refuse a dataset that lacks a column, and list its columns."""
     for column in columns:
         if column not in dataset.column_names:
             found = ", ".join(dataset.column_names)
@@ -127,14 +145,11 @@ def check_ratings(values: Sequence[Any], column: str = "rating") -> None:
 
 
 def decode_image(value: Any, row: int = 0) -> Image.Image:
-    """Decode what an image column holds: a PIL image, encoded bytes, or a ``{"bytes", "path"}`` dict.
+    """Decode a cell of an image column: a PIL image, encoded bytes, or a ``{"bytes", "path"}`` dict.
 
     Args:
         value: The cell.
-        row: Row number for messages.
-
-    Raises:
-        UserError: If the image is missing or cannot be decoded; the message names the row.
+        row: Row number, for errors.
     """
     try:
         if isinstance(value, dict):
@@ -149,19 +164,17 @@ def decode_image(value: Any, row: int = 0) -> Image.Image:
             f"Expected an image in row {row}, but it cannot be read ({error}); remove the row."
         ) from error
     if not isinstance(value, Image.Image):
-        kind = type(value).__name__
-        raise UserError(f"Expected an image in row {row}, got {kind}; choose another image column.")
+        raise UserError(
+            f"Expected an image in row {row}, got {type(value).__name__}; choose another image column."
+        )
     return value
 
 
-def column_array(dataset: Any, name: str) -> NDArray[Any]:
+def column_array(dataset: Examples, name: str) -> NDArray[Any]:
     """Return a dataset column as an array that ``numpy.save`` stores without pickling.
 
     Whole numbers become int64, others float64 (missing ones NaN), text fixed-width Unicode, lists of numbers
-    float32 rows; class labels are given by their names.
-
-    Raises:
-        UserError: If the column holds something else, or lists of several lengths.
+    float32 rows; class labels become their names.
     """
     values = list(dataset[name])
     feature = dataset.features[name]
@@ -188,8 +201,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _choose_split(
-    by_name: dict[str, Any], split: str, group_column: str | None, source: str | os.PathLike[str]
-) -> Any:
+    by_name: dict[str, Examples], split: str, group_column: str | None, source: str | os.PathLike[str]
+) -> Examples:
     """Return a split by its name, or carve it out of the train split."""
     by_name = {_ALIASES.get(name, name): data for name, data in by_name.items()}
     if split in by_name and split != "train":
@@ -204,8 +217,8 @@ def _choose_split(
     return dataset.select(np.flatnonzero((low <= hashed) & (hashed < high)))
 
 
-def _load_all(source: str | os.PathLike[str], split_column: str) -> dict[str, Any]:
-    """Load every split of a file, folder or hub dataset, by its own name."""
+def _load_all(source: str | os.PathLike[str], split_column: str) -> dict[str, Examples]:
+    """Load every split of a file, folder or hub dataset by its name there."""
     import datasets
 
     path, suffix = Path(source), Path(source).suffix.lower()
@@ -222,31 +235,26 @@ def _load_all(source: str | os.PathLike[str], split_column: str) -> dict[str, An
             return dict(datasets.load_dataset("imagefolder", data_dir=str(path)))
         return dict(datasets.load_dataset(os.fspath(source)))
     except Exception as error:  # datasets, pyarrow, pandas and the hub client each raise their own
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EROFS,
-            errno.EDQUOT,
-            errno.EACCES,
-        ):
+        full_or_forbidden = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
+        if isinstance(error, OSError) and error.errno in full_or_forbidden:
             raise
-        reason = (str(error).strip().splitlines() or [""])[0][:150]
         hint = nearest(os.fspath(source), [TESTBED]).partition(" Choices:")[0]
         raise UserError(
             f"Expected '{TESTBED}', a data file, a folder of images or a reachable hub id, but '{source}' "
-            f"cannot be loaded ({type(error).__name__}: {reason}).{hint}"
+            f"cannot be loaded ({type(error).__name__}: {first_line(error)[:150]}).{hint}"
         ) from error
 
 
-def _by_column(dataset: Any, split_column: str) -> dict[str, Any]:
-    """Divide the rows of a file by the split that a column names, if it has one."""
+def _by_column(dataset: Examples, split_column: str) -> dict[str, Examples]:
+    """Divide the rows of a file by its column of split names, if it has one."""
     if split_column not in dataset.column_names:
         return {"train": dataset}
     names = np.asarray([str(name) for name in dataset[split_column]])
     return {str(name): dataset.select(np.flatnonzero(names == name)) for name in np.unique(names)}
 
 
-def _keep_encoded(dataset: Any, image_column: str, source: Path) -> Any:
-    """Leave images encoded until :func:`decode_image`, which can name the row; resolve file names."""
+def _keep_encoded(dataset: Examples, image_column: str, source: Path) -> Examples:
+    """Keep images encoded for :func:`decode_image`, which can name the row; resolve file names."""
     import datasets
 
     feature = dataset.features[image_column]

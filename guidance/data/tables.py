@@ -1,8 +1,9 @@
-"""Rows of prompt files: text, tables, JSON and parquet, and the formats in which prompt sets are published."""
+"""Read rows of prompt files: text, tables, JSON and parquet, as prompt sets are published."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 from guidance.utils.errors import UserError
 
-#: Names of a prompt column, best first, in any letter case: PartiPrompts has Prompt, DrawBench Prompts, COCO on the
-#: hub captions (a list, of which the first is taken), instruct-pix2pix original_prompt or input.
+#: Names of a prompt column in order of preference, in any letter case: Prompt in PartiPrompts, Prompts in DrawBench,
+#: captions in COCO on the hub (a list, of which the first is taken), original_prompt or input in instruct-pix2pix.
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text", "captions", "original_prompt", "input")
 
 CATEGORY_COLUMNS = ("category", "tag")  # GenEval: tag
@@ -22,11 +23,7 @@ Row = Mapping[str, Any]
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Read the rows of a file whose suffix is a key of :data:`READERS`.
-
-    Raises:
-        UserError: If it cannot be read as what its suffix says.
-    """
+    """Read the rows of a file whose suffix is a key of :data:`READERS`."""
     suffix = file.suffix.lower()
     try:
         return READERS[suffix](file)
@@ -40,7 +37,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def find_key(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """Return the key of a row that is the first of these names, whatever its letter case.
+    """Return the first of these names that is a key of a row, ignoring letter case.
 
     >>> find_key({"Tag": 1, "Category": 2}, ("category", "tag"))
     'Category'
@@ -50,7 +47,7 @@ def find_key(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def require_cell(row: Row, names: Sequence[str], where: str, what: str = "prompts") -> Any:
-    """Return the cell of the first of these columns that a row has; "" if it is empty."""
+    """Return the cell of the first of these columns that a row has, "" if it is empty."""
     key = find_key(row, names)
     if key is None:
         raise UserError(
@@ -64,15 +61,7 @@ def _read_lines(file: Path) -> list[Row]:
     return [{"prompt": line} for line in file.read_text(encoding="utf-8-sig").splitlines()]
 
 
-def _read_commas(file: Path) -> list[Row]:
-    return _read_table(file, ",")
-
-
-def _read_tabs(file: Path) -> list[Row]:
-    return _read_table(file, "\t")
-
-
-def _read_table(file: Path, delimiter: str) -> list[Row]:
+def _read_table(file: Path, delimiter: str = ",") -> list[Row]:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         return list(csv.DictReader(stream, delimiter=delimiter))
 
@@ -81,7 +70,7 @@ def _read_json(file: Path) -> list[Row]:
     content = json.loads(file.read_text(encoding="utf-8-sig"))
     if isinstance(content, dict) and "prompts" in content:
         content = content["prompts"]
-    elif isinstance(content, dict) and "annotations" in content:  # captions of COCO, about five an image
+    elif isinstance(content, dict) and "annotations" in content:  # COCO: about five captions per image
         first: dict[Any, Any] = {}
         for row in _objects(content["annotations"], file):
             first.setdefault(row.get("image_id", len(first)), row)
@@ -99,7 +88,7 @@ def _read_parquet(file: Path) -> list[Row]:
 
     wanted = {*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *CHALLENGE_COLUMNS}
     names = parquet.read_schema(file).names
-    kept = [name for name in names if name.lower() in wanted]  # images beside the prompts stay on the disk
+    kept = [name for name in names if name.lower() in wanted]  # images beside the prompts are not read
     rows: list[Row] = parquet.read_table(file, columns=kept or names).to_pylist()
     return rows
 
@@ -112,11 +101,11 @@ def _objects(content: Any, file: Path) -> list[Row]:
     return [{"prompt": item} if isinstance(item, str) else item for item in content]
 
 
-#: How the rows of a kind of file are read, by its suffix.
+#: Suffix of a file -> the function that reads its rows.
 READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".txt": _read_lines,
-    ".csv": _read_commas,
-    ".tsv": _read_tabs,
+    ".csv": _read_table,
+    ".tsv": functools.partial(_read_table, delimiter="\t"),
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,

@@ -1,6 +1,6 @@
-"""The testbed as ``datasets`` objects: captioned and rated images, and edit pairs.
+"""Draw the testbed as ``datasets`` objects: captioned and rated images, and edit pairs.
 
-Everything is drawn in memory from seeds: nothing is stored and nothing is downloaded.
+Everything is drawn in memory from seeds; nothing is stored or downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from guidance.testbed.render import render
 from guidance.testbed.scenes import Scene, combinations, edit_scene, sample_scene
 from guidance.testbed.truth import rating, truth_score
-from guidance.utils.errors import UserError
 from guidance.utils.processes import is_main
 
 _CHUNK = 100
@@ -58,14 +57,14 @@ def load_testbed(split: str, n: int, *, seed: int = 0, start: int = 0, workers: 
     """Draw ``n`` scenes of a split as a dataset.
 
     Splits share neither a scene seed nor a combination of time, terrain, object and colour.  A row depends on
-    (split, seed, its index) alone, so ``load_testbed(s, 100)`` opens ``load_testbed(s, 200)``.
+    (split, seed, its index) alone, so ``load_testbed(s, 100)`` is the beginning of ``load_testbed(s, 200)``.
 
     Args:
         split: "train", "validation" or "test".
         n: Number of scenes (about 130 a second and process).
         seed: Seed of the world.
         start: Index of the first scene.
-        workers: Processes that draw; 1 draws in this one.
+        workers: Number of processes that draw; 1 draws in this process.
 
     Returns:
         Columns ``image`` (64x64 RGB), ``caption``, ``rating`` (one noisy vote, 1..10), ``truth``
@@ -74,9 +73,10 @@ def load_testbed(split: str, n: int, *, seed: int = 0, start: int = 0, workers: 
         saturation, tilt`` (units in `scenes.HIDDEN`) and ``scene_seed``.
 
     Raises:
-        UserError: If there is no such split, or a number is out of range.
+        UserError: If there is no such split.
     """
-    _check(split, n=n, seed=seed, start=start, workers=workers, least={"n": 1, "workers": 1})
+    combinations(split)  # refuses an unknown split
+    assert n > 0 and seed >= 0 and start >= 0 and workers > 0
     jobs = [(split, i, min(_CHUNK, start + n - i), seed) for i in range(start, start + n, _CHUNK)]
     columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
     silent = n <= _BAR_FROM or not is_main()
@@ -88,19 +88,17 @@ def load_testbed(split: str, n: int, *, seed: int = 0, start: int = 0, workers: 
     return datasets.Dataset.from_dict(columns, features=_FEATURES)
 
 
-def load_edit_pairs(split: str, n: int, seed: int = 0) -> datasets.Dataset:
+def draw_edit_pairs(split: str, n: int, seed: int = 0) -> datasets.Dataset:
     """Draw ``n`` edit pairs: one captioned attribute changed, layout and hidden factors kept.
 
-    An edited scene stays in its split (a scene for which no such edit is drawn in ten tries is left out), so that no
-    test combination is seen as an edit of a training scene.
+    An edited scene stays in its split (scenes without such an edit in ten tries are skipped), so that no test
+    combination is an edit of a training scene.
 
     Returns:
         Columns ``image, caption, instruction, edited_caption, edited_image`` and ``scene_seed``.
-
-    Raises:
-        UserError: If there is no such split, or a number is out of range.
     """
-    _check(split, n=n, seed=seed, least={"n": 1})
+    combinations(split)  # refuses an unknown split
+    assert n > 0 and seed >= 0
     columns: dict[str, list[Any]] = {name: [] for name in _EDIT_FEATURES}
     pairs = _edits(split, seed)
     silent = n <= _BAR_FROM or not is_main()
@@ -129,7 +127,7 @@ def _edits(split: str, seed: int) -> Iterator[tuple[Scene, str, Scene]]:
 
 
 def vote(scene: Scene, truth: float) -> int:
-    """The one vote a scene was given: its noise depends on the scene's seed alone."""
+    """Return the vote on a scene: its noise depends on the scene's seed alone."""
     return int(rating(truth, np.random.default_rng([scene.seed, 11])))
 
 
@@ -160,10 +158,3 @@ def _png(image: NDArray[np.uint8]) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
-
-
-def _check(split: str, *, least: dict[str, int], **numbers: int) -> None:
-    combinations(split)  # refuses an unknown split
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least.get(name, 0):
-            raise UserError(f"Expected {name} to be a whole number from {least.get(name, 0)}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""The judges of the testbed: networks that grade generated images and guide none.
+"""The judges of the testbed: networks that grade generated images and never guide.
 
 * the *judge classifier* reads object, colour, time and terrain, and gives 128-d features for Frechet
   distances;
@@ -26,7 +26,6 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from guidance.testbed.models import IMAGE_SIZE, MAX_TOKENS, JudgeClassifier
 from guidance.testbed.scenes import ATTRIBUTES, parse_caption
-from guidance.testbed.truth import check_images
 from guidance.utils.errors import UserError
 from guidance.utils.images import to_float
 from guidance.utils.io import read_json
@@ -38,8 +37,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 class Judges:
     """The judge networks, frozen, with numpy in and numpy out.
 
-    Images are uint8 ``(n, 64, 64, 3)``.  Batches are made inside; results do not depend on their size beyond
-    the rounding of float32.
+    Images are uint8 ``(n, 64, 64, 3)``, at least one.  Results depend on the batch size only by float32 rounding.
     """
 
     classifier: JudgeClassifier
@@ -67,8 +65,6 @@ class Judges:
 
     def clip_embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Return unit-length judge-CLIP embeddings of texts, float32; longer ones than 24 tokens are cut."""
-        if isinstance(texts, str) or not texts:
-            raise UserError(f"Expected a list of one or more captions, got {texts!r}.")
         ids = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).input_ids
@@ -79,13 +75,8 @@ class Judges:
     def agreement(
         self, images: UInt8[np.ndarray, "n 64 64 3"], captions: Sequence[str]
     ) -> dict[str, Bool[np.ndarray, " n"]]:
-        """Return, for each attribute, whether the classifier sees in each image what its caption says.
-
-        Raises:
-            UserError: If there is not one caption an image, or a caption is not of the world's grammar.
-        """
-        if len(captions) != len(images):
-            raise UserError(f"Expected one caption an image, got {len(captions)} for {len(images)} images.")
+        """Return, for each attribute, whether the classifier sees in each image what its caption says."""
+        assert len(captions) == len(images)
         said = [parse_caption(caption) for caption in captions]
         seen = self.classify(images)
         return {
@@ -94,25 +85,20 @@ class Judges:
             for name, classes in ATTRIBUTES.items()
         }
 
-    def _over(self, images: Any, function: Callable[[Tensor], Tensor]) -> np.ndarray:
-        array = check_images(images)
-        if array.shape[1:3] != (IMAGE_SIZE, IMAGE_SIZE):
-            raise UserError(
-                f"Expected {IMAGE_SIZE}x{IMAGE_SIZE} images, which is all the judges know, got "
-                f"{array.shape[1]}x{array.shape[2]}; judge images of the testbed pipeline only."
-            )
-        return self._batched(array, lambda part: function(to_float(np.ascontiguousarray(part), self.device)))
+    def _over(
+        self, images: UInt8[np.ndarray, "n 64 64 3"], function: Callable[[Tensor], Tensor]
+    ) -> np.ndarray:
+        assert images.dtype == np.uint8 and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        return self._batched(images, lambda part: function(to_float(np.ascontiguousarray(part), self.device)))
 
     @torch.no_grad()
-    def _batched(self, items: Any, function: Callable[[Any], Tensor]) -> np.ndarray:
-        if not len(items):
-            raise UserError("Expected at least one image, got none.")
+    def _batched(self, items: np.ndarray | Tensor, function: Callable[[Any], Tensor]) -> np.ndarray:
         starts = range(0, len(items), self.batch_size)
         return torch.cat([function(items[i : i + self.batch_size]).cpu() for i in starts]).numpy()
 
 
 def _unit(output: Any) -> Tensor:
-    """Normalise what `CLIPModel.get_*_features` returns: a tensor in transformers 4, an object in 5."""
+    """Normalise the result of `CLIPModel.get_*_features`: a tensor in transformers 4, an object in 5."""
     embedding = output if isinstance(output, Tensor) else output.pooler_output
     return nn.functional.normalize(embedding.float(), dim=-1)
 
@@ -123,25 +109,15 @@ def load_judges(
     """Load the judges.
 
     Args:
-        folder: Where ``judge_classifier``, ``judge_clip`` and ``tokenizer`` lie; None for the shipped ones.
-        device: Where they run, in float32 (the files may be fp16).
-        batch_size: Images at once.
-
-    Raises:
-        UserError: If a part is missing.
+        folder: Folder of ``judge_classifier``, ``judge_clip`` and ``tokenizer``; None for the shipped one.
+        device: Device of the networks, which run in float32 (the files may be fp16).
+        batch_size: Images per forward.
     """
     root = Path(folder) if folder is not None else WEIGHTS
-    needed = (
-        "judge_classifier/model.safetensors",
-        "judge_clip/model.safetensors",
-        "tokenizer/tokenizer_config.json",
-    )
-    for name in needed:
-        if not (root / name).is_file():
-            raise UserError(
-                f"Expected the judges' file '{name}' in '{root}', found none; name a folder with trained "
-                "testbed weights (train/testbed.py makes one)."
-            )
+    if not (root / "judge_classifier" / "model.safetensors").is_file():
+        raise UserError(
+            f"Expected trained testbed weights in '{root}', found none; train.testbed writes some."
+        )
     clip = CLIPModel.from_pretrained(root / "judge_clip", local_files_only=True)
     tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     classifier = load_classifier(root / "judge_classifier")
@@ -156,11 +132,5 @@ def load_classifier(folder: str | os.PathLike[str]) -> JudgeClassifier:
     width = read_json(config).get("width", 32) if config.is_file() else 32
     classifier = JudgeClassifier(width)
     tensors = {name: tensor.float() for name, tensor in load_file(Path(folder) / "model.safetensors").items()}
-    try:
-        classifier.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(
-            f"Expected the weights of a judge classifier of width {width} in '{folder}', got others; check "
-            "its config.json."
-        ) from error
+    classifier.load_state_dict(tensors)
     return classifier

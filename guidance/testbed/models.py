@@ -1,4 +1,4 @@
-"""The networks of the testbed pipeline, untrained: every size in one place.
+"""Build the networks of the testbed pipeline, untrained: every size in one place.
 
 All are stock diffusers and transformers classes, so the trained folder loads with
 ``StableDiffusionPipeline.from_pretrained``; only the judge classifier is our own module.
@@ -29,8 +29,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
     """Train CLIP's byte-pair tokenizer on the world's captions; unknown words fall back to letters.
 
-    Ties go to the pair that comes first in the alphabet: the trainer of ``tokenizers`` breaks them otherwise in each
-    process, and the same texts would get other token ids.
+    Ties go to the alphabetically first pair: the trainer of ``tokenizers`` breaks them differently in each process,
+    which would give the same texts other token ids.
     """
     rules = CLIPTokenizer(vocab={START: 0, END: 1}, merges=[]).backend_tokenizer
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,'-!?")
@@ -71,7 +71,7 @@ def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def build_clip(vocab_size: int, eos_token_id: int, *, judge: bool = False) -> CLIPModel:
-    """The guiding CLIP, or the judge CLIP: other patches, widths and depths (and, in training, another seed)."""
+    """Build the guiding CLIP, or the judge CLIP: other patches, widths and depths (and, in training, another seed)."""
     width, layers, patch = (96, 2, 4) if judge else (128, 3, 8)
     text = _transformer(width, layers) | {
         "vocab_size": vocab_size,
@@ -86,7 +86,7 @@ def build_clip(vocab_size: int, eos_token_id: int, *, judge: bool = False) -> CL
 
 
 def build_text_encoder(clip: CLIPModel) -> CLIPTextModel:
-    """The text tower of a CLIP as the pipeline's text encoder, with the same weights."""
+    """Build the pipeline's text encoder from the text tower of a CLIP, with the same weights."""
     encoder = CLIPTextModel(clip.config.text_config)
     encoder.load_state_dict(clip.text_model.state_dict())
     return encoder
@@ -102,7 +102,7 @@ def _transformer(width: int, layers: int) -> dict[str, int]:
 
 
 def build_vae() -> AutoencoderKL:
-    """4x autoencoder with 4 latent channels: 64x64 images become 16x16 latents of unit variance."""
+    """Build a 4x autoencoder with 4 latent channels: 64x64 images become 16x16 latents of unit variance."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -114,7 +114,7 @@ def build_vae() -> AutoencoderKL:
         mid_block_add_attention=False,
         scaling_factor=1.0,
     )
-    with torch.no_grad():  # nearly linear at first: trains several times faster
+    with torch.no_grad():  # initially almost linear, which trains several times faster
         for module in vae.modules():
             if type(module).__name__ == "ResnetBlock2D":
                 module.conv2.weight.mul_(0.02)
@@ -122,7 +122,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet(channels: tuple[int, int, int] = (32, 64, 128)) -> UNet2DConditionModel:
-    """Three levels, 16x16 to 4x4; cross-attention in down, mid and up blocks as in Stable Diffusion."""
+    """Build a UNet of three levels, 16x16 to 4x4; cross-attention in down, mid and up blocks as in Stable Diffusion."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         block_out_channels=channels,
@@ -136,14 +136,14 @@ def build_unet(channels: tuple[int, int, int] = (32, 64, 128)) -> UNet2DConditio
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule with v-prediction (Salimans and Ho 2022)."""
+    """Build Stable Diffusion's noise schedule with v-prediction (Salimans and Ho 2022)."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
-        steps_offset=1,  # not used by trailing spacing; StableDiffusionPipeline asks for it
+        steps_offset=1,  # unused by trailing spacing; StableDiffusionPipeline requires it
         clip_sample=False,
         set_alpha_to_one=False,
     )
@@ -189,13 +189,13 @@ class JudgeClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, len(c)) for name, c in ATTRIBUTES.items()})
 
     def features(self, images: Float[Tensor, "b 3 64 64"]) -> Float[Tensor, "b 128"]:
-        """Pooled features of RGB images in -1..1."""
+        """Return pooled features of RGB images in -1..1."""
         h = self.trunk(images)
         weights = rearrange(self.attention(h), "b k y x -> b k (y x)").softmax(-1)
         pooled = torch.einsum("bkn,bcn->bkc", weights, rearrange(h, "b c y x -> b c (y x)"))
         return nn.functional.silu(self.project(rearrange(pooled, "b k c -> b (k c)")))
 
     def forward(self, images: Float[Tensor, "b 3 64 64"]) -> dict[str, Tensor]:
-        """Logits per attribute, ``{name: (b, classes)}``, of RGB images in -1..1."""
+        """Return logits per attribute, ``{name: (b, classes)}``, of RGB images in -1..1."""
         f = self.features(images)
         return {name: head(f) for name, head in self.heads.items()}

@@ -2,7 +2,7 @@
 
 Four components of 4x4 patches give 29.9 dB by a linear decoder, and a linear encoder needs no training.  The encoder
 of a stock AutoencoderKL is set to that map by hand (:func:`set_encoder`); only the decoder is trained.  Tried before:
-8x autoencoders trained from nothing (two collapsed, one stayed at 24 dB after 20,000 images, below the 26.2 dB of an 8x
+8x autoencoders trained from scratch (two collapsed, one stayed at 24 dB after 20,000 images, below the 26.2 dB of an 8x
 patch PCA) and 4x ones for 75 seconds (22 dB at best); a 4x one was never trained for long.
 """
 
@@ -46,27 +46,27 @@ class PatchPCA:
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))
         top = vectors.flip(1)[:, :components].T
-        top = top * torch.sign(top.sum(1, keepdim=True))  # a sign convention, so that refitting agrees
+        top = top * torch.sign(top.sum(1, keepdim=True))  # sign convention, so that fits are reproducible
         rows = top / values.flip(0)[:components, None].sqrt()
         weight = rearrange(rows, "k (c a b) -> k c a b", a=PATCH, b=PATCH)
         return cls(weight.float(), -(rows @ mean).float())
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k h/4 w/4"]:
-        """Latents of images in -1..1."""
+        """Return latents of images in -1..1."""
         return F.conv2d(images, self.weight.to(images), self.bias.to(images), stride=PATCH)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors."""
+        """Write a safetensors file."""
         with atomic_path(path) as temporary:
             save_file({"weight": self.weight.contiguous(), "bias": self.bias}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> PatchPCA:
-        """Read what :meth:`save` wrote."""
+        """Read a file of :meth:`save`."""
         return cls(**load_file(path))
 
 
-# How a signal z passes GroupNorm and SiLU unharmed: its group holds (+e z, -e z) beside constants +1, -1 in pairs.
+# How a signal z passes GroupNorm and SiLU unchanged: its group holds (+e z, -e z) beside constants +1, -1 in pairs.
 # The mean is 0 and the variance constant up to e^2 z^2, so the norm is a constant factor; the affine part makes it
 # +-GAIN z + LEVEL, where SiLU is all but linear, and the difference of the two is z again.
 _SMALL, _GAIN, _LEVEL = 1e-3, 0.5, 14.0
@@ -120,7 +120,8 @@ def set_encoder(vae: AutoencoderKL, pca: PatchPCA) -> None:
 def set_decoder(vae: AutoencoderKL, pca: PatchPCA) -> None:
     """Start the decoder as a bilinear enlargement of each patch's mean colour; training adds what is missing.
 
-    Channels 0..2 carry RGB from the first convolution to the last; all others keep their random start.
+    Channels 0..2 carry RGB from the first convolution to the last; all others keep their random initialisation.
+
     Args:
         vae: As for :func:`set_encoder`.
         pca: The map whose latents are decoded.

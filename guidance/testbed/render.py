@@ -46,7 +46,7 @@ def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
         RGB image, uint8, shape ``(size, size, 3)``.
     """
     rng = np.random.default_rng([scene.seed, 7])
-    u = rng.random(64)  # layout draws: always the same number, so an edited scene keeps its layout
+    u = rng.random(64)  # a fixed number of layout draws, so that an edited scene keeps its layout
     canvas = Canvas(size, tilt=scene.tilt)
     horizon = 34.0 + 8.0 * u[0]
     light = np.array(SKIES[scene.time][2], np.float32)
@@ -65,7 +65,7 @@ def render_scenes(scenes: Iterable[Scene]) -> NDArray[np.uint8]:
 
 
 def object_area(scene: Scene, size: int = 16, margin: float = 2.0) -> NDArray[np.float32]:
-    """Where the named object (the first one) stands: the share of each cell that its surroundings cover, 0..1.
+    """Return the area of the first named object: the fraction of each cell that its surroundings cover, 0..1.
 
     The square depends on the layout alone, not on the kind of object: a loss weighted by it favours no shape.
 
@@ -113,7 +113,7 @@ def _sky(canvas: Canvas, time: str, horizon: float, u: Array) -> None:
 def _ridge(
     canvas: Canvas, base: float, height: float, frequency: float, phases: Array, sharp: float = 0.0
 ) -> Array:
-    """A skyline ``y(x)`` as a sum of three sines, folded to peaks when ``sharp`` is near 1."""
+    """Return a skyline ``y(x)`` as a sum of three sines, folded to peaks when ``sharp`` is near 1."""
     y = np.zeros_like(canvas.x)
     for k, phase in enumerate(phases):
         wave = np.sin(2 * np.pi * (frequency * (k + 1) * canvas.x / 64 + phase))
@@ -164,14 +164,14 @@ def _objects(canvas: Canvas, scene: Scene, horizon: float, light: Array, haze: A
 
 
 def _place(scene: Scene, horizon: float, u: Array) -> tuple[float, float, float]:
-    """The first object's x, the y of its foot (its centre, when it flies), and its scale."""
+    """Return the first object's x, the y of its foot (or centre, when it flies), and its scale."""
     side = {"left": -1.0, "right": 1.0}.get(scene.place, 0.0)
     x = 32 + (side * (12 + 5 * u[40]) if side else (u[40] - 0.5) * 26)
     return x, _stand(scene.object, scene.terrain, horizon, u[44]), 0.9 + 0.25 * u[41]
 
 
 def _stand(obj: str, terrain: str, horizon: float, u: float) -> float:
-    """The y of an object's foot (its centre, when it flies)."""
+    """Return the y of an object's foot (or centre, when it flies)."""
     if obj in FLYING:
         return horizon - 17 + 6 * u
     if terrain == "sea":
@@ -180,7 +180,7 @@ def _stand(obj: str, terrain: str, horizon: float, u: float) -> float:
 
 
 def _camera(rgb: Array, scene: Scene, size: int) -> NDArray[np.uint8]:
-    """Saturation, exposure and defocus, in this order; then 8 bits."""
+    """Apply saturation, exposure and defocus, in this order; convert to 8 bits."""
     grey = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
     rgb = grey[..., None] + scene.saturation * (rgb - grey[..., None])
     rgb = np.clip(rgb, 0, 1) * 2.0**scene.exposure

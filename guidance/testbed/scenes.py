@@ -1,4 +1,4 @@
-"""The testbed world: what a scene is, how it is described, and how its split is decided.
+"""Define the testbed world: scenes, their captions and their splits.
 
 A scene is drawn from a seed.  Its *caption* names object, colour, terrain, time of day and sometimes place
 and a second object; its *hidden* factors (haze, defocus, exposure, saturation, tilt) are in no caption, as in
@@ -32,8 +32,7 @@ FLYING = ("balloon", "kite")
 
 SPLITS = ("train", "validation", "test")
 
-#: The attributes a caption tells, with their classes: the judge classifier's heads and the class-head
-#: targets.
+#: Captioned attributes and their classes: the judge classifier's heads and the class-head targets.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "object": OBJECTS,
     "colour": COLOURS,
@@ -57,8 +56,7 @@ class Scene:
     """One scene of the world.
 
     Attributes:
-        seed: Seed of everything the caption does not say: layout, sizes and, unless overridden, hidden
-            factors.
+        seed: Seed of everything that is not in the caption: layout, sizes and, unless overridden, hidden factors.
         time, terrain, object, colour: The captioned attributes, see :data:`ATTRIBUTES`.
         place: "" (anywhere), "left" or "right".
         second_object, second_colour: A smaller second object, or "" for none.
@@ -92,7 +90,7 @@ class Scene:
 
     @property
     def split(self) -> str:
-        """The split of the scene: decided by its combination of the four attributes, never by its seed."""
+        """The split of the scene, determined by its combination of the four attributes, never by its seed."""
         return combination_split(self.time, self.terrain, self.object, self.colour)
 
 
@@ -113,14 +111,14 @@ _CAPTION = re.compile(
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """Read the attributes out of a caption: the inverse of :attr:`Scene.caption`.
+    """Parse the attributes of a caption: the inverse of :attr:`Scene.caption`.
 
     Args:
         caption: A caption of the world's grammar; letter case and spare spaces do not matter.
 
     Returns:
         ``object`` (the one named first), ``colour``, ``time``, ``terrain``, and ``place``, ``second_object``,
-        ``second_colour``, which are "" where the caption does not tell.
+        ``second_colour``, which are "" where the caption does not name them.
 
     Raises:
         UserError: If the caption is not of the grammar.
@@ -152,11 +150,7 @@ def combination_split(time: str, terrain: str, obj: str, colour: str) -> str:
 
 @functools.cache
 def combinations(split: str) -> tuple[tuple[str, str, str, str], ...]:
-    """List the (time, terrain, object, colour) combinations of a split.
-
-    Raises:
-        UserError: If there is no such split.
-    """
+    """List the (time, terrain, object, colour) combinations of a split."""
     if split not in SPLITS:
         raise UserError(f"Expected the name of a split, got {split!r}.{nearest(str(split), SPLITS)}")
     return tuple(
@@ -202,11 +196,7 @@ def scenes(split: str, n: int, *, start: int = 0, seed: int = 0) -> Iterator[Sce
 
 
 def prompts(split: str, n: int, *, seed: int = 0) -> list[str]:
-    """Return the first ``n`` *different* captions of a split, in a seeded order.
-
-    Raises:
-        UserError: If the split has fewer than ``n`` captions within 200 ``n`` scenes.
-    """
+    """Return the first ``n`` *different* captions of a split, in a seeded order."""
     found: dict[str, None] = {}
     for index in range(200 * n):
         found[sample_scene(split, index, seed + 1).caption] = None
@@ -216,7 +206,7 @@ def prompts(split: str, n: int, *, seed: int = 0) -> list[str]:
 
 
 def edit_scene(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene]:
-    """Change one captioned attribute, seed and hidden factors kept; return (instruction, edited scene)."""
+    """Change one captioned attribute, keep seed and hidden factors; return (instruction, edited scene)."""
     kind = str(rng.choice(["time", "colour", "object", "terrain"]))
     options = [v for v in ATTRIBUTES[kind] if v != getattr(scene, kind) and v != scene.second_object]
     value = str(rng.choice(options))

@@ -1,4 +1,4 @@
-"""The objects of the testbed world as signed distances, and the canvas they are drawn on."""
+"""Draw the objects of the testbed world from signed distances."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Canvas:
 
 
 def box(x: Array, y: Array, x0: float, y0: float, x1: float, y1: float) -> Array:
-    """Distance to the axis-aligned box ``[x0, x1] x [y0, y1]``."""
+    """Return the distance to the axis-aligned box ``[x0, x1] x [y0, y1]``."""
     return np.maximum(np.maximum(x0 - x, x - x1), np.maximum(y0 - y, y - y1))
 
 
 def circle(x: Array, y: Array, cx: float, cy: float, r: float) -> Array:
-    """Distance to a disc."""
+    """Return the distance to a disc."""
     return np.hypot(x - cx, y - cy) - r
 
 
 def polygon(x: Array, y: Array, points: Sequence[tuple[float, float]]) -> Array:
-    """Distance to a convex polygon given clockwise on the screen (y down): the largest edge distance."""
+    """Return the distance to a convex polygon, given clockwise on the screen (y down): the largest edge distance."""
     d = np.full_like(x, -np.inf)
     for (ax, ay), (bx, by) in zip(points, [*points[1:], points[0]], strict=True):
         nx, ny = by - ay, ax - bx
@@ -169,7 +169,7 @@ def draw_object(
     """Draw an object with its foot (or centre, when it flies) at ``x, y``.
 
     Args:
-        canvas: What to draw on.
+        canvas: Canvas to draw on.
         name: Key of :data:`SHAPES`.
         colour: Key of :data:`PAINT`.
         x, y: Position in canvas pixels.

@@ -1,4 +1,4 @@
-"""The truth of the testbed: an aesthetic score computed from pixels alone, and crowd votes on it.
+"""Compute the truth of the testbed: an aesthetic score from pixels alone, and crowd votes on it.
 
 ``truth = (w . (terms - mean) / sd) / scale``: four published no-reference measures, each standardised on
 4,000 training scenes, weighted and standardised again, so that one unit is one standard deviation of training
@@ -12,21 +12,17 @@ It measures haze, blur, dullness and bad exposure, not realism: pixel noise is s
 formula here and scores +4.4, so a claim about the truth score belongs beside the judges' agreement with the
 caption.
 
-``python -m guidance.testbed.truth`` computes the constants below anew.
+``python -m guidance.testbed.truth`` recomputes the constants below.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from guidance.utils.errors import UserError
-
-#: Weights of the standardised terms.  Colour and sharpness answer to saturation and defocus alone, hence the
-#: larger weights; exposure keeps bright scenes from winning and contrast answers to haze.  Shares of the
+#: Weights of the standardised terms.  Colour and sharpness respond to saturation and defocus alone, hence the
+#: larger weights; exposure keeps bright scenes from winning and contrast responds to haze.  Shares of the
 #: variance of the score on training scenes: 0.40, 0.32, 0.12, 0.16.
 WEIGHTS = {"colourfulness": 0.33, "sharpness": 0.30, "exposure": 0.22, "contrast": 0.15}
 
@@ -45,26 +41,6 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 _PIXELS_AT_ONCE = 1 << 18  # a block of this many pixels stays in the cache
 
 
-def check_images(images: Any) -> UInt8[np.ndarray, "n h w 3"]:
-    """Return ``images`` (array or tensor) as an array, or refuse what is not 8-bit RGB.
-
-    Raises:
-        UserError: If it is not uint8, not ``(n, h, w, 3)``, or smaller than 3x3 pixels.
-    """
-    array = np.asarray(images)
-    if array.dtype != np.uint8:
-        raise UserError(
-            f"Expected uint8 images, got {array.dtype}; round and convert floats first: "
-            "(x * 255).round().clip(0, 255).astype('uint8')."
-        )
-    if array.ndim != 4 or array.shape[-1] != 3 or min(array.shape[1:3]) < 3:
-        raise UserError(
-            f"Expected images of shape (n, h, w, 3) with sides of at least 3, got {array.shape}; put the "
-            "channels last and add a batch axis."
-        )
-    return array
-
-
 def truth_terms(images: UInt8[np.ndarray, "n h w 3"]) -> dict[str, Float[np.ndarray, " n"]]:
     """Measure the four terms of the truth score, each in its own published unit.
 
@@ -81,17 +57,14 @@ def truth_terms(images: UInt8[np.ndarray, "n h w 3"]) -> dict[str, Float[np.ndar
     Returns:
         One array per term, float64, shape ``(n,)``.
 
-    Raises:
-        UserError: If the images are not uint8 ``(n, h, w, 3)``.
-
     References:
         Hasler and Suesstrunk 2003, Measuring colourfulness in natural images.  Pech-Pacheco et al. 2000,
         Diatom autofocusing in brightfield microscopy.  Mertens et al. 2007, Exposure fusion.  Peli 1990,
         Contrast in complex images.
     """
-    array = check_images(images)
-    step = max(1, _PIXELS_AT_ONCE // (array.shape[1] * array.shape[2]))
-    parts = [_terms(array[i : i + step]) for i in range(0, len(array), step)] or [np.empty((4, 0))]
+    assert images.dtype == np.uint8 and images.shape[-1] == 3 and min(images.shape[1:3]) >= 3
+    step = max(1, _PIXELS_AT_ONCE // (images.shape[1] * images.shape[2]))
+    parts = [_terms(images[i : i + step]) for i in range(0, len(images), step)] or [np.empty((4, 0))]
     return dict(zip(WEIGHTS, np.concatenate(parts, axis=1), strict=True))
 
 
@@ -112,7 +85,7 @@ _WELL_EXPOSED = np.exp(-((np.arange(256) / 255 - 0.5) ** 2) / (2 * 0.2**2)).asty
 
 
 def _moments(x: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and variance of each image, in float64."""
+    """Return mean and variance of each image, in float64."""
     mean = x.mean((1, 2), dtype=np.float64)
     centred = x - mean[:, None, None].astype(np.float32)
     return mean, np.einsum("nyx,nyx->n", centred, centred, dtype=np.float64) / x[0].size
@@ -126,9 +99,6 @@ def truth_score(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, " n"]
 
     Returns:
         float64 ``(n,)``; mean 0 and standard deviation 1 on training scenes, higher is better.
-
-    Raises:
-        UserError: If the images are not uint8 ``(n, h, w, 3)``.
 
     >>> grey = np.full((1, 64, 64, 3), 128, np.uint8)
     >>> bool(truth_score(grey)[0] < -1)
