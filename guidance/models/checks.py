@@ -36,9 +36,6 @@ def check_folder(
         index: Its ``model_index.json``.
         left_out: Parts that are not loaded.
         variant: Variant of the weight files, such as "fp16".
-
-    Raises:
-        UserError: If a part is missing, has no weights, or has them as pickles or in another variant only.
     """
     for part, (library, cls) in parts_of(index).items():
         if part in left_out or library not in ("diffusers", "transformers"):
@@ -77,11 +74,7 @@ def refuse_pickles(source: str | Path) -> UserError:
 
 
 def check_file(file: Path) -> None:
-    """Check that a single-file checkpoint exists, in safetensors.
-
-    Raises:
-        UserError: If it does not.
-    """
+    """Check that a single-file checkpoint exists, in safetensors."""
     if not file.is_file():
         others = sorted(f.name for f in file.parent.glob(f"*{file.suffix}"))
         raise UserError(
@@ -92,11 +85,7 @@ def check_file(file: Path) -> None:
 
 
 def preset_of_file(file: Path) -> str:
-    """Identify the published model of which a single-file checkpoint is a version, by its names and shapes.
-
-    Raises:
-        UserError: If they are not sufficient.
-    """
+    """Identify the published model of which a single-file checkpoint is a version, by its names and shapes."""
     from diffusers.loaders import single_file_utils
     from safetensors import SafetensorError, safe_open
 

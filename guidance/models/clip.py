@@ -1,4 +1,4 @@
-"""The one CLIP adapter: guidance and evaluation see images and texts through the same object."""
+"""Embed images and texts with a CLIP or SigLIP, for guidance and evaluation alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,21 +20,26 @@ from torch.nn import functional as F
 
 from guidance.models.denoiser import fingerprint
 from guidance.models.pipelines import TESTBED, TESTBED_FOLDER, default_device
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.images import to_rgb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Clip:
-    """A frozen CLIP or SigLIP: images and texts to unit vectors of one space; see :func:`load_clip`.
+    """A frozen CLIP or SigLIP that maps images and texts to unit vectors of one space; see :func:`load_clip`.
 
     Attributes:
         model: The transformers model.
         tokenizer: Its tokenizer.
-        preprocess: What an image goes through first.
-        name: What it was loaded from.
+        preprocess: Resize, crop and normalisation of images.
+        name: Name it was loaded by.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, preprocess: Preprocess, name: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, preprocess: Preprocess, name: str
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.preprocess, self.name = tokenizer, preprocess, name
         self.max_tokens = int(model.config.text_config.max_position_embeddings)
@@ -49,7 +54,7 @@ class Clip:
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images the network takes."""
+        """Height and width of the network's input, in pixels."""
         return self.preprocess.size
 
     @functools.cached_property
@@ -59,7 +64,7 @@ class Clip:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the weights, so that a report can show that the guiding network did not grade."""
+        """Fingerprint of the weights, to show in reports that the guiding network did not grade."""
         return fingerprint(self.model)
 
     def to(self, device: torch.device | str) -> Clip:
@@ -71,14 +76,11 @@ class Clip:
         """Embed images, differentiably: resize, crop the centre, normalise, vision tower, unit length.
 
         Args:
-            x: RGB in -1..1, float, any size.  Values outside (decoders overshoot) pass unclipped, so that their
-                gradient lives.
+            x: RGB in -1..1, float, any size.  Values outside (decoders overshoot) are not clipped, which keeps their
+                gradient.
 
         Returns:
             Unit vectors, float32 (float64 from a float64 model).
-
-        Raises:
-            UserError: If the images have another shape or dtype.
         """
         if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
             raise UserError(
@@ -97,10 +99,10 @@ class Clip:
 
         Args:
             images: PIL images of any mode and size, or uint8 arrays (h, w, 3).
-            batch_size: Images at once.
+            batch_size: Images per forward.
 
         Returns:
-            Unit vectors as :meth:`embed_images` gives, on CLIP's device.
+            Unit vectors as of :meth:`embed_images`, on CLIP's device.
         """
         if isinstance(images, Image.Image) or not len(images):
             raise UserError("Expected a list of one or more images; put a single image in a list.")
@@ -119,7 +121,7 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Float[Tensor, "b d"]:
-        """Embed texts; longer ones than ``max_tokens`` are cut, see :meth:`truncated`.
+        """Embed texts; those longer than ``max_tokens`` are cut, see :meth:`truncated`.
 
         Returns:
             Unit vectors, float32 (float64 from a float64 model), on CLIP's device.
@@ -150,7 +152,7 @@ def _texts(texts: Sequence[str]) -> list[str]:
 
 
 def _unit(output: Any) -> Tensor:
-    """Normalise what ``get_*_features`` returns: a tensor in transformers 4, an object in 5."""
+    """Normalise the result of ``get_*_features``: a tensor in transformers 4, an object in 5."""
     embedding = output if isinstance(output, Tensor) else output.pooler_output
     embedding = embedding if embedding.dtype == torch.float64 else embedding.float()
     return torch.nn.functional.normalize(embedding, dim=-1)
@@ -170,9 +172,9 @@ def load_clip(
         name: "testbed" (embedded), a folder in transformers format, or a hub id such as
             "laion/CLIP-ViT-B-32-laion2B-s34B-b79K".
         device: None picks CUDA, then MPS, then the CPU.
-        dtype: None is float32, which guidance needs; half precision is for grading many images.
+        dtype: None is float32, which guidance needs; half precision suits grading many images.
         revision: Branch, tag or commit on the hub.
-        local_files_only: Never reach for the hub.
+        local_files_only: Do not access the hub.
 
     Returns:
         The adapter.  Weights are read from safetensors only, and no code of a downloaded folder is run.
@@ -194,7 +196,7 @@ def load_clip(
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"Expected 'testbed', a folder or a reachable hub id of a CLIP with safetensors, but '{name}' could not "
-            f"be loaded: {str(error).strip().splitlines()[0][:200]}{nearest(str(name), [TESTBED])}"
+            f"be loaded: {first_line(error)[:200]}{nearest(str(name), [TESTBED])}"
         ) from error
     _check_model(model, tokenizer, str(name))
     preprocess = Preprocess.from_config(config, int(model.config.vision_config.image_size))
@@ -203,13 +205,13 @@ def load_clip(
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder before the hub's libraries do so in many words, or take an empty tokenizer for one."""
+    """Refuse an incomplete folder, for which transformers gives long errors or an empty tokenizer."""
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"Expected safetensors in '{folder}', found pickled weights only, which can run code when they are read; "
             "convert them with save_pretrained(..., safe_serialization=True) where you trust them."
         )
-    for what, names in {
+    for missing, names in {
         "config.json": ["config.json"],
         "model.safetensors": ["*.safetensors"],
         "preprocessor_config.json": ["preprocessor_config.json", "processor_config.json"],
@@ -217,12 +219,12 @@ def _check_folder(folder: Path) -> None:
     }.items():
         if not any(True for name in names for _ in folder.glob(name)):
             raise UserError(
-                f"Expected a CLIP in transformers format in '{folder}', found no {what} there; save the model, its "
+                f"Expected a CLIP in transformers format in '{folder}', found no {missing} there; save the model, its "
                 "image processor and its tokenizer into one folder, or write 'testbed' for the embedded one."
             )
 
 
-def _check_model(model: Any, tokenizer: Any, name: str) -> None:
+def _check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     towers = all(hasattr(model, f"get_{kind}_features") for kind in ("image", "text"))
     if not towers or not hasattr(model.config.vision_config, "image_size"):
         raise UserError(
@@ -242,12 +244,12 @@ _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as image processo
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """What happens to an image before CLIP's first layer, as the model's ``preprocessor_config.json`` says.
+    """Preprocessing of images for CLIP, by the model's ``preprocessor_config.json``.
 
     Attributes:
-        size: Side of the square the network takes, in pixels.
-        short_side: Resize the shorter side to this and keep the aspect, then crop the centre (CLIP); None squeezes
-            the whole image into the square (SigLIP).
+        size: Side of the square input, in pixels.
+        short_side: Resize the shorter side to this, keep the aspect ratio, then crop the centre (CLIP); None resizes
+            the full image to the square (SigLIP).
         mean, std: Per channel, for pixels in 0..1.
         mode: "bicubic" or "bilinear".
     """
@@ -260,11 +262,7 @@ class Preprocess:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], size: int) -> Preprocess:
-        """Read an image processor's configuration, of transformers 5 or older, for a network of this input size.
-
-        Raises:
-            UserError: If the processor does anything else than resize, crop and normalise to this size.
-        """
+        """Read the configuration of an image processor, of transformers 5 or older, for an input size."""
         wanted, crop = config.get("size", size), config.get("crop_size", size)
         short = wanted.get("shortest_edge") if isinstance(wanted, Mapping) else wanted
         given = _sides(wanted) if short is None else _sides(crop)
@@ -282,41 +280,41 @@ class Preprocess:
         return cls(size, short, tuple(config["image_mean"]), tuple(config["image_std"]), mode)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width after the resize and before the crop."""
+        """Return height and width between resize and crop."""
         if self.short_side is None:
             return self.size, self.size
         short = min(height, width)
         return int(self.short_side * height / short), int(self.short_side * width / short)
 
     def fit(self, x: Float[Tensor, "... h w"]) -> Float[Tensor, "... size size"]:
-        """Resize and crop to the network's square."""
+        """Resize and crop to the input square."""
         return self.crop(resize(x, *self.resized(*x.shape[-2:]), self.mode))
 
     def crop(self, x: Float[Tensor, "... h w"]) -> Float[Tensor, "... size size"]:
-        """Cut the network's square out of the centre."""
+        """Crop the centre to the input square."""
         top, left = (x.shape[-2] - self.size) // 2, (x.shape[-1] - self.size) // 2
         return x[..., top : top + self.size, left : left + self.size]
 
     def normalize(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """From pixels in -1..1 to the network's units: ``((x + 1) / 2 - mean) / std``."""
+        """Normalise pixels in -1..1: ``((x + 1) / 2 - mean) / std``."""
         mean, std = (rearrange(x.new_tensor(values), "c -> c 1 1") for values in (self.mean, self.std))
         return ((x + 1) / 2 - mean) / std
 
 
 def _sides(size: Any) -> set[Any]:
-    """The sides a processor's ``size`` or ``crop_size`` names; the first CLIPs have plain numbers."""
+    """Return the sides in a processor's ``size`` or ``crop_size``; the first CLIPs have plain numbers."""
     return {size.get("height"), size.get("width")} if isinstance(size, Mapping) else {size}
 
 
 def resize(x: Float[Tensor, "... h w"], height: int, width: int, mode: str = "bicubic") -> Tensor:
     """Resize with antialiasing, as ``F.interpolate(..., antialias=True)`` and Pillow do.
 
-    ``Y = R_h X R_w^T``: the filter is separable, so two products with fixed matrices are the whole resize.  Unlike the
+    ``Y = R_h X R_w^T``: the filter is separable, so two products with fixed matrices suffice.  Unlike the
     built-in kernel its gradient is deterministic on CUDA, and it runs on every device and in float64.
 
     Args:
         x: Images, any range; values may overshoot the range at edges.
-        height, width: New size in pixels.  A side that has it already is left alone, bit for bit.
+        height, width: New size in pixels.  A side of this size is left unchanged, bit for bit.
         mode: "bicubic" or "bilinear".
 
     Returns:
@@ -334,8 +332,8 @@ def resize(x: Float[Tensor, "... h w"], height: int, width: int, mode: str = "bi
 
 @functools.lru_cache(maxsize=64)
 def _matrix(old: int, new: int, mode: str) -> Float[Tensor, "new old"]:
-    """The resize of one axis as a matrix: column ``i`` is the resized ``i``-th unit vector."""
-    # an inference tensor in the cache would spoil later backward passes
+    """Return the resize of one axis as a matrix: column ``i`` is the resized ``i``-th unit vector."""
+    # an inference tensor in the cache would break later backward passes
     with torch.inference_mode(False), torch.no_grad():
         basis = rearrange(torch.eye(old, dtype=torch.float64), "i x -> 1 i 1 x")
         columns = F.interpolate(basis, size=(1, new), mode=mode, antialias=True, align_corners=False)

@@ -30,9 +30,6 @@ def encode_prompts(
         ``encoder_hidden_states`` (b or 2b, n, d), the unconditional part first.  For SDXL also ``added_cond_kwargs``:
         ``text_embeds`` (b or 2b, d2) and ``time_ids`` (b or 2b, 6), for a square image of the model's own size,
         uncropped.
-
-    Raises:
-        UserError: If the denoiser is conditioned in another way.
     """
     config = denoiser_of(pipe).config
     kind = config.get("addition_embed_type")

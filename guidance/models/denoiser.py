@@ -19,11 +19,7 @@ _SAMPLES = ("sample", "hidden_states")
 
 
 def called_denoiser(pipe: Pipeline) -> Denoiser:
-    """Return the module that a pipeline calls as its denoiser: its UNet or transformer.
-
-    Raises:
-        UserError: If it has none.
-    """
+    """Return the module that a pipeline calls as its denoiser: its UNet or transformer."""
     for name in ("unet", "transformer"):
         if (module := getattr(pipe, name, None)) is not None:
             return module
@@ -34,11 +30,7 @@ def called_denoiser(pipe: Pipeline) -> Denoiser:
 
 
 def denoiser_of(pipe: Pipeline) -> Denoiser:
-    """Return the denoiser itself: the module inside, where :func:`called_denoiser` is wrapped by ``torch.compile``.
-
-    Raises:
-        UserError: If it has none.
-    """
+    """Return the denoiser itself: the module inside, where :func:`called_denoiser` is wrapped by ``torch.compile``."""
     called = called_denoiser(pipe)
     return getattr(called, "_orig_mod", called)
 
@@ -61,11 +53,7 @@ def fingerprint_of(pipe: Pipeline) -> str | None:
 
 
 def signature_of(denoiser: nn.Module) -> tuple[inspect.Signature, str]:
-    """Return the signature of a denoiser's forward, and the name of its first argument.
-
-    Raises:
-        UserError: If it is not ``f(sample, timestep, ...)`` or ``f(hidden_states, ..., timestep, ...)``.
-    """
+    """Return the signature of a denoiser's forward, and the name of its first argument."""
     signature = inspect.signature(type(denoiser).forward)  # hooks of offloading replace the instance's
     names = [name for name in signature.parameters if name != "self"]
     if not names or names[0] not in _SAMPLES or "timestep" not in names:

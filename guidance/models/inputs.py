@@ -16,11 +16,7 @@ _CLIP_TOKENS, _SD3_TOKENS, _T5_TOKENS, _PIXART_TOKENS = 77, 333, 512, 300
 
 
 def build_inputs(model: nn.Module, latent_size: int | None, batch: int) -> tuple[Tensor, dict[str, Any]]:
-    """Return the first argument and the others of a forward: zeros, on the model's device, in its precision.
-
-    Raises:
-        UserError: If the class is unknown, or the size does not fit the model.
-    """
+    """Return the first argument and the others of a forward: zeros, on the model's device, in its precision."""
     name = type(model).__name__
     if name not in _INPUTS:
         known = ", ".join(_INPUTS)

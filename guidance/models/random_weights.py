@@ -38,9 +38,6 @@ def build_denoiser(
         device: "meta" costs neither time nor memory: shapes without values.
         dtype: Precision of the weights; half precision holds the rounded float32 values.
 
-    Raises:
-        UserError: If the name is unknown.
-
     >>> denoiser = build_denoiser("sd-1.5", device="meta")
     >>> sum(p.numel() for p in denoiser.parameters())
     859520964
@@ -64,9 +61,6 @@ def build_pipeline(
         seed: Seed of the weights.
         device, dtype: Device and precision of the weights.
         **given: Parts and options of the pipeline class to take instead of the preset's; None leaves a part out.
-
-    Raises:
-        UserError: If the name is unknown.
     """
     import diffusers
 

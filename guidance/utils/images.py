@@ -42,9 +42,6 @@ def labelled_grid(
 
     Returns:
         The grid, RGB.
-
-    Raises:
-        UserError: If there is no image.
     """
     shown = [image for row in images for image in row if image is not None]
     if not shown:

@@ -58,9 +58,6 @@ def run_script(module: str, words: Sequence[str], *, processes: int = 1) -> None
         module: Name of the script, for example "sample.sweep".
         words: Arguments.
         processes: Number of processes that share the work.
-
-    Raises:
-        UserError: If it fails; the script has printed the reason.
     """
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [sys.executable, "-m", *(launch if processes > 1 else []), module, *words]
