@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -62,10 +64,11 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch, capsys
         }
         head = build_head(HeadConfig("conv", in_channels=pipe.unet.config.block_out_channels[-1], **options))
         head.save_pretrained("runs/heads/testbed-aesthetic")
-    names: dict = {"__name__": "__main__"}
+    module = types.ModuleType("page")  # where annotations of its classes are looked up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     for language, content in runs(page):
         if language == "python":
-            exec(compile(content, page.name, "exec"), names)
+            exec(compile(content, page.name, "exec"), vars(module))
             continue
         for command in commands_of_page(f"```sh\n{content}```\n"):
             module, words = split_command(command)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ def imported_modules(file: Path, root: Path, nodes: Iterator[ast.AST] | None = N
 def dependency_names(pyproject: Path) -> set[str]:
     """Return the import names of the dependencies: of the distribution itself, and what it installs."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    requirements = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     found = re.compile(r"[A-Za-z0-9._-]+")
     distributions = {normal(m.group()) for r in requirements if (m := found.match(r))}
     names = {name.replace("-", "_") for name in distributions} | {"torchvision", "huggingface_hub", "PIL"}

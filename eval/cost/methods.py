@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eval.cost.meters import counted
 from guidance.apply import apply_guidance, cfg_parts
 from guidance.guides import MidBlockGuide
-from guidance.guides.base import Guide, is_direct
+from guidance.guides.base import Guide, ScoringGuide
 from guidance.models.denoiser import denoiser_of, latent_channels
 from guidance.models.inputs import build_inputs
 from guidance.models.types import Pipeline
@@ -123,7 +123,7 @@ class CostBench:
         config = HeadConfig("conv", channels, time_conditioned=False, tap=self.tap, **self._base)
         return build_head(config).to(self.denoiser.device)
 
-    def mid_u(self, **options: Any) -> Guide:
+    def mid_u(self, **options: Any) -> ScoringGuide:
         """Build mid-block guidance with that head."""
         return MidBlockGuide(self.head, 1.0, **({"start": 0.0, "stop": 1.0} | options))
 
@@ -148,7 +148,7 @@ class CostBench:
         preprocess = Preprocess(size, size, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
         return Clip(CLIPModel(CLIPConfig()), None, preprocess, RANDOM_CLIP).to(self.denoiser.device)
 
-    def clip_guide(self, *, through: str, tiny: bool) -> Guide:
+    def clip_guide(self, *, through: str, tiny: bool) -> ScoringGuide:
         """Build CLIP guidance towards a grey image, decoded by the VAE or a random decoder of TAESD's shape."""
         from diffusers import AutoencoderTiny
 
@@ -164,8 +164,8 @@ class CostBench:
     def guided(self, guides: Sequence[Guide], parts: int = 2) -> Method:
         """Return steps under guides, each kind weighted by its share of a run of :data:`NUM_STEPS`."""
         phases = tuple((functools.partial(self.step, i, parts), share) for i, share in list_phases(guides))
-        watched: Any = [guide if is_direct(guide) else _CountedGuide(guide) for guide in guides]
-        gradient = not all(map(is_direct, guides))
+        watched: Any = [_CountedGuide(guide) if isinstance(guide, ScoringGuide) else guide for guide in guides]
+        gradient = any(isinstance(guide, ScoringGuide) for guide in guides)
         return Method(phases, functools.partial(apply_guidance, self.pipe, watched), gradient)
 
     # ---- rivals -----------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class CostBench:
 class _CountedGuide:
     """A guide whose score is seen by :func:`eval.cost.meters.count_saved`."""
 
-    def __init__(self, guide: Guide) -> None:
+    def __init__(self, guide: ScoringGuide) -> None:
         self._guide = guide
 
     def __getattr__(self, name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from guidance.apply.step import DenoiserCall, Group, GuidedStep, StepRecord
-from guidance.guides.base import Guide, is_direct
+from guidance.guides.base import Guide, ScoringGuide, is_direct
 from guidance.models.denoiser import called_denoiser, denoiser_of, frozen, signature_of
 from guidance.models.layouts import Layout, Parts
 from guidance.models.types import Denoiser, Pipeline
@@ -91,7 +91,7 @@ class GuidedForward:
         self.original = self.called.forward
         self.signature, self.first = signature_of(self.denoiser)
         self.part_by_part = runs_compiled(self.denoiser) or _recomputes(self.denoiser)
-        taps = {g.tap for g in self.guides if not is_direct(g)} - {X0, X0_THROUGH_UNET}
+        taps = {g.tap for g in self.guides if isinstance(g, ScoringGuide)} - {X0, X0_THROUGH_UNET}
         with frozen(self.denoiser), uncompiled(self.denoiser, taps):
             yield
 

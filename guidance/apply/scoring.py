@@ -13,7 +13,7 @@ from torch import Tensor
 
 from guidance.apply.apply import apply_guidance
 from guidance.apply.forward import replaced
-from guidance.guides.base import Guide
+from guidance.guides.base import ScoringGuide
 from guidance.models.denoiser import latent_channels
 from guidance.models.types import Pipeline
 from guidance.schedule import NoiseSchedule, step_position
@@ -28,7 +28,7 @@ class StepScorer:
     Guidance on a GPU runs the unconditional part separately after the conditional one, so later calls are ignored.
     """
 
-    def __init__(self, pipe: Pipeline, guide: Guide, batch: int) -> None:
+    def __init__(self, pipe: Pipeline, guide: ScoringGuide, batch: int) -> None:
         self.pipe, self.guide, self.batch, self.original = pipe, guide, batch, pipe.unet.forward
         self.scores: Tensor | None = None
         self.used: list[int] = []
@@ -74,7 +74,7 @@ class StepScorer:
 
 
 @contextmanager
-def scoring(pipe: Pipeline, guide: Guide, batch: int) -> Iterator[StepScorer]:
+def scoring(pipe: Pipeline, guide: ScoringGuide, batch: int) -> Iterator[StepScorer]:
     """Score each step of a run inside the ``with`` block; refuse a pipeline that is already guided."""
     with apply_guidance(pipe, ()):
         guide.prepare(pipe)

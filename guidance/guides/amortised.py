@@ -59,8 +59,8 @@ class AmortisedGuide:
     def direction(
         self,
         x_t: Float[Tensor, "b c y x"],
-        eps: Float[Tensor, "b c y x"],
-        x0: Float[Tensor, "b c y x"],
+        eps: Float[Tensor, "b c2 y x"],
+        x0: Float[Tensor, "b c2 y x"],
         t: Float[Tensor, " b"],
     ) -> Float[Tensor, "b c y x"]:
         """Predict the direction of the denoiser's input in which the teacher's score rises.

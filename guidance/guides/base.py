@@ -90,24 +90,42 @@ class Strength:
 
 @runtime_checkable
 class Guide(Protocol):
-    """Score of features at a tap: everything that :func:`guidance.apply_guidance` needs.
-
-    ``tap`` is the name of a module of the denoiser, or :data:`guidance.taps.hooks.X0` (the features are the x0
-    prediction of the conditional part, in the model's latent space; the gradient stops there, as in MPGD), or
-    :data:`guidance.taps.hooks.X0_THROUGH_UNET` (the same with the exact gradient).  Instead of ``score``, a guide may
-    have a method ``direction(x_t, eps, x0, t)`` that returns a direction of the latents, (b, c, y, x), without a
-    gradient.
-    """
+    """What pushes a sample: a :class:`ScoringGuide` or a :class:`DirectGuide`."""
 
     name: str
-    tap: str
     strength: Strength
 
     def prepare(self, pipe: Pipeline) -> None:
         """Check that the guide fits the pipeline (UserError if not) and move to its device."""
 
+
+@runtime_checkable
+class ScoringGuide(Guide, Protocol):
+    """A guide that scores features at a tap; the gradient of the score is its push.
+
+    ``tap`` is the name of a module of the denoiser, or :data:`guidance.taps.hooks.X0` (the features are the x0
+    prediction of the conditional part, in the model's latent space; the gradient stops there, as in MPGD), or
+    :data:`guidance.taps.hooks.X0_THROUGH_UNET` (the same with the exact gradient).
+    """
+
+    tap: str
+
     def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Score features at timesteps ``t``, differentiably, in float32 or float64; larger is better."""
+
+
+@runtime_checkable
+class DirectGuide(Guide, Protocol):
+    """A guide that returns directions of the latents itself, so that no gradient is taken."""
+
+    def direction(
+        self,
+        x_t: Float[Tensor, "b c y x"],
+        eps: Float[Tensor, "b c2 y x"],
+        x0: Float[Tensor, "b c2 y x"],
+        t: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b c2 y x"]:
+        """Return the direction in which to push, of any size; ``x_t`` has more channels in inpainting models."""
 
 
 def own_prompts(batch: int) -> tuple[str, ...]:
@@ -127,7 +145,7 @@ def is_direct(guide: Guide) -> bool:
     return hasattr(guide, "direction")
 
 
-def describe_scorer(guide: Guide) -> dict[str, Any]:
+def describe_scorer(guide: ScoringGuide) -> dict[str, Any]:
     """Describe a guide that only scores, for a record: its name and what its method ``describe`` adds, if it has one.
 
     Its "networks" are fingerprints of weights, which must not grade the images that they have selected.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from guidance.guides.base import Guide, describe_scorer
+from guidance.guides.base import Guide, ScoringGuide, describe_scorer
 from guidance.heads.networks import Head
 from guidance.runs.records import UNGUIDED
 from guidance.runs.specs import GuideSpec, MidBlockSpec
@@ -22,7 +22,7 @@ class Steering:
         particles, potential, lam, threshold, eta: As there; ``threshold=0, lam=0`` is best-of-N.
     """
 
-    guide: Guide
+    guide: ScoringGuide
     particles: int = 4
     potential: str = "diff"
     lam: float = 1.0

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.guides.base import Guide, describe_scorer
+from guidance.guides.base import ScoringGuide, describe_scorer
 from guidance.utils.errors import UserError
 
 
@@ -38,7 +38,7 @@ class ClassifierFree:
     rescale: float = 0.0
     start: float = 0.0
     stop: float = 1.0
-    modulate: Guide | None = None
+    modulate: ScoringGuide | None = None
 
     def __post_init__(self) -> None:
         scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)

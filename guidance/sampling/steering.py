@@ -29,7 +29,7 @@ from torch import Tensor
 
 from guidance.apply.scoring import scoring
 from guidance.apply.step import StepRecord
-from guidance.guides.base import Guide
+from guidance.guides.base import Guide, ScoringGuide
 from guidance.models.types import Pipeline
 from guidance.sampling.loop import (
     Callback,
@@ -177,7 +177,7 @@ def steer_latents(
     pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    guide: Guide,
+    guide: ScoringGuide,
     *,
     particles: int = 4,
     potential: str = "diff",
@@ -233,7 +233,7 @@ def best_of_n(
     pipe: Pipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    guide: Guide,
+    guide: ScoringGuide,
     *,
     eta: float = 0.0,
     **options: Any,
