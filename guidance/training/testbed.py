@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from jaxtyping import Float, Int, UInt8
 from numpy.lib.format import open_memmap
 from safetensors.torch import load_model, save_model
@@ -326,7 +326,7 @@ def clip_loss(clip: CLIPModel, x: Float[Tensor, "b 3 h w"], ids: Int[Tensor, "b 
 
 
 def denoising_loss(
-    unet: nn.Module | UNet2DConditionModel,
+    unet: Callable[..., Any],
     scheduler: DDIMScheduler,
     x0: Float[Tensor, "b c h w"],
     text: Float[Tensor, "b n d"],
