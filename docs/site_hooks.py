@@ -57,9 +57,7 @@ def names_page() -> str:
         summary = " ".join((found.__doc__ or "").split("\n\n")[0].split())
         rows.append(f"| [`{name}`][{path}] | {summary} |")
     others = ["", "::: guidance.schedule", "", "::: guidance.utils.errors", ""]
-    return "\n".join(
-        ["# guidance", "", guidance.__doc__, "", "| name | summary |", "|---|---|", *rows, *others]
-    )
+    return "\n".join(["# guidance", "", guidance.__doc__, "", "| name | summary |", "|---|---|", *rows, *others])
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -47,26 +47,20 @@ class EvalImagesConfig:
     prompts: str | None = option(None, "table with file_name and prompt, for plain folders")
     exclude: bool = option(False, "leave out, and count, pairs with a missing or broken image")
     clip: str | None = option("auto", "CLIP that scores: judge-clip, clip:NAME; null for none")
-    features: str | None = option(
-        "auto", "network of set metrics: judge, vision:NAME, clip:NAME, inception; null"
-    )
+    features: str | None = option("auto", "network of set metrics: judge, vision:NAME, clip:NAME, inception; null")
     reference: str | None = option("auto", "real images: testbed:test, a folder, parquet, hub id, npz; null")
     reference_size: int | None = option(None, "images of the reference; null: all, of the testbed 2000")
     edits: str | None = option(None, "edit pairs for directional similarity: testbed:test or a file")
     rating: str | None = option(None, "folder of a head whose score of finished images is shown")
     permutations: int = option(199, "random swaps of permutation tests of set metrics")
-    sort_by: str | None = option(
-        None, "metric that picks the best and worst examples; null: truth or CLIP score"
-    )
+    sort_by: str | None = option(None, "metric that picks the best and worst examples; null: truth or CLIP score")
     cache: str = option("runs/eval/cache", "folder of cached features")
     batch_size: int = option(64, "images at once")
     title: str | None = option(None, "of the report")
     wandb: bool = option(False, "log the table to Weights & Biases, offline where there is no account")
 
 
-def evaluate_images(
-    config: EvalImagesConfig, command: str = "", *, progress: bool = True
-) -> dict[str, Any] | None:
+def evaluate_images(config: EvalImagesConfig, command: str = "", *, progress: bool = True) -> dict[str, Any] | None:
     """Compare arms of images and write the report, unless it is there already for the same images and options.
 
     Args:
@@ -130,9 +124,7 @@ def _named_files(config: EvalImagesConfig) -> list[Path]:
     """List the files that options name: tables of prompts, networks, references, edits and heads on the disk."""
     networks = [name and name.partition(":")[2] for name in (config.clip, config.features)]
     reference = config.reference and re.sub(r"(\.parquet)@\w+$", r"\1", config.reference)
-    named = [
-        Path(name) for name in (config.prompts, *networks, reference, config.edits, config.rating) if name
-    ]
+    named = [Path(name) for name in (config.prompts, *networks, reference, config.edits, config.rating) if name]
     files = [f for path in named for f in ([path] if path.is_file() else sorted(path.rglob("*")))]
     return [f for f in files if f.is_file()]
 
@@ -167,10 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this script."""
     words = list(sys.argv[1:] if argv is None else argv)
     config = parse_config(
-        EvalImagesConfig,
-        list_words(words, "folders"),
-        prog="python -m eval.images",
-        description=__doc__ or "",
+        EvalImagesConfig, list_words(words, "folders"), prog="python -m eval.images", description=__doc__ or ""
     )
     found = evaluate_images(config, "python -m eval.images " + shlex.join(words))
     if found is not None:

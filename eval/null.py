@@ -39,12 +39,7 @@ T = TypeVar("T")
 KINDS = ("normal", "skewed", "swapped", "agreement")
 SCALES = 5  # in the family that Holm's method corrects, all against one baseline
 #: Lowest and highest acceptable share, percent.
-BARS = {
-    "false positives": (4.0, 6.0),
-    "family": (0.0, 6.0),
-    "coverage": (93.0, 97.0),
-    "permutation": (2.8, 7.2),
-}
+BARS = {"false positives": (4.0, 6.0), "family": (0.0, 6.0), "coverage": (93.0, 97.0), "permutation": (2.8, 7.2)}
 
 
 @dataclasses.dataclass
@@ -133,9 +128,7 @@ def check_paired(config: NullConfig) -> list[dict[str, str]]:
             for column, hits in counts.items():
                 applies = kind != "skewed" or column == "interval without 0"  # the others test the median
                 row[column] = _share(hits, "false positives") if applies else "-"
-            planted = _bar(
-                compare(config, kind, prompts, config.effect), config.comparisons, f"{name}, effect"
-            )
+            planted = _bar(compare(config, kind, prompts, config.effect), config.comparisons, f"{name}, effect")
             inside = [r.interval[0] <= config.effect <= r.interval[1] for r in planted]
             rows.append(row | {"effect in the interval": _share(inside, "coverage")})
     return rows
@@ -193,9 +186,7 @@ TESTS: dict[str, Test] = {
     "kid_to_real": lambda a, b, real, prompts, **o: mmd_permutation_test(
         a, b, prompts, cubic_kernel, reference=real, **o
     ),
-    "cmmd": lambda a, b, real, prompts, **o: mmd_permutation_test(
-        unit_rows(a), unit_rows(b), prompts, rbf_kernel, **o
-    ),
+    "cmmd": lambda a, b, real, prompts, **o: mmd_permutation_test(unit_rows(a), unit_rows(b), prompts, rbf_kernel, **o),
     "fd": lambda a, b, real, prompts, **o: _swap_rows(a, b, prompts, _frechet, **o),
     "fd_to_real": lambda a, b, real, prompts, **o: _swap_rows(
         a, b, prompts, lambda x, y: _frechet(real, x) - _frechet(real, y), two_sided=True, **o
@@ -215,9 +206,7 @@ def simulate_features(
     return a, b
 
 
-def permutation_p_values(
-    config: NullConfig, statistic: str, comparisons: int
-) -> Float[np.ndarray, " comparisons"]:
+def permutation_p_values(config: NullConfig, statistic: str, comparisons: int) -> Float[np.ndarray, " comparisons"]:
     """Return the p-values of simulated comparisons of two methods without a difference."""
     rng, units = np.random.default_rng(config.seed), _units(config, config.sets)
     p = np.empty(comparisons)

@@ -54,9 +54,7 @@ class Limit:
     def allows(self, baseline: float, value: float) -> bool:
         """Tell whether a value is within the limit; one that is not finite never is."""
         if self.ratio and baseline <= 0:
-            raise UserError(
-                f"Expected {self.key} above 0 for a limit with x, got {baseline:g}; give a difference."
-            )
+            raise UserError(f"Expected {self.key} above 0 for a limit with x, got {baseline:g}; give a difference.")
         moved = value / baseline if self.ratio else value - baseline
         return moved <= self.bound if self.at_most else moved >= self.bound
 
@@ -164,14 +162,10 @@ def _require_key(summary: Mapping[str, Any], key: str) -> None:
 
 
 def _arms(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [
-        arm for arm in summary["arms"] if arm["name"] != summary["baseline"] and arm["series"] != "baseline"
-    ]
+    return [arm for arm in summary["arms"] if arm["name"] != summary["baseline"] and arm["series"] != "baseline"]
 
 
-def _candidate(
-    summary: Mapping[str, Any], metric: Mapping[str, Any], arm: str, limits: Sequence[Limit]
-) -> Candidate:
+def _candidate(summary: Mapping[str, Any], metric: Mapping[str, Any], arm: str, limits: Sequence[Limit]) -> Candidate:
     delta = _delta(summary, metric["key"], arm)
     assert delta is not None
     paired = delta["paired"]
@@ -233,9 +227,7 @@ def _sentences(
         lines.append("That is no improvement that these prompts can show.")
     if found.rival is None:
         lines.append(
-            f"No cell of plain CFG is{within}."
-            if has_plain
-            else "No cell of plain CFG was sampled (cfg_matched=true)."
+            f"No cell of plain CFG is{within}." if has_plain else "No cell of plain CFG was sampled (cfg_matched=true)."
         )
     else:
         how = (
@@ -259,9 +251,7 @@ def _ends(interval: Sequence[float]) -> str:
 class RecommendConfig:
     """Options of this script."""
 
-    folder: str = option(
-        dataclasses.MISSING, "folder of a run that eval.images has evaluated; a word without '='"
-    )
+    folder: str = option(dataclasses.MISSING, "folder of a run that eval.images has evaluated; a word without '='")
     metric: str | None = option(None, "image metric to be best in; null: truth, else the CLIP score")
     limit: list[str] = option(["fd<=1.5x"], "limits that must be kept; [] for none")
 

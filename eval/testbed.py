@@ -93,16 +93,11 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
 
 def quality_table(result: dict[str, Any]) -> str:
     """Format the result of :func:`measure_quality` as Markdown."""
-    lines = [
-        "| CFG | object | colour | time | terrain | images/s | FD-judge |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| CFG | object | colour | time | terrain | images/s | FD-judge |", "|---|---|---|---|---|---|---|"]
     for row in result["rows"]:
         a = row["agreement"]
         cells = " | ".join(f"{100 * a[k]:.1f}%" for k in ("object", "colour", "time", "terrain"))
-        lines.append(
-            f"| {row['cfg_scale']:g} | {cells} | {row['images_per_second']:.1f} | {row['frechet']:.1f} |"
-        )
+        lines.append(f"| {row['cfg_scale']:g} | {cells} | {row['images_per_second']:.1f} | {row['frechet']:.1f} |")
     j = result["judge_on_test_scenes"]
     judged = ", ".join(f"{k} {100 * j[k]:.1f}%" for k in ("object", "colour", "time", "terrain"))
     lines.append("")
@@ -176,9 +171,7 @@ def write_card(config: MeasureConfig) -> Path:
     if not quality.is_file():
         raise UserError(f"Expected '{quality}', found none; run python -m eval.testbed part=quality first.")
     with atomic_path(folder / "README.md") as temporary:
-        temporary.write_text(
-            render_card(read_json(folder / "training.json"), quality_table(read_json(quality)))
-        )
+        temporary.write_text(render_card(read_json(folder / "training.json"), quality_table(read_json(quality))))
     return folder / "README.md"
 
 

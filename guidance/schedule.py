@@ -67,9 +67,7 @@ class NoiseSchedule:
         if "FlowMatch" in name or prediction == "flow_prediction" or config.get("use_flow_sigmas"):
             return cls("flow", "flow_prediction", total)
         if prediction not in PREDICTIONS:
-            raise UserError(
-                f"Expected a known prediction type, got '{prediction}'.{nearest(prediction, PREDICTIONS)}"
-            )
+            raise UserError(f"Expected a known prediction type, got '{prediction}'.{nearest(prediction, PREDICTIONS)}")
         abar = getattr(scheduler, "alphas_cumprod", None)
         if abar is None:
             raise UserError(

@@ -45,9 +45,7 @@ def run_demo(config: DemoConfig) -> Path:
     stage(1, "Cache mid-block features of noised testbed images, and train a rating head on them")
     _train(config.head)
     scales = ", ".join(f"{scale:g}" for scale in config.scales)
-    stage(
-        2, f"Sample {config.num_prompts} unseen captions unguided and at scales {scales}, from the same noise"
-    )
+    stage(2, f"Sample {config.num_prompts} unseen captions unguided and at scales {scales}, from the same noise")
     folder = _sample(config)
     stage(3, "Judge the images by the ground truth and by networks that took no part in guiding")
     print(f"\n{_compare(config, folder)}\n")
@@ -94,9 +92,7 @@ def _compare(config: DemoConfig, folder: Path) -> str:
     from eval.stats.tables import arm_table
     from guidance.utils.io import atomic_path
 
-    evaluation = EvalImagesConfig(
-        [str(folder)], reference_size=config.reference, permutations=99, title="make demo"
-    )
+    evaluation = EvalImagesConfig([str(folder)], reference_size=config.reference, permutations=99, title="make demo")
     results = evaluate_images(evaluation, "make demo")
     assert results is not None  # one process
     table = arm_table(results)

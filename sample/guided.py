@@ -108,9 +108,7 @@ class GuidedConfig:
         if self.particles == 1:
             return arms
         if len(arms) == 1:
-            raise UserError(
-                "Expected a scale other than 0 with particles, whose guide steers them, got scales=[0]."
-            )
+            raise UserError("Expected a scale other than 0 with particles, whose guide steers them, got scales=[0].")
         return steered_arms(arms, self._steering(arms[1]))
 
     def _steering(self, arm: Arm) -> Steering:
@@ -119,9 +117,7 @@ class GuidedConfig:
 
         guide = arm.guides[0]
         if not isinstance(guide, ScoringGuide):
-            raise UserError(
-                f"Expected a first guide with a score, by which particles are steered, got '{guide.name}'."
-            )
+            raise UserError(f"Expected a first guide with a score, by which particles are steered, got '{guide.name}'.")
         steering = Steering(guide, self.particles, self.potential, self.lam, eta=self.eta)
         return dataclasses.replace(steering, threshold=0.0) if self.lam == 0 else steering
 
@@ -249,9 +245,7 @@ def read_words(argv: Sequence[str]) -> list[str]:
             texts.append(word)
     # YAML reads this JSON as it is
     lists = {"prompts": texts, "guides": guides}
-    return options + [
-        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in lists.items() if value
-    ]
+    return options + [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in lists.items() if value]
 
 
 def _explain(config: GuidedConfig) -> str:

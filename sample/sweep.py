@@ -84,9 +84,7 @@ class SweepConfig:
         if self.batch_size != "auto" and not (is_int and self.batch_size >= 1):
             raise UserError(f"Expected a batch_size of at least 1 or auto, got {self.batch_size!r}.")
         if self.cfg_scales_matched and not self.cfg_matched:
-            raise UserError(
-                "Expected cfg_matched=true with cfg_scales_matched, got false; set it, or leave both out."
-            )
+            raise UserError("Expected cfg_matched=true with cfg_scales_matched, got false; set it, or leave both out.")
 
 
 def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
@@ -194,9 +192,7 @@ def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
         raise UserError("Expected edits with several strengths, got none; set edits=testbed:test or a file.")
     if any(axes["guide"]):  # guides take the place of the head
         if len(axes["head"]) > 1:
-            raise UserError(
-                "Expected guide or several heads, got both; write heads as guides: midblock:head=FOLDER."
-            )
+            raise UserError("Expected guide or several heads, got both; write heads as guides: midblock:head=FOLDER.")
         axes["head"] = [None]
     matched = config.cfg_scales_matched or matched_scales(min(axes["cfg_scale"]))
     plan = plan_sweep(

@@ -27,10 +27,7 @@ def commands_of_page(text: str) -> list[str]:
     blocks = [content for words, content in fenced(text) if words.split()[:1] in ([], ["sh"])]
     prose = _FENCE.sub("", text)
     blocks += re.findall(r"^    (.*)$", re.sub(r"\\\n\s+", "", prose), re.M)
-    spans = [
-        span.replace("\n", " ")
-        for span in re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", prose, flags=re.M))
-    ]
+    spans = [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", prose, flags=re.M))]
     lines = [line for block in blocks for line in _joined(block)]
     spans = [span for span in spans if len(span.split()) > 3]  # "python -m X" alone is the name of a script
     return [line for line in [*lines, *spans] if _STARTS.match(line) and is_whole(line)]

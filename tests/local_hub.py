@@ -83,8 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"error": "no revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
         if what == "preupload":
             files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for f in json.loads(body)["files"]
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
             ]
             return self._answer({"files": files})
         for entry in map(json.loads, body.decode().splitlines()):
@@ -111,9 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"_id": "0", "id": repo, "modelId": repo, "sha": commit, "siblings": []})
         if api:
             oids = {name: hashlib.sha1(content).hexdigest() for name, content in files.items()}
-            return self._answer(
-                [{"type": "file", "path": n, "size": len(c), "oid": oids[n]} for n, c in files.items()]
-            )
+            return self._answer([{"type": "file", "path": n, "size": len(c), "oid": oids[n]} for n, c in files.items()])
         assert file is not None
         content = files[file.group(3)]
         if self.command == "GET":

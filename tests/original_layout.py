@@ -25,25 +25,16 @@ _UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_VAE_ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def original_checkpoint(pipe: Any) -> dict[str, Tensor]:
     """All weights of a pipeline under their original names."""
-    text = {
-        f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()
-    }
+    text = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in pipe.text_encoder.state_dict().items()}
     parts = {
         "model.diffusion_model.": {_unet(k): v for k, v in pipe.unet.state_dict().items()},
         "first_stage_model.": {
-            _vae(k): v[:, :, None, None] if _is_attention_matrix(k) else v
-            for k, v in pipe.vae.state_dict().items()
+            _vae(k): v[:, :, None, None] if _is_attention_matrix(k) else v for k, v in pipe.vae.state_dict().items()
         },
         "cond_stage_model.transformer.": text,
     }

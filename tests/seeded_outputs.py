@@ -57,15 +57,7 @@ COMMANDS = {
     "taps": "guidance.taps random:sd-2.1-base-tiny",
 }
 #: Names of records that no two runs share, anywhere in JSON.
-_VOLATILE = {
-    "seconds",
-    "images_per_second",
-    "toolkit_version",
-    "versions",
-    "command",
-    "created",
-    "seconds_per_image",
-}
+_VOLATILE = {"seconds", "images_per_second", "toolkit_version", "versions", "command", "created", "seconds_per_image"}
 _VOLATILE |= {"time", "date", "machine", "memory", "head_path", "wall", "trained", "elapsed", "peak_memory"}
 _SKIPPED = {"config.yaml", "README.md", "train.yaml", "recipe.yaml", "run.yaml", "sampling_seconds"}
 
@@ -82,11 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.record:
         options.record.write_text(json.dumps(found, indent=1))
         return 0
-    before = (
-        json.loads(options.check.read_text())
-        if options.check
-        else hash_revision(options.against, options.only)
-    )
+    before = json.loads(options.check.read_text()) if options.check else hash_revision(options.against, options.only)
     wrong = [name for name in sorted(before.keys() | found.keys()) if before.get(name) != found.get(name)]
     if options.only is not None:
         wrong = [name for name in wrong if name in found]
@@ -196,9 +184,7 @@ def hash_pipelines() -> dict[str, str]:
 
     def head_of(channels: int, prediction: str, **more: Any) -> Any:
         torch.manual_seed(0)
-        return build_head(
-            HeadConfig(kind="conv", in_channels=channels, hidden=16, prediction_type=prediction, **more)
-        )
+        return build_head(HeadConfig(kind="conv", in_channels=channels, hidden=16, prediction_type=prediction, **more))
 
     def draw(name: str, tap: str, channels: int, prediction: str, **call: Any) -> str:
         pipe: DiffusionPipeline = load_pipeline(name, device="cpu")
@@ -213,12 +199,8 @@ def hash_pipelines() -> dict[str, str]:
         "pipeline: SD 2.1": draw("random:sd-2.1-base-tiny", "mid_block", 40, "epsilon", **text),
         "pipeline: SD 1.5": draw("random:sd-1.5-tiny", "mid_block", 40, "epsilon", **text),
         "pipeline: SDXL": draw("random:sdxl-tiny", "mid_block", 40, "epsilon", **text),
-        "pipeline: DiT": draw(
-            "random:dit-xl-2-256-tiny", "transformer_blocks.1", 32, "epsilon", class_labels=[1]
-        ),
-        "pipeline: SD3": draw(
-            "random:sd3-medium-tiny", "transformer_blocks.0", 48, "flow_prediction", **text
-        ),
+        "pipeline: DiT": draw("random:dit-xl-2-256-tiny", "transformer_blocks.1", 32, "epsilon", class_labels=[1]),
+        "pipeline: SD3": draw("random:sd3-medium-tiny", "transformer_blocks.0", 48, "flow_prediction", **text),
     }
 
 

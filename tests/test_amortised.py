@@ -158,9 +158,7 @@ def test_loss_leaves_out_samples_without_a_direction() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    adapter = small(
-        width=9, teacher=[{"head": "h", "predicts": "rating"}], metrics={"cosine": 0.5}, stop=0.75
-    )
+    adapter = small(width=9, teacher=[{"head": "h", "predicts": "rating"}], metrics={"cosine": 0.5}, stop=0.75)
     adapter.standardize(*states()[:3])
     save_adapter(adapter, tmp_path / "a", "a card", train="seed: 0\n")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
@@ -266,9 +264,7 @@ def test_an_adapter_that_knows_the_direction_equals_its_teacher(pipe, head) -> N
     knowing = AmortisedGuide(small(stop=0.9), 1.5)
     knowing.direction = lambda x_t, eps, x0, t: recorder.pairs[0][:, 12:].float()
     base, (wanted, steps), (got, record) = call()[0], call(MidBlockGuide(head, 1.5)), call(knowing)
-    torch.testing.assert_close(
-        got - base, wanted - base, rtol=2e-3, atol=2e-3 * float((wanted - base).abs().max())
-    )
+    torch.testing.assert_close(got - base, wanted - base, rtol=2e-3, atol=2e-3 * float((wanted - base).abs().max()))
     assert (wanted - base).std() > 0.01 * base.std()
     torch.testing.assert_close(record.records[0].shift_rms, steps.records[0].shift_rms, rtol=1e-3, atol=0)
 
@@ -491,9 +487,7 @@ def test_two_processes_record_the_bytes_of_one_and_train_its_weights(options, tm
     done = subprocess.run(launch, env=env, cwd=root, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("cosine") == 1  # one process speaks
-    assert (
-        done.stderr.count("record pairs:   0%") == 1 and (two / kept / "h.npy").stat().st_mtime_ns == before
-    )
+    assert done.stderr.count("record pairs:   0%") == 1 and (two / kept / "h.npy").stat().st_mtime_ns == before
     assert contents(one / "pairs") == contents(two / "pairs")
     wanted, got = load_adapter(one / "a").state_dict(), load_adapter(two / "a").state_dict()
     start = small(patch=2, base_model="x").state_dict()

@@ -5,11 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_head
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-)
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
 from guidance.apply import apply_guidance, cfg_parts
@@ -35,9 +31,7 @@ class MeanGuide:
         pass
 
     def score(self, h, t):
-        return self.sign * (h * torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None]).mean(
-            (1, 2, 3)
-        )
+        return self.sign * (h * torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None]).mean((1, 2, 3))
 
 
 @pytest.fixture
@@ -113,9 +107,7 @@ def test_portable_scale_without_cfg_refers_to_eps(tiny_pipe):
         guided = call(tiny_pipe, x, t, text, parts=1)
     schedule = NoiseSchedule.from_scheduler(tiny_pipe.scheduler)
     eps, shifted = (schedule.to_eps(v, x, t) for v in (plain, guided))
-    torch.testing.assert_close(
-        rms(shifted - eps) / rms(eps), torch.full((2, 1, 1, 1), 0.3), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(rms(shifted - eps) / rms(eps), torch.full((2, 1, 1, 1), 0.3), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -153,9 +145,7 @@ def test_scales_add_and_opposites_cancel(tiny_pipe):
 @pytest.mark.parametrize("options", [{}, {"normalize": None}, {"normalize": None, "space": "x"}])
 def test_scale_zero_is_bit_equal(tiny_pipe, head, options):
     plain = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=4)
-    zero = sample_latents(
-        tiny_pipe, PROMPTS, [1, 2], num_steps=4, guides=[MidBlockGuide(head, 0.0, **options)]
-    )
+    zero = sample_latents(tiny_pipe, PROMPTS, [1, 2], num_steps=4, guides=[MidBlockGuide(head, 0.0, **options)])
     assert torch.equal(plain, zero)
 
 
@@ -178,10 +168,7 @@ def test_unmodified_img2img_and_inpaint_are_guided(tiny_pipe, head):
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (16, 16, 48, 48))
     parts = {k: v for k, v in tiny_pipe.components.items()}
-    for kind, extra in (
-        (StableDiffusionImg2ImgPipeline, {}),
-        (StableDiffusionInpaintPipeline, {"mask_image": mask}),
-    ):
+    for kind, extra in ((StableDiffusionImg2ImgPipeline, {}), (StableDiffusionInpaintPipeline, {"mask_image": mask})):
         pipe = kind(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
 
@@ -240,10 +227,7 @@ def test_no_trace_is_left_after_use_and_after_an_error(tiny_pipe, head):
 
 def test_guidance_twice_is_refused(tiny_pipe, head):
     with apply_guidance(tiny_pipe, [MidBlockGuide(head)]):
-        with (
-            pytest.raises(UserError, match="applied to it already"),
-            apply_guidance(tiny_pipe, [MidBlockGuide(head)]),
-        ):
+        with pytest.raises(UserError, match="applied to it already"), apply_guidance(tiny_pipe, [MidBlockGuide(head)]):
             pass
 
 
@@ -272,10 +256,7 @@ def test_x_space_moves_the_latents_between_steps(tiny_pipe, scheduler):
     with using_scheduler(pipe, scheduler):
         pipe.scheduler.set_timesteps(10)
         t = pipe.scheduler.timesteps[0]
-        x = (
-            torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-            * pipe.scheduler.init_noise_sigma
-        )
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * pipe.scheduler.init_noise_sigma
         text = torch.randn(2, 24, 128, generator=torch.Generator().manual_seed(2))
         x_in = pipe.scheduler.scale_model_input(x, t)
         with apply_guidance(pipe, [guide]):
@@ -353,11 +334,7 @@ def test_perturbed_attention_beside_guides_is_refused_and_harmless_when_off(tiny
     guide = MidBlockGuide(make_head(tiny_pipe), 1.0)
 
     def images(pag_scale: float) -> torch.Tensor:
-        options = {
-            "num_inference_steps": 2,
-            "output_type": "latent",
-            "generator": torch.Generator().manual_seed(0),
-        }
+        options = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
         with apply_guidance(pipe, [guide]):
             return pipe(["a red balloon", "a blue tree"], pag_scale=pag_scale, **options).images
 

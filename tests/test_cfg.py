@@ -77,9 +77,7 @@ def test_outside_its_interval_only_the_conditional_part_is_computed(tiny_pipe, m
     sizes = counted(tiny_pipe, monkeypatch)
     limited = sample(tiny_pipe, ClassifierFree(4.0, start=0.25, stop=0.75))
     assert sizes == [2, 4, 4, 2]
-    assert not torch.allclose(limited, sample(tiny_pipe, 4.0)) and not torch.allclose(
-        limited, sample(tiny_pipe, 1.0)
-    )
+    assert not torch.allclose(limited, sample(tiny_pipe, 4.0)) and not torch.allclose(limited, sample(tiny_pipe, 1.0))
 
 
 def test_an_interval_of_no_steps_is_conditional_sampling(tiny_pipe) -> None:

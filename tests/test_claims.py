@@ -188,9 +188,7 @@ def test_a_file_system_without_links(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(os, "link", refuse)
     a, b = elsewhere(Claims(tmp_path / "c", 0.4)), Claims(tmp_path / "c", 0.4)
-    assert (
-        a.take("x") and not b.take("x") and keep_trying(b, "x", 0.8) is None
-    )  # it has a heartbeat of its own
+    assert a.take("x") and not b.take("x") and keep_trying(b, "x", 0.8) is None  # it has a heartbeat of its own
     a.release("x")
     assert b.take("x")
     a.close()

@@ -47,9 +47,9 @@ def save_clip(folder, *, safe=True):
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     side = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size=side, image_mean=MEAN, image_std=STD
-    ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side, image_mean=MEAN, image_std=STD).save_pretrained(
+        folder
+    )
     if not safe:
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     return folder
@@ -71,9 +71,7 @@ def save_siglip(folder):
     )
     model.save_pretrained(folder)
     words.save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD).save_pretrained(
-        folder
-    )
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD).save_pretrained(folder)
     return folder
 
 
@@ -107,8 +105,7 @@ def tiny64(folders):
 def pipe64(tiny_pipe):
     """The same pipeline with a VAE in float64, for finite differences."""
     return copy.copy(tiny_pipe).__class__(
-        **{**tiny_pipe.components, "vae": copy.deepcopy(tiny_pipe.vae).double()},
-        requires_safety_checker=False,
+        **{**tiny_pipe.components, "vae": copy.deepcopy(tiny_pipe.vae).double()}, requires_safety_checker=False
     )
 
 
@@ -521,9 +518,7 @@ def test_a_tiny_decoder_decodes(tiny_pipe, tiny):
     assert not any(p.requires_grad for p in decoder.parameters()) and not decoder.training
     x0 = latents(2).requires_grad_()
     value = guide.score(x0, torch.full((2,), 100.0))
-    torch.testing.assert_close(
-        value, -spherical_distance(tiny.embed_images(decoder.decode(x0).sample), guide.targets)
-    )
+    torch.testing.assert_close(value, -spherical_distance(tiny.embed_images(decoder.decode(x0).sample), guide.targets))
     (g,) = torch.autograd.grad(value.sum(), x0)
     assert g.isfinite().all() and g.flatten(1).norm(dim=1).min() > 0
 

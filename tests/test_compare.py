@@ -38,9 +38,7 @@ def measured(values: dict[str, np.ndarray], key: str = "score", **options) -> Me
 def test_differences_are_those_of_the_paired_statistics_and_holm_runs_over_arms() -> None:
     arms = make_arms([f"p{i}" for i in range(30)], names=("unguided", "a", "b"), seeds=2)
     base = RNG.normal(size=60)
-    m = measured(
-        {"unguided": base, "a": base + 1 + RNG.normal(size=60), "b": base + 0.2 * RNG.normal(size=60)}
-    )
+    m = measured({"unguided": base, "a": base + 1 + RNG.normal(size=60), "b": base + 0.2 * RNG.normal(size=60)})
     a, b = deltas([m], arms)
     assert a.paired == paired_difference(base, m.values["a"], units(arms))
     assert a.paired.n_prompts == 30
@@ -71,9 +69,7 @@ def test_of_one_prompt_the_seed_is_the_unit() -> None:
 
 
 def test_parts_are_compared_where_they_are_large_enough() -> None:
-    arms = make_arms(
-        [f"p{i}" for i in range(24)], categories=["animals"] * 12 + ["plants"] * 9 + ["rare"] * 3
-    )
+    arms = make_arms([f"p{i}" for i in range(24)], categories=["animals"] * 12 + ["plants"] * 9 + ["rare"] * 3)
     gain = np.r_[np.ones(12), -np.ones(12)]
     found = breakdowns([measured({"unguided": np.zeros(24), "guided": gain})], arms)
     assert {(b.value, b.difference, b.n_prompts) for b in found} == {("animals", 1, 12), ("plants", -1, 9)}
@@ -95,16 +91,7 @@ def test_caveats_name_what_is_wrong_and_only_that() -> None:
         truncated=["a long prompt"],
     )
     kinds = [c.kind for c in told]
-    wanted = [
-        "unpaired",
-        "excluded",
-        "converted",
-        "truncated",
-        "circular",
-        "biased",
-        "saturation",
-        "diversity",
-    ]
+    wanted = ["unpaired", "excluded", "converted", "truncated", "circular", "biased", "saturation", "diversity"]
     assert kinds == wanted
     assert "42 images or more" in told[5].text
 
@@ -137,9 +124,7 @@ def test_set_metrics_have_the_values_of_their_functions_and_tests_that_see_a_dif
     found["inception_score"] = compute("inception_score", sets.SetData(shares), prompts)
     assert found.keys() == {m.key for m in sets.SET_METRICS}
     fd, recall = found["fd"], found["recall"]
-    assert fd["unguided"].value == pytest.approx(
-        frechet_distance(*moments(real), *moments(features["unguided"]))
-    )
+    assert fd["unguided"].value == pytest.approx(frechet_distance(*moments(real), *moments(features["unguided"])))
     assert recall["better"].value == precision_recall(real, features["better"]).recall
     assert found["precision"]["better"].value == precision_recall(real, features["better"]).precision
     for key, arms in found.items():

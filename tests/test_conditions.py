@@ -52,9 +52,7 @@ def test_our_loop_equals_the_sdxl_pipeline(sdxl: Any, cfg_scale: float, negative
 def test_our_loop_equals_sdxls_img2img(sdxl: Any) -> None:
     pipe, known = sdxl, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     guides = [PatternGuide(guidance_scale=0.7)]
-    ours = sample_latents(
-        pipe, PROMPTS, [1, 2], num_steps=4, cfg_scale=3.0, start=FromImage(known, 0.6), guides=guides
-    )
+    ours = sample_latents(pipe, PROMPTS, [1, 2], num_steps=4, cfg_scale=3.0, start=FromImage(known, 0.6), guides=guides)
     other = tiny.with_parts(pipe, StableDiffusionXLImg2ImgPipeline)
     with apply_guidance(other, guides):
         theirs = other(
@@ -76,14 +74,10 @@ def test_last_takes_the_conditional_part(sdxl: Any) -> None:
     own = encode_prompts(sdxl, PROMPTS, classifier_free=False)
     assert whole["added_cond_kwargs"]["time_ids"].shape == (4, 6)
     torch.testing.assert_close(last(whole, 2), own)
-    assert not torch.allclose(
-        whole["added_cond_kwargs"]["text_embeds"][:2], own["added_cond_kwargs"]["text_embeds"]
-    )
+    assert not torch.allclose(whole["added_cond_kwargs"]["text_embeds"][:2], own["added_cond_kwargs"]["text_embeds"])
 
 
 def test_a_denoiser_with_other_conditions_gets_a_sentence(sdxl: Any) -> None:
-    sdxl.unet.register_to_config(
-        projection_class_embeddings_input_dim=tiny.WIDTH + 5 * 4
-    )  # the refiner's five
+    sdxl.unet.register_to_config(projection_class_embeddings_input_dim=tiny.WIDTH + 5 * 4)  # the refiner's five
     with pytest.raises(UserError, match="SDXL's base model"):
         encode_prompts(sdxl, PROMPTS)

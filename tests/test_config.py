@@ -13,14 +13,7 @@ from typing import Literal
 
 import pytest
 
-from guidance.utils.config import (
-    ConfigError,
-    load_config,
-    option,
-    parse_config,
-    parse_config_and_args,
-    to_yaml,
-)
+from guidance.utils.config import ConfigError, load_config, option, parse_config, parse_config_and_args, to_yaml
 from guidance.utils.errors import UserError, friendly_errors, nearest
 
 
@@ -60,13 +53,7 @@ def write(path: Path, text: str) -> Path:
 def test_yaml_overrides_the_defaults_and_words_override_yaml(tmp_path: Path) -> None:
     file = write(tmp_path / "a.yaml", "seed: 3\noptimizer:\n  lr: 1e-4\nscales: [2]\n")
     job = load_config(Job, file, ["optimizer.lr=1e-5", "limit=7", "weights={clip: 2}", "weights.head=1"])
-    assert job == Job(
-        seed=3,
-        limit=7,
-        scales=[2.0],
-        weights={"clip": 2.0, "head": 1.0},
-        optimizer=Optimizer(lr=1e-5),
-    )
+    assert job == Job(seed=3, limit=7, scales=[2.0], weights={"clip": 2.0, "head": 1.0}, optimizer=Optimizer(lr=1e-5))
     assert isinstance(job.optimizer, Optimizer) and isinstance(job.out, Path)
     assert load_config(Job) == Job()
 
@@ -236,9 +223,7 @@ def test_user_errors_become_one_line(
     assert stop.value.code == code and text in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("bug"), FileNotFoundError(errno.ENOENT, "gone", "x"), KeyError(1)]
-)
+@pytest.mark.parametrize("error", [ValueError("bug"), FileNotFoundError(errno.ENOENT, "gone", "x"), KeyError(1)])
 def test_bugs_keep_their_traceback(error: Exception) -> None:
     @friendly_errors("job")
     def main() -> None:

@@ -78,10 +78,7 @@ def test_a_config_says_how_it_is_run(file: Path, capsys, monkeypatch) -> None:
     assert commands, "the opening comment has no command"
     for command in commands:
         module, words = split_command(command)
-        assert module and exit_code(module, [*words, "--print-config"]) == 0, (
-            command,
-            capsys.readouterr().err,
-        )
+        assert module and exit_code(module, [*words, "--print-config"]) == 0, (command, capsys.readouterr().err)
         if module == "sample.guided":
             assert exit_code(module, [*words, "--explain"]) == 0, (command, capsys.readouterr().err)
 
@@ -133,13 +130,7 @@ def data(tmp_path_factory) -> Path:
 
 def words_for(recipe: str, data: Path, model: Path, work: Path) -> list[str]:
     """A command of a recipe that a user with a GPU would give, but for the model and the sizes."""
-    words = [
-        "--config",
-        f"configs/head/{recipe}.yaml",
-        f"data.model={model}",
-        "data.dtype=float32",
-        "epochs=1",
-    ]
+    words = ["--config", f"configs/head/{recipe}.yaml", f"data.model={model}", "data.dtype=float32", "epochs=1"]
     words += [f"data.dataset={data / ('classes' if recipe == 'sd21-class' else 'rated.csv')}", "hidden=16"]
     words += [f"output={work / 'heads' / recipe}", "data.batch_size=16"]
     config = yaml.safe_load((ROOT / "configs" / "head" / f"{recipe}.yaml").read_text())
@@ -197,21 +188,13 @@ def test_the_sampling_recipe_samples_and_is_evaluated(
     records = RecordStore(tmp_path / "out").load()
     assert len(records) == 2 * 3 and {r.cfg_scale for r in records} == {7.5}
     # the embedded networks stand in for CLIP and Inception
-    words = [
-        str(tmp_path / "out"),
-        "--config",
-        "configs/eval/sd21-parti.yaml",
-        "clip=judge-clip",
-        "features=judge",
-    ]
+    words = [str(tmp_path / "out"), "--config", "configs/eval/sd21-parti.yaml", "clip=judge-clip", "features=judge"]
     words += [f"reference={data / 'classes' / 'red'}", f"cache={tmp_path / 'cache'}", "permutations=19"]
     assert exit_code("eval.images", words) == 0, capsys.readouterr().err[-300:]
     assert "FD" in (tmp_path / "out" / "eval" / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_sweep_recipe_is_planned(
-    tiny_pipe, tiny_folder: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_the_sweep_recipe_is_planned(tiny_pipe, tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     from conftest import make_head
 
     monkeypatch.chdir(ROOT)

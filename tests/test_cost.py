@@ -162,13 +162,7 @@ def test_the_script_writes_table_json_and_plot(tiny_folder, tmp_path, capsys) ->
 
 
 def test_the_script_times_any_guide(tiny_folder, tmp_path) -> None:
-    words = [
-        f"model={tiny_folder}",
-        "repeats=1",
-        f"output={tmp_path}",
-        "latent_size=8",
-        "methods=[amortised]",
-    ]
+    words = [f"model={tiny_folder}", "repeats=1", f"output={tmp_path}", "latent_size=8", "methods=[amortised]"]
     assert cost.main([*words, 'guides=["clip:clip=testbed,texts=[a house],every=2"]']) == 0
     rows = json.loads((tmp_path / f"{tiny_folder.name}-8.json").read_text())["rows"]
     assert list(rows) == ["unguided", "amortised", "clip:clip=testbed,texts=[a house],every=2"]

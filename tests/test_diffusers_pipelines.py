@@ -146,11 +146,7 @@ CASES = {
     "sdxl-pix2pix": Case(partial(sdxl, StableDiffusionXLInstructPix2PixPipeline, 8), EDIT | SQUARE, 3, 0),
     "sdxl-controlnet": Case(partial(sdxl, StableDiffusionXLControlNetPipeline), {"image": picture()}),
     "dit": Case(
-        tiny.build_dit,
-        {"class_labels": [207, 3]} | PIXELS,
-        conditional=0,
-        tap="transformer_blocks.1",
-        prompted=False,
+        tiny.build_dit, {"class_labels": [207, 3]} | PIXELS, conditional=0, tap="transformer_blocks.1", prompted=False
     ),
     "ddpm": Case(tiny.build_ddpm, {"batch_size": 2} | PIXELS, 1, 0, prompted=False),
     "ddim": Case(ddim, {"batch_size": 2} | PIXELS, 1, 0, prompted=False),
@@ -224,11 +220,7 @@ def test_scale_zero_is_bit_equal_and_nothing_is_left(name: str) -> None:
 CALLS = [
     *((name, "plain") for name in CASES),
     *((name, "many") for name, case in CASES.items() if case.parts > 1 and case.prompted),
-    *(
-        (name, "no cfg")
-        for name, case in CASES.items()
-        if case.parts > 1 and case.options.get("strength") is None
-    ),
+    *((name, "no cfg") for name, case in CASES.items() if case.parts > 1 and case.options.get("strength") is None),
 ]
 
 

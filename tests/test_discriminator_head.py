@@ -91,9 +91,7 @@ def test_real_rows_come_first_and_any_order_is_read() -> None:
 # --- generation
 
 
-CAPTIONS = [
-    f"a red house in the {place} at noon" for place in ("hills", "snow", "desert", "mountains", "hills")
-]
+CAPTIONS = [f"a red house in the {place} at noon" for place in ("hills", "snow", "desert", "mountains", "hills")]
 FAST = GenerationRecipe(num_steps=1, cfg_scale=1.0, batch_size=2, shard_size=2)
 
 
@@ -184,16 +182,11 @@ def test_one_command_generates_caches_and_trains(trained, options, tiny_pipe) ->
     assert overall["rows"] == 96 and overall["chance"] == 0.5 and metrics["cost"]["rows"] == 240
     assert overall["auc"] > 0.75 and overall["accuracy"] > 0.65 and "ece" in overall
     assert (
-        head.config.outputs == 1
-        and len(head.config.temperature) == 10
-        and head.config.metrics["auc"] == overall["auc"]
+        head.config.outputs == 1 and len(head.config.temperature) == 10 and head.config.metrics["auc"] == overall["auc"]
     )
     assert 0.5 <= head.config.start <= 0.9 and head.config.stop == 1.0  # t from 0 to 400 only
     folder = Path(options[1].removeprefix("generated.folder="))
-    real, fake = (
-        FeatureCache(options[0].removeprefix("cache="), "train"),
-        FeatureCache(folder / "features", "train"),
-    )
+    real, fake = (FeatureCache(options[0].removeprefix("cache="), "train"), FeatureCache(folder / "features", "train"))
     assert len(real) == 128 and len(fake) == 120
     assert np.array_equal(real.column("t")[:120], fake.column("t"))  # row for row the same noise level
     assert not torch.equal(real.read([0])[0], fake.read([0])[0])

@@ -58,17 +58,14 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch, capsys
     torch.manual_seed(0)
     if page.name == "README.md":  # it loads the head that its commands train
         pipe = load_pipeline("testbed")
-        options = {
-            "prediction_type": pipe.scheduler.config.prediction_type,
-            "base_fingerprint": fingerprint(pipe.unet),
-        }
+        options = {"prediction_type": pipe.scheduler.config.prediction_type, "base_fingerprint": fingerprint(pipe.unet)}
         head = build_head(HeadConfig("conv", in_channels=pipe.unet.config.block_out_channels[-1], **options))
         head.save_pretrained("runs/heads/testbed-aesthetic")
-    module = types.ModuleType("page")  # where annotations of its classes are looked up
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    page_module = types.ModuleType("page")  # where annotations of its classes are looked up
+    monkeypatch.setitem(sys.modules, "page", page_module)
     for language, content in runs(page):
         if language == "python":
-            exec(compile(content, page.name, "exec"), vars(module))
+            exec(compile(content, page.name, "exec"), vars(page_module))
             continue
         for command in commands_of_page(f"```sh\n{content}```\n"):
             module, words = split_command(command)
@@ -81,10 +78,7 @@ def test_the_commands_of_a_page_are_read_by_their_scripts(page: Path, monkeypatc
     for command in commands_of_page(page.read_text(encoding="utf-8")):
         module, words = split_command(command)
         if module.split(".")[0] in SCRIPTS:  # those of the library take no config; pages run them
-            assert exit_code(module, [*words, "--print-config"]) == 0, (
-                command,
-                capsys.readouterr().err[-500:],
-            )
+            assert exit_code(module, [*words, "--print-config"]) == 0, (command, capsys.readouterr().err[-500:])
 
 
 @pytest.mark.parametrize("folder", SCRIPTS)
@@ -95,10 +89,7 @@ def test_the_commands_in_the_help_of_scripts_are_read(folder: str, monkeypatch, 
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         for command in commands_of_page(text):
             module, words = split_command(command)
-            assert exit_code(module, [*words, "--print-config"]) == 0, (
-                command,
-                capsys.readouterr().err[-500:],
-            )
+            assert exit_code(module, [*words, "--print-config"]) == 0, (command, capsys.readouterr().err[-500:])
             found += 1
     assert found >= 5
 

@@ -39,17 +39,13 @@ def test_loss_is_cosine_plus_info_nce() -> None:
     nce = -(cosines / CONTRASTIVE_TEMPERATURE).log_softmax(1).diagonal().mean()
     for length in (1.0, 7.0):  # the length of a prediction means nothing
         torch.testing.assert_close(embedding_loss(length * e, y, 0.0), 1 - cosines.diagonal().mean())
-        torch.testing.assert_close(
-            embedding_loss(length * e, y, 0.5), 1 - cosines.diagonal().mean() + nce / 2
-        )
+        torch.testing.assert_close(embedding_loss(length * e, y, 0.5), 1 - cosines.diagonal().mean() + nce / 2)
 
 
 def test_draws_of_one_image_all_count_as_right() -> None:
     y = unit(3)[[0, 0, 1, 2]]
     p = (y @ y.T / CONTRASTIVE_TEMPERATURE).softmax(1)
-    expected = -torch.stack(
-        [(p[0, 0].log() + p[0, 1].log()) / 2, p[1, :2].log().mean(), p[2, 2].log(), p[3, 3].log()]
-    )
+    expected = -torch.stack([(p[0, 0].log() + p[0, 1].log()) / 2, p[1, :2].log().mean(), p[2, 2].log(), p[3, 3].log()])
     torch.testing.assert_close(embedding_loss(y, y), expected.mean(), atol=1e-5, rtol=1e-5)
 
 
@@ -147,9 +143,7 @@ def test_the_script_trains_a_head_that_finds_the_image(trained, options, clip) -
     overall = metrics["test"]["overall"]
     assert head.config.clip == "testbed" and head.config.clip_fingerprint == clip.fingerprint
     assert head.config.outputs == 128 and not head.config.labels and not head.config.temperature
-    assert (
-        overall["chance"] == 1 / 60 and overall["retrieval"] > 3 * overall["chance"] and overall["skill"] > 0
-    )
+    assert overall["chance"] == 1 / 60 and overall["retrieval"] > 3 * overall["chance"] and overall["skill"] > 0
     assert overall["cosine"] > overall["cosine_other"] + 0.05
     losses = [epoch["train_loss"] for epoch in metrics["training"]["history"]]
     assert losses[-1] < losses[0]
@@ -160,9 +154,7 @@ def test_the_script_trains_a_head_that_finds_the_image(trained, options, clip) -
     assert y.dtype == np.float16 and y.shape == (60, 128)
     outputs = head(*cache.read(range(60)))
     target = TASKS["embedding"].encode(y, [])
-    assert float(compare_embeddings(outputs, target)[0]["retrieval"].mean()) == pytest.approx(
-        overall["retrieval"]
-    )
+    assert float(compare_embeddings(outputs, target)[0]["retrieval"].mean()) == pytest.approx(overall["retrieval"])
     shuffled, _ = compare_embeddings(outputs, target.roll(7, 0))  # the control
     assert float(shuffled["retrieval"].mean()) < 0.08
     assert float(shuffled["cosine"].mean()) < overall["cosine"] - 0.03
@@ -198,10 +190,7 @@ def test_the_guide_climbs_the_cosine(trained, tiny_pipe, clip) -> None:
     head, text = load_head(trained), "a red house in the hills at noon"
     guide = EmbeddingGuide(head, clip, texts=text)
     assert isinstance(guide, Guide) and guide.strength.start == head.config.start
-    h, t = (
-        torch.randn(3, 64, 2, 2, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([3.0, 8.0, 20.0]),
-    )
+    h, t = (torch.randn(3, 64, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 8.0, 20.0]))
     expected = clip.logit_scale * F.cosine_similarity(head(h, t), clip.embed_texts([text]))
     torch.testing.assert_close(guide.score(h, t), expected)
     image = Image.new("RGB", (64, 64), (200, 30, 30))
@@ -214,10 +203,7 @@ def test_the_guide_climbs_the_cosine(trained, tiny_pipe, clip) -> None:
 
 def test_each_sample_is_guided_to_its_own_prompt(trained, tiny_pipe, clip) -> None:
     head = load_head(trained)
-    prompts, options = (
-        ["a red house in the hills at noon", "a blue boat on the sea at night"],
-        {"num_steps": 2},
-    )
+    prompts, options = (["a red house in the hills at noon", "a blue boat on the sea at night"], {"num_steps": 2})
     guide = EmbeddingGuide(head, clip, 1.0, start=0.0, stop=1.0)
     both = sample_latents(tiny_pipe, prompts, [1, 2], guides=[guide], **options)
     for i in range(2):

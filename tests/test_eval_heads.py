@@ -165,14 +165,7 @@ def data(tiny_folder, folder) -> list[str]:
 @pytest.fixture(scope="module")
 def heads(tiny_folder, data, folder) -> dict[str, Path]:
     """A head of every task, trained for an epoch on one cache, without the plots, which take long."""
-    shared = [
-        *data,
-        f"data.model={tiny_folder}",
-        f"cache={folder / 'cache'}",
-        "hidden=8",
-        "epochs=1",
-        "compare=[]",
-    ]
+    shared = [*data, f"data.model={tiny_folder}", f"cache={folder / 'cache'}", "hidden=8", "epochs=1", "compare=[]"]
     shared += ["data.target_columns=[rating,score,bright,clip:testbed]", "batch_size=20", "lr=0.01"]
     generated = [f"generated.folder={folder / 'generated'}", "generated.num_steps=1", "generated.test=30"]
     with pytest.MonkeyPatch.context() as patch:
@@ -199,14 +192,10 @@ def test_the_numbers_are_those_of_the_training(task: str, heads, folder, tmp_pat
     words = [str(heads[task]), f"cache={folder / 'cache'}", f"generated={folder / 'generated'}"]
     found = measured(words, tmp_path)[task]
     trained = json.loads((heads[task] / "metrics.json").read_text())["test"]
-    for ours, theirs in zip(
-        [found["overall"], *found["bins"]], [trained["overall"], *trained["bins"]], strict=True
-    ):
+    for ours, theirs in zip([found["overall"], *found["bins"]], [trained["overall"], *trained["bins"]], strict=True):
         assert {key: ours[key] for key in theirs} == theirs
         intervals = {k.removesuffix("_interval"): v for k, v in ours.items() if k.endswith("_interval")}
-        assert intervals and all(
-            low - 1e-6 <= ours[name] <= high + 1e-6 for name, (low, high) in intervals.items()
-        )
+        assert intervals and all(low - 1e-6 <= ours[name] <= high + 1e-6 for name, (low, high) in intervals.items())
     wanted = {
         "rating": {"accuracy", "ece", "ece_uncalibrated", "spearman", "nll"},
         "class": {"accuracy", "ece", "ece_uncalibrated", "auc", "nll"},
@@ -255,9 +244,7 @@ def test_calibration_with_and_without_temperatures(heads, folder, tmp_path) -> N
     bins = np.ceil(confidence.numpy() * 15)
     by_hand = sum(abs((right - confidence.numpy())[bins == k].sum()) for k in np.unique(bins)) / 80
     assert ece["cold"][0] == pytest.approx(by_hand, abs=1e-4)
-    assert (
-        ece["cold"][1] == ece["plain"][0] == ece["plain"][1] and abs(ece["cold"][0] - ece["cold"][1]) > 0.01
-    )
+    assert ece["cold"][1] == ece["plain"][0] == ece["plain"][1] and abs(ece["cold"][0] - ece["cold"][1]) > 0.01
 
 
 def test_two_heads_in_one_table_from_features_on_the_fly(heads, data, folder, tmp_path, capsys) -> None:
@@ -325,9 +312,7 @@ def changed(head: Path, folder: Path, **options) -> Path:
         ("binary", {}, ["cache={cache}", "generated={tmp}/none"], "generated.folder={tmp}/none"),
     ],
 )
-def test_bad_input_gets_a_sentence(
-    task, config, words, message, heads, data, folder, tmp_path, capsys
-) -> None:
+def test_bad_input_gets_a_sentence(task, config, words, message, heads, data, folder, tmp_path, capsys) -> None:
     names = {"tmp": tmp_path, "cache": folder / "cache"}
     head = changed(heads[task], tmp_path / "head", **config)
     with pytest.raises(SystemExit) as stop:
@@ -346,7 +331,5 @@ def test_heads_that_differ_fill_no_cache_together(heads, data, tmp_path, capsys)
 
 def test_an_undefined_interval_is_left_out() -> None:
     row = {"rows": 5, "spearman": 0.0, "spearman_interval": [math.nan, math.nan], "skill": -0.9}
-    text = head_tables.head_tables(
-        {"a": {"task": "rating", "overall": row, "bins": [{"low": 0, "high": 99} | row]}}
-    )
+    text = head_tables.head_tables({"a": {"task": "rating", "overall": row, "bins": [{"low": 0, "high": 99} | row]}})
     assert text.splitlines()[-1] == "| all | 5 | 0.000 | -0.900 |"

@@ -118,12 +118,7 @@ def test_numbers_are_those_of_the_metrics_themselves(found, world) -> None:
     def distance(rows: np.ndarray) -> float:
         return frechet_distance(*real, *moments(features[rows]))
 
-    test = permutation_test(
-        captions,
-        lambda i, j: distance(j) - distance(i),
-        two_sided=True,
-        permutations=19,
-    )
+    test = permutation_test(captions, lambda i, j: distance(j) - distance(i), two_sided=True, permutations=19)
     assert value(summary, "fd")["p"] == test.p
 
 
@@ -174,9 +169,7 @@ def test_batches_do_not_matter_and_a_kill_loses_one(found, run, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         evaluate([run], tmp_path / "out", tmp_path / "cache", batch_size=7)
     assert not (tmp_path / "out" / "summary.json").exists()
-    monkeypatch.setattr(
-        Extractor, "embed", lambda self, images: (seen.append(len(images)), real(self, images))[1]
-    )
+    monkeypatch.setattr(Extractor, "embed", lambda self, images: (seen.append(len(images)), real(self, images))[1])
     again = evaluate([run], tmp_path / "out", tmp_path / "cache", batch_size=7)
     everything = 3 * 2 * N + 2 * 60  # judge's readings and features, CLIP; the reference twice
     assert sum(seen) == everything
@@ -220,12 +213,7 @@ def test_the_clip_that_guided_is_called_circular(world, cache, tmp_path) -> None
     from guidance.models.clip import load_clip
 
     captions, hazy, clear = world
-    guide = {
-        "method": "clip",
-        "name": "clip",
-        "guidance_scale": 1.0,
-        "clip_fingerprint": load_clip().fingerprint,
-    }
+    guide = {"method": "clip", "name": "clip", "guidance_scale": 1.0, "clip_fingerprint": load_clip().fingerprint}
     arms = {"unguided": hazy, "scale=2": clear}
     folder = write_run(tmp_path / "run", arms, captions, **{"scale=2": {"guides": [guide]}})
     own = evaluate([folder], tmp_path / "own", cache, clip="testbed-clip", features=None)
@@ -242,9 +230,7 @@ def test_one_arm_alone_is_scored_against_the_reference(world, cache, tmp_path) -
     assert "unguided" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_heads_score_is_shown_and_circular_where_it_guided(
-    world, cache, tmp_path, tiny_pipe, tiny_folder
-) -> None:
+def test_a_heads_score_is_shown_and_circular_where_it_guided(world, cache, tmp_path, tiny_pipe, tiny_folder) -> None:
     from conftest import make_head
 
     from guidance.heads import save_head
@@ -264,10 +250,7 @@ def test_a_heads_score_is_shown_and_circular_where_it_guided(
         "other": {"cfg": {"rescale": 0.7, "start": 0.0, "stop": 1.0, "modulate": "midblock:rating"}},
     }
     folder = write_run(
-        tmp_path / "run",
-        {"unguided": hazy, "scale=2": clear} | dict.fromkeys(list(used)[1:], hazy),
-        captions,
-        **used,
+        tmp_path / "run", {"unguided": hazy, "scale=2": clear} | dict.fromkeys(list(used)[1:], hazy), captions, **used
     )
     options = {"rating": str(tmp_path / "head"), "features": None, "clip": None}
     summary = evaluate([folder], tmp_path / "out", cache, **options)
@@ -332,9 +315,7 @@ def test_a_metric_is_one_record(run, cache, tmp_path) -> None:
     IMAGE_METRICS.append(redness)
     SET_METRICS.append(spread)
     summary = evaluate([run], tmp_path, cache)
-    assert (
-        0 < delta(summary, "redness")["paired"]["mean_a"] < 255 and delta(summary, "redness")["p_holm"] <= 1
-    )
+    assert 0 < delta(summary, "redness")["paired"]["mean_a"] < 255 and delta(summary, "redness")["p_holm"] <= 1
     assert value(summary, "spread")["p"] >= 1 / 20 and len(value(summary, "spread")["blocks"]) == 3
     assert "redness" in summary["columns"] and "spread (judge)" in summary["table"]
     report = (tmp_path / "report.html").read_text()

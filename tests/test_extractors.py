@@ -12,12 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval.features.extractors import (
-    ClassExtractor,
-    TextExtractor,
-    extractor_from_module,
-    load_extractor,
-)
+from eval.features.extractors import ClassExtractor, TextExtractor, extractor_from_module, load_extractor
 from guidance.models.clip import load_clip
 from guidance.testbed.judges import load_judges
 from guidance.testbed.render import render_scenes
@@ -134,9 +129,7 @@ def test_a_pooler_without_weights_is_not_used(tmp_path, odd_sizes, pooler: bool)
     folder = save_vit(tmp_path, pooler=pooler)
     x = load_extractor(f"vision:{folder}").embed(odd_sizes)
     np.testing.assert_array_equal(x, load_extractor(f"vision:{folder}").embed(odd_sizes))
-    take = (
-        (lambda output: output.pooler_output) if pooler else (lambda output: output.last_hidden_state[:, 0])
-    )
+    take = (lambda output: output.pooler_output) if pooler else (lambda output: output.last_hidden_state[:, 0])
     np.testing.assert_allclose(x, by_the_model(folder, odd_sizes, take), atol=1e-5)
 
 
@@ -175,9 +168,7 @@ def test_results_do_not_depend_on_the_batch_size(tmp_path, pictures, name: str) 
     found = extractor_from_module(net, name="x", size=32) if name == "module" else load_extractor(asked)
     whole = found.embed(pictures)
     for size in (1, 3):
-        np.testing.assert_allclose(
-            dataclasses.replace(found, batch_size=size).embed(pictures), whole, atol=1e-5
-        )
+        np.testing.assert_allclose(dataclasses.replace(found, batch_size=size).embed(pictures), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,7 @@ def test_timesteps_are_uniform_and_stay_in_range(tiny_pipe) -> None:
     assert set(t.tolist()) == {200, 201, 202}
 
 
-@pytest.mark.parametrize(
-    ("noise", "caption"), [("random", "caption"), ("random", "empty"), ("none", "caption")]
-)
+@pytest.mark.parametrize(("noise", "caption"), [("random", "caption"), ("random", "empty"), ("none", "caption")])
 def test_features_equal_those_of_a_full_forward(tiny_pipe, examples, noise: str, caption: str) -> None:
     pipe, picked = tiny_pipe, examples.select(range(4))
     encoder = FeatureEncoder(pipe, noise=noise, caption=caption)
@@ -125,13 +123,9 @@ def test_reading(cached: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_writes_the_same_bytes(
-    tiny_pipe, examples, cached, tmp_path, processes
-) -> None:
+def test_any_number_of_processes_writes_the_same_bytes(tiny_pipe, examples, cached, tmp_path, processes) -> None:
     for rank in reversed(range(processes)):
-        cache_features(
-            tiny_pipe, examples, tmp_path / "c", **OPTIONS, process_index=rank, num_processes=processes
-        )
+        cache_features(tiny_pipe, examples, tmp_path / "c", **OPTIONS, process_index=rank, num_processes=processes)
     assert contents(tmp_path / "c") == contents(cached)
 
 
@@ -145,9 +139,7 @@ def test_only_what_is_missing_or_broken_is_written_again(tiny_pipe, examples, ca
     (folder / "train" / "shard-00002.tmp-123-abc" / "h.npy").write_bytes(b"half")
     broken = folder / "train" / "shard-00004" / "h.npy"
     broken.write_bytes(broken.read_bytes()[:-100])
-    with pytest.raises(
-        UserError, match=r"1 are missing, the first is train/shard-00002.*run the same command"
-    ):
+    with pytest.raises(UserError, match=r"1 are missing, the first is train/shard-00002.*run the same command"):
         FeatureCache(folder)
     assert cache_features(tiny_pipe, examples, folder, **OPTIONS) == 16
     assert contents(folder) == contents(cached)
@@ -217,9 +209,7 @@ def test_a_killed_script_goes_on_to_the_same_bytes(tiny_folder, parquet, tmp_pat
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while (
-        not list(killed.glob("train/shard-?????")) and time.monotonic() < deadline and process.poll() is None
-    ):
+    while not list(killed.glob("train/shard-?????")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()

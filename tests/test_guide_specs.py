@@ -48,11 +48,7 @@ def test_every_shipped_guide_is_read_and_explained(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("midblok", "Did you mean 'midblock'"),
-        ("clip:text=[a]", "Did you mean 'texts'"),
-    ],
+    ("text", "message"), [("midblok", "Did you mean 'midblock'"), ("clip:text=[a]", "Did you mean 'texts'")]
 )
 def test_mistakes_name_what_there_is(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -67,9 +63,7 @@ def test_arms_hold_all_guides_each_by_its_own_factor(head: Path) -> None:
     plain, arm = guide_arms(specs, [2.0])
     assert plain.guides == () and plain.name == "unguided" and arm.name == "scale=2"
     assert [g.strength.guidance_scale for g in arm.guides] == [2.0, -1.0]
-    assert [d["method"] for d in arm.descriptions] == ["midblock"] * 2 and arm.descriptions[1][
-        "target"
-    ] == "9"
+    assert [d["method"] for d in arm.descriptions] == ["midblock"] * 2 and arm.descriptions[1]["target"] == "9"
     assert all("head_fingerprint" in d for d in arm.descriptions) and arm.head == str(head)
 
 
@@ -82,10 +76,7 @@ def test_one_head_is_described_alike_by_options_and_by_a_guide(head: Path) -> No
 
 
 def test_explain_loads_nothing(capsys) -> None:
-    assert read_words(["--guide", "a:b=1", "--guide=c", "--explain"]) == [
-        "--explain",
-        'guides=["a:b=1", "c"]',
-    ]
+    assert read_words(["--guide", "a:b=1", "--guide=c", "--explain"]) == ["--explain", 'guides=["a:b=1", "c"]']
     main(["--explain", "--guide", "midblock:head=no/such/head", "--guide", "clip"])
     out = capsys.readouterr().out
     assert "midblock: tap" in out and "clip: tap the prediction of x0" in out and "CFG 4" in out
@@ -102,11 +93,7 @@ def test_explain_is_instant(head: Path) -> None:
 
 
 def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path: Path) -> None:
-    config = json.loads((head / "config.json").read_text()) | {
-        "base_model": "sd",
-        "start": 0.25,
-        "stop": 0.75,
-    }
+    config = json.loads((head / "config.json").read_text()) | {"base_model": "sd", "start": 0.25, "stop": 0.75}
     (head / "config.json").write_text(json.dumps(config))
     (head / "head.safetensors").unlink()
     said = explain([read_guide(f"midblock:head={head},every=2")], 16)
@@ -120,6 +107,4 @@ def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path
     assert "costs more than the 1.19 unguided ones" in said and "average" not in said
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "config.json").write_text('{"start": 0.5, "stop": 1.0}')
-    assert "pushes in 8 of 16 steps;" in explain(
-        [read_guide(f"amortised:adapter={tmp_path / 'adapter'}")], 16
-    )
+    assert "pushes in 8 of 16 steps;" in explain([read_guide(f"amortised:adapter={tmp_path / 'adapter'}")], 16)

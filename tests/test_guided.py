@@ -90,12 +90,7 @@ def test_two_processes_make_the_same_bytes_and_one_goes_on(done: Path, words, tm
     launch += ["-m", "sample.guided"]
     options = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [*launch, *words, f"output={folder}"],
-        env=options,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+        [*launch, *words, f"output={folder}"], env=options, capture_output=True, text=True, timeout=240, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("grid:") == 1  # one process speaks
@@ -212,10 +207,7 @@ def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
     assert yaml.safe_load(capsys.readouterr().out)["prompts"] == [text]
     monkeypatch.chdir(tmp_path)
     Path("mine.txt").write_text("x")
-    for words, message in (
-        (["mine.txt"], "write prompts=mine.txt"),
-        (["--head"], "a value after '--head'"),
-    ):
+    for words, message in ((["mine.txt"], "write prompts=mine.txt"), (["--head"], "a value after '--head'")):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -66,8 +66,7 @@ def guided_classic(guides: Sequence[Guide]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "strength",
-    [{"guidance_scale": 0.7}, {"guidance_scale": 30.0, "normalize": None, "start": 0.3, "every": 2}],
+    "strength", [{"guidance_scale": 0.7}, {"guidance_scale": 30.0, "normalize": None, "start": 0.3, "every": 2}]
 )
 def test_the_guider_equals_apply_guidance_on_the_classic_pipeline(strength: dict[str, Any]) -> None:
     guides = [PatternGuide(**strength)]
@@ -87,9 +86,7 @@ def test_scale_zero_is_bit_equal_and_options_are_those_of_classifier_free_guidan
     guider = GuidesGuider(guidance_scale=3.0, stop=0.5)
     pipe.update_components(guider=guider.attach(pipe, [PatternGuide(guidance_scale=0.0)]))
     assert torch.equal(run(pipe), plain)
-    guider = GuidesGuider(
-        guidance_scale=3.0, stop=0.5
-    )  # a stopped one asks for no negative prompt in the next run
+    guider = GuidesGuider(guidance_scale=3.0, stop=0.5)  # a stopped one asks for no negative prompt in the next run
     pipe.update_components(guider=guider.attach(pipe, [PatternGuide(guidance_scale=1.0)]))
     assert not torch.allclose(run(pipe), plain, atol=1e-2)
     assert "forward" not in vars(pipe.unet)
@@ -173,10 +170,7 @@ def test_controlnet_and_an_error_leave_nothing_behind() -> None:
 
     with pytest.raises(RuntimeError, match="broken guide"), apply_guidance(pipe, [Broken()]):
         run(pipe, control_image=image)
-    assert (
-        not {"forward"} & vars(pipe.unet).keys()
-        and not {"forward", "prepare_models"} & vars(pipe.guider).keys()
-    )
+    assert not {"forward"} & vars(pipe.unet).keys() and not {"forward", "prepare_models"} & vars(pipe.guider).keys()
     with apply_guidance(pipe, [PatternGuide(guidance_scale=0.5)]):
         assert not torch.allclose(run(pipe, control_image=image), plain, atol=1e-2)
     assert torch.equal(run(pipe, control_image=image), plain)

@@ -134,10 +134,7 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"outputs": 3}, "one label per output"),
-        ({"temperature": [1.0]}, "10 positive temperatures"),
-    ],
+    [({"outputs": 3}, "one label per output"), ({"temperature": [1.0]}, "10 positive temperatures")],
 )
 def test_a_bad_config_gets_a_sentence(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

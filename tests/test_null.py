@@ -71,9 +71,7 @@ def test_seeds_of_a_prompt_agree() -> None:
 
 def test_holm_leaves_few_families() -> None:
     (row,) = check_holm(NullConfig(comparisons=60, kinds=["normal", "skewed"], prompts=[30]))
-    share, raw = (
-        float(row[key].rstrip("% !")) for key in (f"any of {null.SCALES} scales, Holm", "uncorrected")
-    )
+    share, raw = (float(row[key].rstrip("% !")) for key in (f"any of {null.SCALES} scales, Holm", "uncorrected"))
     assert share <= raw and share < 18 and row["values"] == "normal"
 
 

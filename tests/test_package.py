@@ -87,9 +87,7 @@ def normal(name: str) -> str:
 
 
 def link(distribution: importlib.metadata.Distribution, site: Path) -> None:
-    for top in {
-        file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")
-    }:
+    for top in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
         source = Path(str(distribution.locate_file(top)))
         if source.exists() and not (site / top).exists():
             (site / top).symlink_to(source)

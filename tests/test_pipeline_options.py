@@ -29,9 +29,7 @@ def pipe() -> Any:
     return tiny.build_sd()
 
 
-def guided(
-    pipe: Any, name: str = "sd", variant: str = "plain", tap: str | None = None, **options: Any
-) -> Tensor:
+def guided(pipe: Any, name: str = "sd", variant: str = "plain", tap: str | None = None, **options: Any) -> Tensor:
     guide = PatternGuide(tap or CASES[name].tap, **{"guidance_scale": 0.7} | options)
     with apply_guidance(pipe, [guide]) as handle:
         result = CASES[name].run(pipe, variant)
@@ -192,10 +190,7 @@ def test_a_lora_loaded_by_diffusers(pipe: Any) -> None:
 def test_a_pipeline_that_is_not_supported_gets_a_sentence(pipe: Any) -> None:
     kind = StableDiffusionUpscalePipeline
     other = tiny.with_parts(pipe, kind, low_res_scheduler=pipe.scheduler)
-    with (
-        pytest.raises(UserError, match="got StableDiffusionUpscale"),
-        apply_guidance(other, [PatternGuide()]),
-    ):
+    with pytest.raises(UserError, match="got StableDiffusionUpscale"), apply_guidance(other, [PatternGuide()]):
         pass
 
 

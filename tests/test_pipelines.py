@@ -49,12 +49,7 @@ PUBLISHED: dict[str, dict[str, int]] = {
         "text_encoder_2": CLIP_G,
         "text_encoder_3": 4_762_310_656,
     },
-    "flux-dev": {
-        "transformer": 11_901_408_320,
-        "vae": VAE_16,
-        "text_encoder": CLIP_L,
-        "text_encoder_2": 4_762_310_656,
-    },
+    "flux-dev": {"transformer": 11_901_408_320, "vae": VAE_16, "text_encoder": CLIP_L, "text_encoder_2": 4_762_310_656},
 }
 
 #: Class and configuration -> parameters: models share their autoencoder and text encoders.
@@ -128,9 +123,7 @@ def test_schedules_are_the_published_ones(name: str) -> None:
         return
     assert schedule.prediction_type == ("v_prediction" if name == "sd-2.1" else "epsilon")
     alpha, _ = schedule.alpha_sigma(500)
-    if (
-        name == "imagenet-64"
-    ):  # abar = cos^2((u + 0.008) / 1.008 pi / 2) / cos^2(0.008 / 1.008 pi / 2), u = 0.501
+    if name == "imagenet-64":  # abar = cos^2((u + 0.008) / 1.008 pi / 2) / cos^2(0.008 / 1.008 pi / 2), u = 0.501
         cosines = np.cos(np.array([0.509, 0.008]) / 1.008 * np.pi / 2)
         abar = (cosines[0] / cosines[1]) ** 2
     else:
@@ -390,11 +383,7 @@ def test_pickles_on_the_hub_are_refused(monkeypatch: Any) -> None:
     ],
 )
 def test_bad_single_files_get_a_sentence(
-    weights: dict[str, tuple[int, ...]] | None,
-    options: dict[str, str],
-    message: str,
-    folder: Path,
-    monkeypatch: Any,
+    weights: dict[str, tuple[int, ...]] | None, options: dict[str, str], message: str, folder: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(folder.parent)
     if weights is None:

@@ -49,9 +49,7 @@ from guidance.utils.errors import UserError
 PROMPTS = ["a fox", "<script>alert(1)</script>", "two hens & a \u202e cat", '"quoted" prompt']
 
 
-def write_run(
-    folder: Path, arms: tuple[str, ...] = ("unguided", "scale=2"), n: int = 12, size: int = 24
-) -> Path:
+def write_run(folder: Path, arms: tuple[str, ...] = ("unguided", "scale=2"), n: int = 12, size: int = 24) -> Path:
     """Write a run of noise images, each arm a little brighter than the one before."""
     store = RecordStore(folder)
     for a, arm in enumerate(arms):
@@ -110,9 +108,7 @@ def test_a_queue_holds_what_the_plan_says(rater: str) -> None:
     first = {t.item: t.index for t in trials if t.kind == "pair"}
     assert len(first) == 40 and sum(t.swapped for t in trials if t.kind == "pair") == 20
     assert all(t.index - first[t.item] >= 5 for t in trials if t.kind == "repeat")
-    shared = set.intersection(
-        *({t.item for t in queue(100, plan, str(i)) if t.kind == "pair"} for i in range(30))
-    )
+    shared = set.intersection(*({t.item for t in queue(100, plan, str(i)) if t.kind == "pair"} for i in range(30)))
     assert len(shared) == 10 and shared <= first.keys()
 
 
@@ -232,9 +228,7 @@ def test_independent_votes_give_wilsons_interval_and_copies_give_no_more() -> No
     low, high = clustered_interval(y, range(200))
     assert abs(low - wilson(130, 200)[0]) < 2e-3 and abs(high - wilson(130, 200)[1]) < 2e-3
     five = np.repeat(y, 5)
-    assert clustered_interval(five, np.repeat(np.arange(200), 5).tolist()) == pytest.approx(
-        (low, high), abs=1e-12
-    )
+    assert clustered_interval(five, np.repeat(np.arange(200), 5).tolist()) == pytest.approx((low, high), abs=1e-12)
     assert design_effect(five, np.repeat(np.arange(200), 5).tolist()) == pytest.approx(5, rel=0.01)
     assert clustered_interval(np.ones(30), [i // 3 for i in range(30)])[0] < wilson(30, 30)[0]
     assert clustered_interval(np.ones(3), ["p"] * 3) == (0.0, 1.0)
@@ -273,9 +267,7 @@ def test_position_bias_and_attention() -> None:
 
 def test_bradley_terry_finds_the_strengths() -> None:
     strengths, rng, votes = {"a": 0.0, "b": 0.6, "c": 1.5, "d": 0.2}, np.random.default_rng(0), []
-    for i, (first, second) in enumerate(
-        itertools.islice(itertools.cycle([("a", "b"), ("b", "c"), ("c", "d")]), 3000)
-    ):
+    for i, (first, second) in enumerate(itertools.islice(itertools.cycle([("a", "b"), ("b", "c"), ("c", "d")]), 3000)):
         p = 1 / (1 + np.exp(strengths[first] - strengths[second]))
         votes.append(vote("ann", i, "right" if rng.random() < p else "left", first=first, second=second))
     found = bradley_terry(votes, ["a", "b", "c", "d", "alone"], "looks")

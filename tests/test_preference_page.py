@@ -77,10 +77,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def chromium() -> Iterator[Any]:
     reason = "playwright is not installed (extra dev)"
     driver = pytest.importorskip("playwright.sync_api", reason=reason, exc_type=ImportError)
-    names = [
-        os.environ.get("CHROMIUM"),
-        *map(shutil.which, ("chromium", "chromium-browser", "google-chrome")),
-    ]
+    names = [os.environ.get("CHROMIUM"), *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))]
     for name in filter(None, names):  # one that is there may still be a stub that asks for a snap
         if subprocess.run([name, "--version"], capture_output=True).returncode == 0:
             with driver.sync_playwright() as playwright:
@@ -129,8 +126,7 @@ class Rater:
 def answers(run: Path, rater: str) -> list[str]:
     """What is stored of a rater, in the order of the queue."""
     votes = sorted(
-        (v for v in current_votes(read_lines(run / "preference/main")) if v.rater == rater),
-        key=lambda v: v.trial,
+        (v for v in current_votes(read_lines(run / "preference/main")) if v.rater == rater), key=lambda v: v.trial
     )
     return [(v.answers or {})["looks"] for v in votes]
 
@@ -315,12 +311,7 @@ def test_who_is_let_in_and_what_is_served(shared: tuple[Server, Path]) -> None:
     assert server.call("join", {"rater": "x" * 5000}, **inside)[0] == 413
     assert server.call("join", ["eve"], **inside)[0] == 400 and server.call("vote", {}, **inside)[0] == 400
     secret = (run / "preference/main/secret").read_bytes()
-    paths = [
-        "records.jsonl",
-        "image/records.jsonl",
-        "image/..%2f..%2frecords.jsonl",
-        "image/%2e%2e/secret.png",
-    ]
+    paths = ["records.jsonl", "image/records.jsonl", "image/..%2f..%2frecords.jsonl", "image/%2e%2e/secret.png"]
     paths += ["../preference/main/secret", "page.py", f"image/{'0' * 32}.png", "image/images/unguided/0.png"]
     for path in paths:
         status, body, _ = server.fetch(path, headers=inside)

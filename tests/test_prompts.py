@@ -202,9 +202,7 @@ def test_named_sets_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SETS)
-def test_a_named_set_offline_says_what_to_fetch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_named_set_offline_says_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
@@ -245,9 +243,7 @@ def test_an_equal_share_of_each_category(classed: Path) -> None:
 def test_categories_of_the_testbed() -> None:
     boats = load_prompts("testbed", 12, category="boat")
     assert len(boats) == 12 and {p.category for p in boats} == {"boat"}
-    assert set(boats) < set(load_prompts("testbed", 300)) and boats[:5] == load_prompts(
-        "testbed", 5, category="boat"
-    )
+    assert set(boats) < set(load_prompts("testbed", 300)) and boats[:5] == load_prompts("testbed", 5, category="boat")
     equal = load_prompts("testbed", per_category=2)
     assert len(equal) == 16 and len({p.category for p in equal}) == 8
 

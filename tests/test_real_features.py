@@ -78,9 +78,6 @@ def test_halves_of_a_set_are_nearer_than_two_sets(photographs) -> None:
     a, b = photographs
     within = [fd(x[::2, :32], x[1::2, :32]) for x in (a, b)]
     assert fd(a[::2, :32], b[::2, :32]) > 1.5 * max(within)
-    for measure in (
-        lambda x, y: kid(x, y, subsets=1, subset_size=N // 2).mean,
-        lambda x, y: cmmd(x, y).unbiased,
-    ):
+    for measure in (lambda x, y: kid(x, y, subsets=1, subset_size=N // 2).mean, lambda x, y: cmmd(x, y).unbiased):
         halves = [abs(measure(x[::2], x[1::2])) for x in (a, b)]
         assert measure(a[::2], b[::2]) > 5 * max(halves)

@@ -33,10 +33,7 @@ def make_summary(arms: dict[str, dict[str, float]], plain: tuple[str, ...] = ())
         for key in BETTER
         if arm != "unguided" and key in values
     ]
-    series = {
-        arm: "baseline" if arm == "unguided" else "plain CFG" if arm in plain else "guided by x"
-        for arm in arms
-    }
+    series = {arm: "baseline" if arm == "unguided" else "plain CFG" if arm in plain else "guided by x" for arm in arms}
     return {
         "baseline": "unguided",
         "arms": [{"name": arm, "series": series[arm]} for arm in arms],
@@ -78,10 +75,7 @@ def test_the_best_within_the_limits() -> None:
         assert found.metric == "truth" and found.beats_cfg and found.tried == 3
     found = recommend(summary)
     assert found.best is not None and found.best.interval == (0.9, 1.1)
-    assert (
-        "'scale=2', +1 [+0.9, +1.1] against 'unguided'" in found.text
-        and "fd <= 1.5x the baseline's" in found.text
-    )
+    assert "'scale=2', +1 [+0.9, +1.1] against 'unguided'" in found.text and "fd <= 1.5x the baseline's" in found.text
     assert "chosen among 3 cells" in found.text and "'scale=2' beats the best plain CFG" in found.text
     assert "not tested" in found.text
 
@@ -126,9 +120,7 @@ def test_plain_cfg_is_beaten_in_pairs_or_not_at_all() -> None:
     assert "No guided cell beats" in unclear.text
     one = recommend(summary, rows=make_rows([1.0]))
     assert one.versus is None and one.beats_cfg
-    gaps = [
-        row | {"truth": ""} if row["prompt_id"] == "p0" else row for row in make_rows([9.0, 0.5, 0.6, 0.7])
-    ]
+    gaps = [row | {"truth": ""} if row["prompt_id"] == "p0" else row for row in make_rows([9.0, 0.5, 0.6, 0.7])]
     found = recommend(summary, rows=gaps)
     assert found.versus is not None and found.versus[0] == pytest.approx(0.6)
 

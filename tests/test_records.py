@@ -68,9 +68,7 @@ def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path: Path) -> None:
     store.path.write_bytes(both[:-40])
     torn = RecordStore(tmp_path)
     assert [r.seed for r in torn.load()] == [0] and not torn.has("unguided", "p-0", 1)
-    assert (
-        store.path.read_bytes() == both[:-40]
-    )  # reading a folder that another process writes changes nothing
+    assert store.path.read_bytes() == both[:-40]  # reading a folder that another process writes changes nothing
     torn.append(make_record(seed=1), IMAGE)
     assert store.path.read_bytes() == both and both.startswith(whole)
 

@@ -69,11 +69,7 @@ EXPECTED = ARRAYS.reshape(N, 36, 3).mean(1) / 255
 def ask(extractor, folder, rows=range(N), **options) -> np.ndarray:
     rows = list(rows)
     return features_of(
-        lambda i: Image.open(io.BytesIO(FILES[rows[i]])),
-        [DIGESTS[r] for r in rows],
-        extractor,
-        folder,
-        **options,
+        lambda i: Image.open(io.BytesIO(FILES[rows[i]])), [DIGESTS[r] for r in rows], extractor, folder, **options
     )
 
 
@@ -92,11 +88,7 @@ def test_features_are_computed_once_and_come_in_the_order_asked(tmp_path, net, e
     assert net.seen == N
     np.testing.assert_array_equal(x, ask(extractor, None))  # without a cache
     header = json.loads(only(tmp_path, "header.json").read_text())
-    assert (header["extractor"], header["width"], header["fingerprint"]) == (
-        "channels",
-        3,
-        extractor.fingerprint,
-    )
+    assert (header["extractor"], header["width"], header["fingerprint"]) == ("channels", 3, extractor.fingerprint)
 
 
 def test_an_image_is_opened_only_where_it_is_missing(tmp_path, extractor) -> None:
@@ -162,9 +154,7 @@ def test_processes_share_the_work(tmp_path, net, extractor) -> None:
     assert net.seen == 8
     assert (np.isfinite(parts[0]).all(1) == (np.arange(N) % 3 == 2)).all()
     assert np.isfinite(parts[1][:, 0]).sum() == 8  # its own, and those it finds
-    np.testing.assert_allclose(
-        ask(extractor, tmp_path, process_index=0, num_processes=1), EXPECTED, atol=1e-6
-    )
+    np.testing.assert_allclose(ask(extractor, tmp_path, process_index=0, num_processes=1), EXPECTED, atol=1e-6)
     assert net.seen == N
     few = ask(extractor, tmp_path / "few", [0], process_index=1, num_processes=2)
     assert few.shape == (1, 0)  # not even the width is known to one without work
@@ -217,10 +207,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(tmp_path) -> None:
 
 def test_probabilities_are_cached_apart(tmp_path) -> None:
     judge, arrays = load_extractor("judge"), render_scenes(scenes("test", 3))
-    digests, open_image = (
-        [hashlib.sha256(a).hexdigest() for a in arrays],
-        lambda i: Image.fromarray(arrays[i]),
-    )
+    digests, open_image = ([hashlib.sha256(a).hexdigest() for a in arrays], lambda i: Image.fromarray(arrays[i]))
     x = features_of(open_image, digests, judge, tmp_path)
     p = features_of(open_image, digests, judge, tmp_path, what="probabilities")
     assert x.shape == (3, 128) and p.shape == (3, 8)

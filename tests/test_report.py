@@ -22,16 +22,7 @@ from eval.comparison.report.grids import thumbnail
 from eval.comparison.report.page import render, write_report
 from eval.comparison.report.plots import curves
 from eval.comparison.report.text import focus_arm, headline, improved, primary_metric, verdict
-from eval.comparison.results import (
-    ArmSummary,
-    Breakdown,
-    Caveat,
-    Comparison,
-    Delta,
-    ImageMetric,
-    SetMetric,
-    SetValue,
-)
+from eval.comparison.results import ArmSummary, Breakdown, Caveat, Comparison, Delta, ImageMetric, SetMetric, SetValue
 from eval.stats.paired import holm, paired_difference
 from guidance.utils.errors import UserError
 
@@ -41,9 +32,7 @@ HOSTILE = [
     "</style></svg><b>&amp;$x_1$",
     "{{ 7*7 }} \ud800\x07",
 ]
-CLIP = ImageMetric(
-    "clip_score", "CLIP score (judge CLIP)", "higher", "judge-clip", note="100 cos(image, text)."
-)
+CLIP = ImageMetric("clip_score", "CLIP score (judge CLIP)", "higher", "judge-clip", note="100 cos(image, text).")
 SHARPNESS = ImageMetric("blur", "Blur", "lower", note="Lower is sharper.")
 MOVED = ImageMetric("moved", "LPIPS to the baseline", "", note="How far an arm moves.")
 FD = SetMetric("fd", "FD-judge", "lower", "Frechet distance to 2000 references.")
@@ -53,9 +42,7 @@ SETS = [
     SetMetric("precision", "Precision", "higher"),
     SetMetric("recall", "Recall", "higher"),
 ]
-GUIDED = [
-    ArmSummary(f"aesthetic-{s:g}", 0, "guided by aesthetic", "mid-block", s, 3.0, 0.3) for s in (4, 1, 2)
-]
+GUIDED = [ArmSummary(f"aesthetic-{s:g}", 0, "guided by aesthetic", "mid-block", s, 3.0, 0.3) for s in (4, 1, 2)]
 PLAIN = [ArmSummary(f"cfg-{s:g}", 0, "plain CFG", "", 0.0, s, 0.15) for s in (1.5, 5, 7.5)]
 
 
@@ -95,19 +82,13 @@ def build(
                 picture(path, size, rng)
             prompt = prompts[i // seeds]
             row = {"arm": arm.name, "prompt_id": f"p{i // seeds}", "prompt": prompt, "seed": i % seeds}
-            row |= {
-                "category": ("Animals", "Food & Beverage")[i // seeds % 2],
-                "challenge": "",
-                "image": str(path),
-            }
+            row |= {"category": ("Animals", "Food & Beverage")[i // seeds % 2], "challenge": "", "image": str(path)}
             moving = {m.key: {"higher": 1, "lower": -1, "": 1}[m.better] for m in metrics}
             values = {
                 key: 25 + float(noise[key][i]) + sign * strength + (0.4 * float(rng.normal()) if a else 0.0)
                 for key, sign in moving.items()
             }
-            rows.append(
-                row | {"scale": arm.scale, "cfg_scale": arm.cfg_scale, "seconds": arm.seconds} | values
-            )
+            rows.append(row | {"scale": arm.scale, "cfg_scale": arm.cfg_scale, "seconds": arm.seconds} | values)
     return Comparison(
         title="Aesthetic guidance on the testbed",
         command="python -m eval.images --run runs/a --baseline unguided",
@@ -137,9 +118,7 @@ def deltas(rows: Any, arms: Sequence[ArmSummary], metrics: Sequence[ImageMetric]
     for metric in metrics:
         value = {arm.name: np.array([r[metric.key] for r in rows if r["arm"] == arm.name]) for arm in arms}
         prompts = [r["prompt_id"] for r in rows if r["arm"] == arms[0].name]
-        pairs = [
-            paired_difference(value[arms[0].name], value[a.name], prompts, resamples=200) for a in arms[1:]
-        ]
+        pairs = [paired_difference(value[arms[0].name], value[a.name], prompts, resamples=200) for a in arms[1:]]
         adjusted = holm([p.wilcoxon_p for p in pairs]).tolist()
         found += [Delta(metric.key, a.name, p, q) for a, p, q in zip(arms[1:], pairs, adjusted, strict=True)]
     return found
@@ -162,10 +141,7 @@ def breakdowns(arms: Sequence[ArmSummary], metrics: Sequence[ImageMetric]) -> li
     rng = np.random.default_rng(1)
     return [
         Breakdown(by, part, metric.key, arm.name, 12, float(d), (float(d) - 0.4, float(d) + 0.5))
-        for by, values in {
-            "category": ("Animals", "Food & Beverage"),
-            "challenge": ("Basic", "Counting", ""),
-        }.items()
+        for by, values in {"category": ("Animals", "Food & Beverage"), "challenge": ("Basic", "Counting", "")}.items()
         for metric in metrics
         for arm in arms[1:]
         for part, d in zip(values, rng.normal(size=len(values)), strict=True)
@@ -208,19 +184,12 @@ class Page(HTMLParser):
         return [attrs for tag, attrs in self.tags if tag == "img"]
 
     def row(self, arm: str) -> list[str]:
-        return next(
-            [cell.strip() for cell in row] for row in self.results if row and row[0].strip().startswith(arm)
-        )
+        return next([cell.strip() for cell in row] for row in self.results if row and row[0].strip().startswith(arm))
 
 
 def loads(source: str) -> list[str]:
     """Whatever a browser would fetch: attributes and CSS that name something outside the page."""
-    named = [
-        v
-        for _, attrs in Page(source).tags
-        for k, v in attrs.items()
-        if k in ("src", "href", "srcset", "data")
-    ]
+    named = [v for _, attrs in Page(source).tags for k, v in attrs.items() if k in ("src", "href", "srcset", "data")]
     named += re.findall(r"url\(\s*['\"]?([^)'\"]*)", source) + re.findall(r"@import[^;]*", source)
     return [value for value in named if not value.startswith(("data:image/", "#"))]
 
@@ -247,19 +216,13 @@ def test_the_report_says_what_was_found(full: tuple[Comparison, str]) -> None:
     assert f"{100 * delta.paired.share_improved:.0f}% [" in cell and "p < 0.001" in cell
     assert page.row("unguided")[1] == f"{comparison.mean('clip_score', 'unguided'):.2f}"
     assert "2.00 ×" in source
-    order = [
-        source.index(part) for part in ('class="headline"', 'id="caveats"', 'id="results"', 'id="tradeoffs"')
-    ]
+    order = [source.index(part) for part in ('class="headline"', 'id="caveats"', 'id="results"', 'id="tradeoffs"')]
     rest = ("differences", "images", "cost", "definitions", "provenance")
     order += [source.index(f'<section id="{part}"') for part in rest]
     assert order == sorted(order)
     for metric in (*comparison.image_metrics, *comparison.set_metrics):
         assert metric.title in page.text and metric.note in page.text
-    assert (
-        "Best" in page.text
-        and "extremes, not typical" in page.text
-        and "drawn at random (seed 0)" in page.text
-    )
+    assert "Best" in page.text and "extremes, not typical" in page.text and "drawn at random (seed 0)" in page.text
 
 
 def test_elements_have_names_and_ids_of_their_own(full: tuple[Comparison, str]) -> None:
@@ -346,16 +309,8 @@ def test_lower_is_better_is_turned_round(tmp_path: Path) -> None:
 
 def test_curves_pass_through_the_baseline_in_the_order_of_what_they_sweep(tmp_path: Path) -> None:
     arms = [*GUIDED, dataclasses.replace(GUIDED[0], name="negative", scale=-1.0), *PLAIN[::-1]]
-    found = {
-        series: [arm.name for arm in arms] for series, arms in curves(build(tmp_path, arms=arms)).items()
-    }
-    assert found["guided by aesthetic"] == [
-        "negative",
-        "unguided",
-        "aesthetic-1",
-        "aesthetic-2",
-        "aesthetic-4",
-    ]
+    found = {series: [arm.name for arm in arms] for series, arms in curves(build(tmp_path, arms=arms)).items()}
+    assert found["guided by aesthetic"] == ["negative", "unguided", "aesthetic-1", "aesthetic-2", "aesthetic-4"]
     assert found["plain CFG"] == ["cfg-1.5", "unguided", "cfg-5", "cfg-7.5"]
 
 
@@ -385,9 +340,7 @@ def test_a_broken_image_is_a_placeholder_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "0" / "1.png").unlink()
     comparison.rows[3]["image"] = None
     page = Page(render(comparison))
-    assert (
-        "not readable: 0.png" in page.text and "not readable: 1.png" in page.text and "no image" in page.text
-    )
+    assert "not readable: 0.png" in page.text and "not readable: 1.png" in page.text and "no image" in page.text
     assert {attrs["alt"] for attrs in page.images()} == {"aesthetic-4, seed 0: a"}
 
 
@@ -395,11 +348,7 @@ def test_missing_values_are_dashes(tmp_path: Path) -> None:
     nan = float("nan")
     comparison = build(tmp_path, arms=GUIDED[:2], sets=[FD, SETS[1]], metrics=[CLIP, MOVED])
     empty = dataclasses.replace(
-        comparison.deltas[0].paired,
-        effect_size=nan,
-        effect_interval=(nan, nan),
-        interval=(nan, nan),
-        mean_b=nan,
+        comparison.deltas[0].paired, effect_size=nan, effect_interval=(nan, nan), interval=(nan, nan), mean_b=nan
     )
     comparison.deltas[0] = dataclasses.replace(comparison.deltas[0], paired=empty, p_holm=nan, excluded=5)
     comparison.set_values[1] = SetValue("fd", "aesthetic-4", nan, (), None, None, None)
@@ -415,16 +364,10 @@ def test_missing_values_are_dashes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arms", [0, 1, 11])
 def test_few_and_many_arms_and_nothing_but_them(tmp_path: Path, arms: int) -> None:
-    many = [
-        dataclasses.replace(GUIDED[0], name=f"arm {i}", scale=i + 1.0, series=f"s{i}") for i in range(arms)
-    ]
+    many = [dataclasses.replace(GUIDED[0], name=f"arm {i}", scale=i + 1.0, series=f"s{i}") for i in range(arms)]
     comparison = build(tmp_path, arms=many, sets=[], metrics=[CLIP], parts=False)
     page = Page(
-        render(
-            dataclasses.replace(
-                comparison, caveats=[], provenance={}, rows=comparison.rows[:5] if arms else []
-            )
-        )
+        render(dataclasses.replace(comparison, caveats=[], provenance={}, rows=comparison.rows[:5] if arms else []))
     )
     assert "Trade-off" not in page.text and "Caveats" not in page.text and "By category" not in page.text
     assert all(page.row(arm.name) for arm in comparison.arms)
@@ -470,10 +413,7 @@ addEventListener("load", () => {{
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    names = [
-        os.environ.get("CHROMIUM"),
-        *map(shutil.which, ("chromium", "chromium-browser", "google-chrome")),
-    ]
+    names = [os.environ.get("CHROMIUM"), *map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))]
     for name in filter(None, names):  # one that is there may still be a stub that asks for a snap
         if subprocess.run([name, "--version"], capture_output=True).returncode == 0:
             return name

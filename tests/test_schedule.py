@@ -68,9 +68,7 @@ def test_one_eps_shift_is_one_shift_in_every_parameterisation(schedule):
     t = torch.tensor([50, 500, 900])
     prediction = schedule.from_eps(eps, x, t)
     factor = schedule.shift_factor(t).reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(
-        schedule.to_eps(prediction + factor * shift, x, t), eps + shift, rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(schedule.to_eps(prediction + factor * shift, x, t), eps + shift, rtol=1e-9, atol=1e-9)
 
 
 def test_velocity_agrees_with_diffusers():
@@ -78,9 +76,7 @@ def test_velocity_agrees_with_diffusers():
     schedule = NoiseSchedule.from_scheduler(ddim)
     x0, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
     x = ddim.add_noise(x0, eps, t)
-    torch.testing.assert_close(
-        schedule.from_eps(eps, x, t), ddim.get_velocity(x0, eps, t), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(schedule.from_eps(eps, x, t), ddim.get_velocity(x0, eps, t), rtol=1e-4, atol=1e-4)
 
 
 def test_fractional_timesteps_lie_between_their_neighbours():

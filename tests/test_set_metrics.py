@@ -161,9 +161,7 @@ def test_sets_that_cannot_be_compared_are_refused(measure) -> None:
             measure(REAL, bad)
 
 
-@pytest.mark.parametrize(
-    ("bad", "splits"), [(REAL, 1), (PROBABILITIES[:9], 5), (PROBABILITIES[:1].expand(20, 6), 2)]
-)
+@pytest.mark.parametrize(("bad", "splits"), [(REAL, 1), (PROBABILITIES[:9], 5), (PROBABILITIES[:1].expand(20, 6), 2)])
 def test_rows_that_are_no_probabilities_or_too_few_are_refused(bad, splits: int) -> None:
     with pytest.raises(UserError):
         inception_score(bad, splits=splits)

@@ -28,17 +28,11 @@ def site(tmp_path_factory) -> Path:
 
 def test_readme_docs_notebooks_and_packages_have_pages(site: Path) -> None:
     pages = {str(page.relative_to(site)) for page in site.rglob("*.html")}
-    expected = {f"{page.stem}.html" for page in (ROOT / "docs").glob("*.md")} | {
-        "index.html",
-        "changelog.html",
-    }
+    expected = {f"{page.stem}.html" for page in (ROOT / "docs").glob("*.md")} | {"index.html", "changelog.html"}
     expected |= {f"notebooks/{page.stem}.html" for page in (ROOT / "docs" / "notebooks").glob("*.py")}
     packages = ("heads", "guides", "apply", "sampling", "taps", "models", "data", "runs")
     assert expected | {f"api/guidance.{package}.html" for package in packages} <= pages
-    assert (
-        "<table>" in (site / "results.html").read_text()
-        and "demo-grid.png" in (site / "index.html").read_text()
-    )
+    assert "<table>" in (site / "results.html").read_text() and "demo-grid.png" in (site / "index.html").read_text()
 
 
 def test_api_pages_show_signatures_and_no_markup_of_other_tools(site: Path) -> None:

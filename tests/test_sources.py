@@ -36,19 +36,13 @@ def write_parquet(path: Path, images: list, **columns) -> Path:
 
 
 def rated(path: Path, n: int = 200, **columns) -> Path:
-    columns = {
-        "caption": [f"picture {i // 4}" for i in range(n)],
-        "rating": [i % 10 + 1 for i in range(n)],
-        **columns,
-    }
+    columns = {"caption": [f"picture {i // 4}" for i in range(n)], "rating": [i % 10 + 1 for i in range(n)], **columns}
     return write_parquet(path, [{"bytes": png(i), "path": None} for i in range(n)], **columns)
 
 
 @pytest.mark.parametrize("wrap", [lambda b: b, lambda b: {"bytes": b, "path": None}])
 def test_parquet_with_encoded_bytes(tmp_path: Path, wrap) -> None:
-    file = write_parquet(
-        tmp_path / "a b.parquet", [wrap(png(i)) for i in range(5)], caption=["x"] * 5, rating=[3] * 5
-    )
+    file = write_parquet(tmp_path / "a b.parquet", [wrap(png(i)) for i in range(5)], caption=["x"] * 5, rating=[3] * 5)
     data = load_examples(file, "train", caption_column="caption")
     red = [decode_image(cell).getpixel((0, 0))[0] for cell in data["image"]]
     assert red == sorted(red) and set(red) <= set(range(5))
@@ -59,9 +53,7 @@ def test_files_that_name_images_beside_them(tmp_path: Path, kind: str) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(30):
         (tmp_path / "pictures" / f"{i}.png").write_bytes(png(i))
-    frame = datasets.Dataset.from_dict(
-        {"file": [f"pictures/{i}.png" for i in range(30)], "rating": [4.5] * 30}
-    )
+    frame = datasets.Dataset.from_dict({"file": [f"pictures/{i}.png" for i in range(30)], "rating": [4.5] * 30})
     file = tmp_path / f"data.{kind}"
     frame.to_csv(file, index=False) if kind == "csv" else frame.to_json(file)
     data = load_examples(file, "train", image_column="file", caption_column=None)
@@ -76,9 +68,7 @@ def test_image_folder_with_metadata(tmp_path: Path) -> None:
         (folder / f"{i}.png").write_bytes(png(i))
         lines.append(f"{i}.png,a picture,{i % 10 + 1}")
     (folder / "metadata.csv").write_text("\n".join(lines))
-    data = load_examples(
-        folder, "train", caption_column="text", target_columns=["score"], rating_column="score"
-    )
+    data = load_examples(folder, "train", caption_column="text", target_columns=["score"], rating_column="score")
     assert 20 < len(data) <= 40 and decode_image(data[0]["image"]).mode == "RGB"
 
 
@@ -156,17 +146,13 @@ def test_unknown_sources_get_a_sentence(tmp_path: Path) -> None:
         load_examples(tmp_path / "a.parquet", "train")
 
 
-@pytest.mark.parametrize(
-    "cell", [b"not an image", {"bytes": png()[:60], "path": None}, None, 5, {"bytes": None}]
-)
+@pytest.mark.parametrize("cell", [b"not an image", {"bytes": png()[:60], "path": None}, None, 5, {"bytes": None}])
 def test_an_image_that_cannot_be_read_is_named_by_its_row(cell) -> None:
     with pytest.raises(UserError, match="row 7"):
         decode_image(cell, 7)
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "I;16", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     image = to_rgb(Image.new(mode, (6, 4)))
     assert image.mode == "RGB" and image.size == (6, 4)

@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_head
-from diffusers import (
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, UNet2DConditionModel
 from PIL import Image
 
 from guidance.apply import apply_guidance
@@ -54,12 +50,7 @@ def theirs(kind, pipe, scheduler, guides, **extra):
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
     with using_scheduler(other, scheduler), apply_guidance(other, guides):
         return other(
-            PROMPTS,
-            num_inference_steps=5,
-            guidance_scale=3.0,
-            generator=generators,
-            output_type="latent",
-            **extra,
+            PROMPTS, num_inference_steps=5, guidance_scale=3.0, generator=generators, output_type="latent", **extra
         ).images
 
 
@@ -91,9 +82,7 @@ def test_from_mask_equals_inpainting(tiny_pipe, painting_pipe, guide, scheduler,
     }
     for guides in ([], [guide]):
         start = FromMask(known(), square(), strength, masked)
-        got = sample_latents(
-            pipe, PROMPTS, [1, 2], scheduler=scheduler, start=start, guides=guides, **OPTIONS
-        )
+        got = sample_latents(pipe, PROMPTS, [1, 2], scheduler=scheduler, start=start, guides=guides, **OPTIONS)
         want = theirs(StableDiffusionInpaintPipeline, pipe, scheduler, guides, **extra)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -103,12 +92,7 @@ def test_eta_equals_the_diffusers_pipeline(tiny_pipe):
     plain = sample_latents(tiny_pipe, PROMPTS, [1, 2], **OPTIONS)
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
     want = tiny_pipe(
-        PROMPTS,
-        num_inference_steps=5,
-        guidance_scale=3.0,
-        eta=1.0,
-        generator=generators,
-        output_type="latent",
+        PROMPTS, num_inference_steps=5, guidance_scale=3.0, eta=1.0, generator=generators, output_type="latent"
     ).images
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, plain, atol=1e-2)

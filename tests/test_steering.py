@@ -225,9 +225,7 @@ def test_steering_raises_the_score_and_a_negative_lam_lowers_it(tiny_pipe, guide
 def test_an_x0_guide_moves_the_final_latents(tiny_pipe, guide):
     options = {"particles": 24, "select": "all", **OPTIONS, "cfg_scale": 1.0}
     bright = Brightness(guide.strength)
-    plain, high = (
-        steer_latents(tiny_pipe, PROMPTS[:1], [3], bright, lam=lam, **options) for lam in (0.0, 20.0)
-    )
+    plain, high = (steer_latents(tiny_pipe, PROMPTS[:1], [3], bright, lam=lam, **options) for lam in (0.0, 20.0))
     final = [10 * s.latents.mean((1, 2, 3)) for s in (plain, high)]
     assert final[1].mean() > final[0].mean()
     torch.testing.assert_close(plain.scores[0], final[0], atol=0.5, rtol=0.2)

@@ -68,10 +68,7 @@ def test_it_moves_the_latents_by_the_gradient_of_the_whole_graph(euler: bool) ->
 
     got = run(pipe, "sd", callback_on_step_end=MoveLatents(pipe, [guide]))
     wanted = run(
-        pipe,
-        "sd",
-        callback_on_step_end=by_hand,
-        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        pipe, "sd", callback_on_step_end=by_hand, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"]
     )
     assert pushes == [0, 1, 2]
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)

@@ -137,8 +137,7 @@ def test_two_processes_share_a_study(tiny_pipe, parts, tiny_folder, tmp_path: Pa
     assert min(lines.values()) >= 12  # each did its part, nothing twice
     assert main([*command, f"output={tmp_path}/one"]) == 0
     alone, both = (
-        json.loads((tmp_path / name / "test" / "discriminator.json").read_text())["rows"]
-        for name in ("one", "two")
+        json.loads((tmp_path / name / "test" / "discriminator.json").read_text())["rows"] for name in ("one", "two")
     )
     assert [untimed(row) for row in alone] == [untimed(row) for row in both]
     floors = vae_floors(tiny_pipe, 9)
@@ -158,9 +157,7 @@ def rows_of(study: str, tmp_path: Path, tiny_folder: Path, *options: str) -> lis
 
 
 @pytest.mark.filterwarnings("ignore")  # few images, few features
-def test_variants_of_guidance_are_set_beside_plain_guidance(
-    tiny_pipe, tiny_folder, parts, tmp_path: Path
-) -> None:
+def test_variants_of_guidance_are_set_beside_plain_guidance(tiny_pipe, tiny_folder, parts, tmp_path: Path) -> None:
     options = [f"head={parts['rating']}", "num_images=4", "interval=[0, 1]", "target=6"]
     rows = rows_of("cfg_variants", tmp_path, tiny_folder, *options)
     names = ["plain 3", "plain 6", "6, rescale 0.7", "6, steps 0 to 1", "6, modulated by rating 6"]
@@ -206,9 +203,7 @@ def test_particles_are_steered_to_each_class_of_a_head(tiny_pipe, tiny_folder, p
     assert {r.conditioning for r in best} == {""} and {r.cfg_scale for r in best} == {1.0}
     for label in TIMES:
         guide = MidBlockGuide(load_head(parts["time"]), objective="class", target=label)
-        steered = best_of_n(
-            tiny_pipe, ["", ""], [0, 1], guide, particles=2, eta=1.0, num_steps=2, cfg_scale=1.0
-        )
+        steered = best_of_n(tiny_pipe, ["", ""], [0, 1], guide, particles=2, eta=1.0, num_steps=2, cfg_scale=1.0)
         expected = decode_latents(tiny_pipe, steered.latents).astype(int)
         for record in (r for r in best if r.prompt_id == f"time-{label}"):
             assert np.abs(read(store, record) - expected[record.seed]).max() <= 1
@@ -242,10 +237,7 @@ def test_an_unconditional_arm_shows_the_denoiser_nothing(tiny_pipe, tmp_path: Pa
     config = HeadConfig("conv", in_channels=64, hidden=8, prediction_type="v_prediction")
     guide = Watching(build_head(config), 1e-9)
     jobs = list_jobs([Prompt(f"p{i}", text) for i, text in enumerate(TEXTS)], 1, 0)
-    arms = [
-        Arm("unguided", conditioning=""),
-        Arm("guided", (guide,), ({"guidance_scale": 1e-9},), conditioning=""),
-    ]
+    arms = [Arm("unguided", conditioning=""), Arm("guided", (guide,), ({"guidance_scale": 1e-9},), conditioning="")]
     store = RecordStore(tmp_path)
     sample_arms(tiny_pipe, jobs, arms, store, Sampling(2, 1.0), model="x", progress=False)
     expected = sample_images(tiny_pipe, ["", ""], [job.seed for job in jobs], num_steps=2, cfg_scale=1.0)
@@ -265,18 +257,13 @@ def test_a_steered_arm_is_the_steering_function(tiny_pipe, parts, tmp_path: Path
     arm = Arm("best", steering=Steering(guide, particles=2, lam=0.0, threshold=0.0))
     store = RecordStore(tmp_path)
     sample_arms(tiny_pipe, jobs, [arm], store, Sampling(3), model="x", progress=False)
-    steered = best_of_n(
-        tiny_pipe, TEXTS, [job.seed for job in jobs], guide, particles=2, eta=1.0, num_steps=3
-    )
+    steered = best_of_n(tiny_pipe, TEXTS, [job.seed for job in jobs], guide, particles=2, eta=1.0, num_steps=3)
     expected = decode_latents(tiny_pipe, steered.latents)
     for i, record in enumerate(sorted(store.load(), key=lambda r: r.prompt_id)):
         assert np.array_equal(read(store, record), expected[i])
         assert record.score == pytest.approx(steered.scores[i].max().item(), abs=1e-5)
         assert record.steering is not None and record.steering["particles"] == 2
-    assert (
-        sample_arms(tiny_pipe, jobs, [arm], RecordStore(tmp_path), Sampling(3), model="x", progress=False)
-        == 0
-    )
+    assert sample_arms(tiny_pipe, jobs, [arm], RecordStore(tmp_path), Sampling(3), model="x", progress=False) == 0
 
 
 def test_images_steered_by_another_head_or_aim_are_refused(tiny_pipe, parts, tmp_path: Path) -> None:
@@ -288,9 +275,7 @@ def test_images_steered_by_another_head_or_aim_are_refused(tiny_pipe, parts, tmp
 
     def run(guide: MidBlockGuide) -> int:
         arm = Arm("best", steering=Steering(guide, particles=2, lam=0.0, threshold=0.0))
-        return sample_arms(
-            tiny_pipe, jobs, [arm], RecordStore(tmp_path), Sampling(2), model="x", progress=False
-        )
+        return sample_arms(tiny_pipe, jobs, [arm], RecordStore(tmp_path), Sampling(2), model="x", progress=False)
 
     assert run(MidBlockGuide(rating)) == 1 and run(MidBlockGuide(rating)) == 0
     for guide in (MidBlockGuide(other), MidBlockGuide(rating, objective="at_least", target=7)):

@@ -43,13 +43,7 @@ def words(tiny_pipe, tiny_folder, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("heads") / "random"
     save_head(make_head(tiny_pipe, hidden=16, base_fingerprint=fingerprint(tiny_pipe.unet)), folder)
     options = ["scale=[1, -2]", "seeds_per_prompt=3", "num_steps=2", "batch_size=2", "device=cpu"]
-    options += [
-        "start=null",
-        f"prompts={TEXTS}",
-        f"model={tiny_folder}",
-        f"head={folder}",
-        "cfg_scales_matched=[6]",
-    ]
+    options += ["start=null", f"prompts={TEXTS}", f"model={tiny_folder}", f"head={folder}", "cfg_scales_matched=[6]"]
     return options
 
 
@@ -100,9 +94,7 @@ def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr("guidance.sampling.loop.sample_latents", None)
         main([*words, f"output={done}"])
-    assert before == {
-        f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"
-    }
+    assert before == {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"}
     assert f"grid: {done / 'grid.png'}" in capsys.readouterr().out
 
 
@@ -209,17 +201,12 @@ def test_the_units_of_a_stalled_process_are_redone(done: Path, words, tmp_path: 
 
 def test_recommend_evaluates_with_the_words_that_are_given(done: Path, words, monkeypatch) -> None:
     ran: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(
-        "guidance.utils.processes.run_script", lambda module, words: ran.append((module, words))
-    )
+    monkeypatch.setattr("guidance.utils.processes.run_script", lambda module, words: ran.append((module, words)))
     more = ["evaluate=[clip=judge-clip, reference_size=300]", "metric=truth", "limit=[]", "--recommend"]
     main([*words, f"output={done}", *more])
     (first, asked), (second, chosen) = ran
     assert (first, second) == ("eval.images", "eval.recommend")
-    assert asked[:2] == [str(done), "baseline=unguided"] and asked[-2:] == [
-        "clip=judge-clip",
-        "reference_size=300",
-    ]
+    assert asked[:2] == [str(done), "baseline=unguided"] and asked[-2:] == ["clip=judge-clip", "reference_size=300"]
     assert chosen == [str(done), "metric=truth", "limit=[]"]
 
 
@@ -290,9 +277,7 @@ def test_a_shared_store_follows_the_others(done: Path, tmp_path: Path) -> None:
         store.refresh()
 
 
-def out_of_memory_above(
-    size: int, monkeypatch, text: str = "CUDA out of memory. Tried to allocate"
-) -> list[int]:
+def out_of_memory_above(size: int, monkeypatch, text: str = "CUDA out of memory. Tried to allocate") -> list[int]:
     from guidance.runs import run
 
     real, tried = run.sample_latents, []
@@ -309,17 +294,8 @@ def out_of_memory_above(
 
 def test_out_of_memory_halves_the_batch(done: Path, words, tmp_path: Path, monkeypatch, capsys) -> None:
     folder = tmp_path / "out"
-    small = [
-        *words,
-        f"output={folder}",
-        "scale=1",
-        "cfg_matched=false",
-        "cfg_scales_matched=[]",
-        "batch_size=auto",
-    ]
-    tried = out_of_memory_above(
-        1, monkeypatch, "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"
-    )
+    small = [*words, f"output={folder}", "scale=1", "cfg_matched=false", "cfg_scales_matched=[]", "batch_size=auto"]
+    tried = out_of_memory_above(1, monkeypatch, "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate")
     main(small)
     shown = capsys.readouterr()
     assert "Out of memory with 6 images at once: going on with 3." in shown.out + shown.err
@@ -339,9 +315,7 @@ def test_out_of_memory_halves_the_batch(done: Path, words, tmp_path: Path, monke
     assert "half-precision" in stopped([*words, f"output={tmp_path / 'none'}", "batch_size=auto"], capsys)
 
 
-def test_memory_that_runs_out_inside_a_guided_step_halves_the_batch(
-    words, tmp_path: Path, monkeypatch
-) -> None:
+def test_memory_that_runs_out_inside_a_guided_step_halves_the_batch(words, tmp_path: Path, monkeypatch) -> None:
     """There it is a sentence that says what to turn, with the error behind it."""
     from diffusers import UNet2DConditionModel
 
@@ -374,9 +348,7 @@ def test_what_fits_is_found_with_the_most_costly_cell(tiny_pipe, done: Path, tmp
     divider = Divider(sampler, 64, halve=True, report=lambda text, size: said.append(size))
     assert find_batch_size(divider, units) == 1 and said == [1]
     assert {r.arm for r in RecordStore(tmp_path).load()} == {"scale=-2"} and len(RecordStore(tmp_path)) == 2
-    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(
-        ValueError("out of memory")
-    )
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_cells_are_added_and_another_config_is_refused(words, tmp_path: Path, capsys) -> None:
@@ -411,10 +383,7 @@ def test_a_dry_run_writes_nothing(done: Path, words, tmp_path: Path, capsys) -> 
     before = {f: f.stat().st_mtime_ns for f in done.rglob("*")}
     main([*words, f"output={done}", "scale=[1, 5]", "--dry-run"])
     message = capsys.readouterr().out
-    assert (
-        "5 cells x 6 noises = 30 images, 24 of them done" in message
-        and "by the records of 24 images" in message
-    )
+    assert "5 cells x 6 noises = 30 images, 24 of them done" in message and "by the records of 24 images" in message
     assert before == {f: f.stat().st_mtime_ns for f in done.rglob("*")}
 
 
@@ -481,9 +450,7 @@ def test_many_cells_are_shown_on_pages(done: Path, tmp_path: Path) -> None:
 
 
 def test_the_function_runs_without_words(tiny_folder, tmp_path: Path, capsys) -> None:
-    config = SweepConfig(
-        scale=0, num_steps=[1, 2], num_prompts=2, model=str(tiny_folder), output=str(tmp_path / "o")
-    )
+    config = SweepConfig(scale=0, num_steps=[1, 2], num_prompts=2, model=str(tiny_folder), output=str(tmp_path / "o"))
     records = RecordStore(run_sweep(config, progress=False)).load()
     assert capsys.readouterr().out == ""
     assert {r.arm for r in records} == {"unguided, num_steps=1", "unguided, num_steps=2"}

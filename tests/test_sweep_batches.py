@@ -58,9 +58,7 @@ def test_cells_of_equal_cost_share_a_batch(words, tmp_path: Path) -> None:
 
 
 def test_units_hold_every_image_once_and_are_no_larger_than_a_batch() -> None:
-    cells = [
-        Cell(f"{s} {w} {n}", s, cfg_scale=w, num_steps=n) for s in (0, 1, 2) for w in (2, 3) for n in (4, 9)
-    ]
+    cells = [Cell(f"{s} {w} {n}", s, cfg_scale=w, num_steps=n) for s in (0, 1, 2) for w in (2, 3) for n in (4, 9)]
     arms = {cell.name: Arm(cell.name) for cell in cells}
     for number in (1, 2, 5, 7):
         jobs = [Job(Prompt("p", ""), seed) for seed in range(number)]
@@ -103,9 +101,7 @@ def test_rescale_and_interval_take_several_weights() -> None:
     for fraction in (0.2, 0.5):
         found = both.combine(uncond, cond, fraction)
         for i, w in enumerate((2.0, 5.0)):
-            one = ClassifierFree(w, rescale=0.7, start=0.5).combine(
-                uncond[i : i + 1], cond[i : i + 1], fraction
-            )
+            one = ClassifierFree(w, rescale=0.7, start=0.5).combine(uncond[i : i + 1], cond[i : i + 1], fraction)
             torch.testing.assert_close(found[i : i + 1], one)
 
 

@@ -97,9 +97,7 @@ def test_the_command(capsys: pytest.CaptureFixture, tiny_folder) -> None:
     assert lines[0].startswith("UNet2DConditionModel, input 1x4x8x8: ")
     (row,) = [line.split() for line in lines if line.endswith("default")]
     model = UNet2DConditionModel.from_pretrained(tiny_folder, subfolder="unet")
-    h = encode_features(
-        model, torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 77, model.config.cross_attention_dim)
-    )
+    h = encode_features(model, torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 77, model.config.cross_attention_dim))
     assert row[:2] == ["mid_block", "x".join(map(str, h.shape))]
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])

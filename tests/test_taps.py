@@ -18,10 +18,7 @@ def sd15_shape() -> UNet2DConditionModel:
     """Stable Diffusion 1.5's UNet topology with a fifth of its channels, random weights."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(64, 128, 256, 256),
-        cross_attention_dim=768,
-        attention_head_dim=8,
+        sample_size=64, block_out_channels=(64, 128, 256, 256), cross_attention_dim=768, attention_head_dim=8
     )
 
 
@@ -57,9 +54,7 @@ def full_graph(unet, x, t, text):
 def test_one_forward_equals_the_full_graph_bit_for_bit(which, tiny_pipe):
     unet = tiny_pipe.unet if which == "tiny" else sd15_shape().eval().requires_grad_(False)
     x, t, text = inputs(unet, size=None if which == "tiny" else 16)
-    eps, (g,) = forward_with_gradient(
-        lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient]
-    )
+    eps, (g,) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
     want_eps, want_g = full_graph(unet, x, t, text)
     assert torch.equal(eps, want_eps)
     assert torch.equal(g, want_g)
@@ -73,9 +68,7 @@ def test_gradient_agrees_with_finite_differences(tiny_pipe):
 
     unet = copy.deepcopy(tiny_pipe.unet).double()
     x, t, text = inputs(unet, batch=1, dtype=torch.float64)
-    _, (g,) = forward_with_gradient(
-        lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient]
-    )
+    _, (g,) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     h = 1e-5
     up, down = (score(encode_features(unet, x + s * h * direction, t, text)) for s in (1, -1))
@@ -133,14 +126,10 @@ def test_half_precision_gradients_do_not_underflow(tiny_pipe):
     def tiny(features):
         return {"mid_block": 1e-7 * score_gradient({k: v.float() for k, v in features.items()})["mid_block"]}
 
-    _, (want,) = forward_with_gradient(
-        lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [tiny]
-    )
+    _, (want,) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [tiny])
     unet.to(torch.bfloat16)
     half = [v.bfloat16() for v in (x, text)]
-    _, (got,) = forward_with_gradient(
-        lambda leaf: unet(leaf, t, half[1]).sample, unet, half[0], ["mid_block"], [tiny]
-    )
+    _, (got,) = forward_with_gradient(lambda leaf: unet(leaf, t, half[1]).sample, unet, half[0], ["mid_block"], [tiny])
     assert got.dtype == torch.float32
     cosine = torch.cosine_similarity(unit_rms(got).flatten(1), unit_rms(want).flatten(1))
     assert (cosine > 0.95).all()
@@ -152,9 +141,7 @@ def test_bad_taps_and_inference_mode_get_a_sentence(tiny_pipe):
     with pytest.raises(UserError, match="Did you mean 'mid_block'"):
         encode_features(unet, x, t, text, tap="mid_blok")
     with torch.inference_mode(), pytest.raises(UserError, match="inference_mode"):
-        forward_with_gradient(
-            lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient]
-        )
+        forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
 
 
 def test_features_that_do_not_depend_on_the_input_pull_back_zeros() -> None:

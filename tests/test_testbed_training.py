@@ -140,9 +140,7 @@ def test_emphasis_counts_places_more_often_where_they_are_known():
         return (v + half[:, None],)
 
     def loss(emphasis):
-        return denoising_loss(
-            wrong_above, scheduler, x0, text, torch.Generator().manual_seed(0), emphasis=emphasis
-        )
+        return denoising_loss(wrong_above, scheduler, x0, text, torch.Generator().manual_seed(0), emphasis=emphasis)
 
     assert loss(None) == pytest.approx(0.5, abs=1e-4)  # half of the picture is off by one
     assert 0.5 < loss(half) < 2 / 3  # all of it at t with abar > 1/4, less in noise
@@ -156,16 +154,9 @@ def test_the_whole_recipe_trains_exports_and_loads(tmp_path):
     from train import testbed as script
 
     short = {"steps": 2, "batch_size": 4, "warmup": 1}
-    words = [
-        f"output={tmp_path}/weights",
-        f"work={tmp_path}/work",
-        "num_scenes=500",
-        "unet_channels=[8,16,32]",
-    ]
+    words = [f"output={tmp_path}/weights", f"work={tmp_path}/work", "num_scenes=500", "unet_channels=[8,16,32]"]
     words += [
-        f"{n}.{k}={v}"
-        for n in ("vae", "clip", "judge_classifier", "judge_clip", "unet")
-        for k, v in short.items()
+        f"{n}.{k}={v}" for n in ("vae", "clip", "judge_classifier", "judge_clip", "unet") for k, v in short.items()
     ]
     words += [f"{n}.minutes=0" for n in ("vae", "clip", "judge_classifier", "judge_clip", "unet")]
     assert script.main([*words, "compile=false"]) == 0
@@ -176,10 +167,7 @@ def test_the_whole_recipe_trains_exports_and_loads(tmp_path):
     assert judges.features(made).shape == (1, 128)
     assert "not measured" in (tmp_path / "weights" / "README.md").read_text().lower()
     assert (tmp_path / "work" / "done-unet.json").exists()
-    more = [w for w in words if "work=" not in w] + [
-        f"work={tmp_path}/more",
-        f"start_from={tmp_path}/weights",
-    ]
+    more = [w for w in words if "work=" not in w] + [f"work={tmp_path}/more", f"start_from={tmp_path}/weights"]
     first = load_file(tmp_path / "weights" / "unet" / "diffusion_pytorch_model.safetensors")
     assert script.main([*more, "compile=false", "unet.lr=1e-9", "unet.weight_decay=0", "vae.steps=3"]) == 0
     second = load_file(tmp_path / "weights" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -198,7 +186,5 @@ def test_the_tokenizer_is_a_function_of_its_texts() -> None:
     captions = [scene.caption for scene in scenes("train", 200)]
     tokenizer = build_tokenizer(captions)
     assert tokenizer("a red balloon over the sea").input_ids == [0, 274, 331, 386, 337, 301, 349, 1]
-    assert all(
-        len(tokenizer(text).input_ids) == len(text.replace(",", " ,").split()) + 2 for text in captions
-    )
+    assert all(len(tokenizer(text).input_ids) == len(text.replace(",", " ,").split()) + 2 for text in captions)
     assert "xyzzy 7" in tokenizer.decode(tokenizer("xyzzy 7").input_ids)

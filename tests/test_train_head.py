@@ -84,9 +84,7 @@ def test_one_cycle_equals_torch() -> None:
         assert beta1 == pytest.approx(optimizer.param_groups[0]["betas"][0], rel=1e-9)
         optimizer.step()
         reference.step() if step < 49 else None
-    assert all(
-        math.isfinite(x) for n in (1, 2, 3, 4) for s in range(n) for x in learning_rate("one-cycle", s, n, 1)
-    )
+    assert all(math.isfinite(x) for n in (1, 2, 3, 4) for s in range(n) for x in learning_rate("one-cycle", s, n, 1))
 
 
 def test_rating_loss() -> None:
@@ -94,9 +92,7 @@ def test_rating_loss() -> None:
     target = task.encode(np.array([1, 4, 10, 7, 7, 2]), RATINGS)
     plain = task.loss(logits, target, HeadRecipe())
     torch.testing.assert_close(plain, F.cross_entropy(logits, target.argmax(1)))
-    expected = (
-        (logits.softmax(1) @ torch.arange(1.0, 11) - torch.tensor([1.0, 4, 10, 7, 7, 2])).square().mean()
-    )
+    expected = (logits.softmax(1) @ torch.arange(1.0, 11) - torch.tensor([1.0, 4, 10, 7, 7, 2])).square().mean()
     weighted = task.loss(logits, target, HeadRecipe(expected_weight=0.5), scale=2.0)
     torch.testing.assert_close(weighted, plain + 0.5 * expected / 4)
 
@@ -149,9 +145,7 @@ def parquet(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     ratings = rng.integers(1, 11, 300)
     pixels = rng.normal(128, 4, (300, 64, 64, 3))
-    pixels[:, 16:48, 16:48] = np.stack([25 * ratings, 0 * ratings + 128, 255 - 25 * ratings], 1)[
-        :, None, None
-    ]
+    pixels[:, 16:48, 16:48] = np.stack([25 * ratings, 0 * ratings + 128, 255 - 25 * ratings], 1)[:, None, None]
     images = np.clip(pixels, 0, 255).astype(np.uint8)
     file = tmp_path_factory.mktemp("data") / "rated.parquet"
     table = {
@@ -211,27 +205,16 @@ def test_the_script_trains_a_head_that_beats_chance(trained: Path, tiny_pipe) ->
     }  # fmt: skip
     head = load_head(trained)
     check_fits(head, tiny_pipe.unet, NoiseSchedule.from_scheduler(tiny_pipe.scheduler))
-    assert (
-        head.config.timesteps == [0, 20]
-        and head.config.base_fingerprint
-        and len(head.config.temperature) == 10
-    )
+    assert head.config.timesteps == [0, 20] and head.config.base_fingerprint and len(head.config.temperature) == 10
     metrics = results(trained)
     assert metrics["test"]["overall"]["rows"] == 60 and metrics["test"]["overall"]["spearman"] > 0.5
-    assert metrics["test"]["overall"]["spearman_score"] == pytest.approx(
-        metrics["test"]["overall"]["spearman"]
-    )
+    assert metrics["test"]["overall"]["spearman_score"] == pytest.approx(metrics["test"]["overall"]["spearman"])
     losses = [epoch["train_loss"] for epoch in metrics["training"]["history"]]
     assert losses[-1] < losses[0] and metrics["cost"]["rows"] == 180
     assert head.config.metrics["spearman"] == metrics["test"]["overall"]["spearman"]
-    assert list(
-        trained.parent.glob("rating.training/**/events.out.tfevents*")
-    )  # the log stays, the checkpoint not
+    assert list(trained.parent.glob("rating.training/**/events.out.tfevents*"))  # the log stays, the checkpoint not
     assert not list(trained.parent.glob("rating.training/checkpoint*"))
-    assert (
-        Image.open(trained / "metrics.png").width > 300
-        and "| low | high |" in (trained / "README.md").read_text()
-    )
+    assert Image.open(trained / "metrics.png").width > 300 and "| low | high |" in (trained / "README.md").read_text()
 
 
 def test_a_finished_head_is_returned_and_another_config_refused(trained, options, capsys) -> None:
@@ -252,9 +235,7 @@ def test_other_tasks(task: str, target: str, kind: str, options, trained, tmp_pa
     if task == "class":
         assert head.config.labels == ["no", "yes"] and overall["accuracy"] > 0.75
     else:
-        assert (
-            overall["spearman"] > 0.5 and abs(float(head.output_mean) - 60) < 30 and head.config.outputs == 1
-        )
+        assert overall["spearman"] > 0.5 and abs(float(head.output_mean) - 60) < 30 and head.config.outputs == 1
 
 
 def test_a_task_and_a_network_are_one_class_each(options, tiny_pipe, tmp_path, monkeypatch, capsys) -> None:
@@ -301,9 +282,7 @@ def test_a_task_and_a_network_are_one_class_each(options, tiny_pipe, tmp_path, m
     guide = MidBlockGuide(head, 1.0, start=0.0, stop=1.0)
     h = torch.randn(2, 64, 2, 2)
     torch.testing.assert_close(guide.score(h, t), head(h, t)[:, 0])
-    plain, guided = (
-        sample_latents(tiny_pipe, ["a picture"], [0], num_steps=2, guides=g) for g in ([], [guide])
-    )
+    plain, guided = (sample_latents(tiny_pipe, ["a picture"], [0], num_steps=2, guides=g) for g in ([], [guide]))
     assert guided.isfinite().all() and not torch.equal(plain, guided)
     eval_heads([str(folder), options[0], f"output={tmp_path / 'measured'}"])
     measured = json.loads((tmp_path / "measured" / "metrics.json").read_text())["heads"]["h"]["overall"]
@@ -329,9 +308,7 @@ def test_the_reports_recipe_on_the_fly(options, tmp_path) -> None:
     config = str(ROOT / "configs" / "head" / "midu-report.yaml")
     run("--config", config, *words, "cache=null", "compare=[]", f"output={tmp_path / 'h'}")
     head, metrics = load_head(tmp_path / "h"), results(tmp_path / "h")
-    assert (
-        head.film is None and not head.config.temperature and metrics["training"]["step"] == 1
-    )  # 180 // 128
+    assert head.film is None and not head.config.temperature and metrics["training"]["step"] == 1  # 180 // 128
     assert (head.feature_std == 1).all() and len(metrics["training"]["history"]) == 1
     assert not (tmp_path / "runs").exists()
 
@@ -345,14 +322,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, options, tmp_path) ->
     words = [*options, "epochs=12", "patience=null", "checkpoint_every=0"]
     output, whole = tmp_path / "killed", tmp_path / "whole"
     checkpoint = Path(f"{output}.training") / "checkpoint.safetensors"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes=1",
-        "--cpu",
-        "train/head.py",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--cpu", "train/head.py"]
     process = subprocess.Popen(
         [*command, *words, f"output={output}"], cwd=ROOT, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -394,9 +364,7 @@ def test_a_failing_tracker_is_survived_and_bf16_trains(options, trained, tmp_pat
         raise RuntimeError("no tracker today")
 
     monkeypatch.setattr(accelerate.Accelerator, "init_trackers", broken)
-    monkeypatch.setattr(
-        accelerate.state.AcceleratorState, "_shared_state", {}
-    )  # it allows one precision a process
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {})  # it allows one precision a process
     with pytest.warns(UserWarning, match="no tracker today"):
         run(*options, f"output={tmp_path / 'h'}", "log_with=wandb", "epochs=1", "mixed_precision=bf16")
     assert (tmp_path / "h" / "head.safetensors").exists()
@@ -413,9 +381,7 @@ def test_a_failing_tracker_is_survived_and_bf16_trains(options, trained, tmp_pat
         (["task=regression", "target=bright"], "use task=class"),
     ],
 )
-def test_bad_input_gets_a_sentence_and_leaves_no_head(
-    options, trained, tmp_path, capsys, words, message
-) -> None:
+def test_bad_input_gets_a_sentence_and_leaves_no_head(options, trained, tmp_path, capsys, words, message) -> None:
     with pytest.raises(SystemExit) as stop:
         run(*options, *words, f"output={tmp_path / 'h'}")
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -151,9 +151,7 @@ def test_direct_guides_add_up_and_join_gradients(tiny_pipe):
     torch.testing.assert_close(both, one + shift([MeanGuide(guidance_scale=2.0)]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "guide", [PixelGuide(X0, guidance_scale=2.0), UpGuide(guidance_scale=2.0, every=2, start=0.2)]
-)
+@pytest.mark.parametrize("guide", [PixelGuide(X0, guidance_scale=2.0), UpGuide(guidance_scale=2.0, every=2, start=0.2)])
 def test_they_work_in_a_whole_run(tiny_pipe, guide):
     def run(guides):
         return sample_latents(tiny_pipe, ["a red boat", "a tree"], [0, 1], num_steps=4, guides=guides)

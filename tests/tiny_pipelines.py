@@ -43,9 +43,7 @@ def with_parts(pipe: Any, kind: type, **parts: Any) -> Any:
     """A pipeline of another class from one's parts, some of them replaced."""
     off = {"requires_safety_checker": False, "add_watermarker": False}
     known = inspect.signature(kind).parameters
-    return ready(
-        kind(**{name: part for name, part in (pipe.components | off | parts).items() if name in known})
-    )
+    return ready(kind(**{name: part for name, part in (pipe.components | off | parts).items() if name in known}))
 
 
 def vae(channels: int = 4) -> AutoencoderKL:

@@ -49,9 +49,7 @@ class PairOptions:
     train: int = option(17_500, "pairs to train on, rounded up to whole runs")
     test: int = option(2_000, "pairs of held-out prompts or images, rounded up to whole runs")
     batch_size: int = option(50, "samples per run")
-    calls_per_run: int = option(
-        10, "denoiser calls recorded of each run; a killed recording loses at most one run"
-    )
+    calls_per_run: int = option(10, "denoiser calls recorded of each run; a killed recording loses at most one run")
 
     def __post_init__(self) -> None:
         check_positive(self, "train", "test", "batch_size", "calls_per_run", prefix="data.")
@@ -68,9 +66,7 @@ class AmortiseConfig:
     """Options of this script."""
 
     output: str = option("runs/adapters/testbed-aesthetic", "folder of the finished adapter", identity=False)
-    overwrite: bool = option(
-        False, "replace an adapter of another config in the output folder", identity=False
-    )
+    overwrite: bool = option(False, "replace an adapter of another config in the output folder", identity=False)
     teacher: list[dict[str, Any]] = option(
         [{"head": "runs/heads/testbed-aesthetic"}],
         "heads to sum: a list of {head: FOLDER, guidance_scale: 1.0, objective: null, target: null}",
@@ -79,9 +75,7 @@ class AmortiseConfig:
     data: PairOptions = option(PairOptions, "where pairs come from when they are absent")
     model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
-    device: str | None = option(
-        None, "device of model and training; null picks CUDA, MPS or CPU", identity=False
-    )
+    device: str | None = option(None, "device of model and training; null picks CUDA, MPS or CPU", identity=False)
     width: int = option(16, "channels of the adapter's blocks")
     depth: int = option(2, "number of the adapter's blocks")
     patch: int = option(2, "the blocks run on squares of this side in pixels of the latents")
@@ -119,13 +113,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
     from guidance.models.denoiser import fingerprint, latent_channels
     from guidance.models.pipelines import load_on
     from guidance.schedule import NoiseSchedule
-    from guidance.training.adapters import (
-        cache_pairs,
-        describe_teacher,
-        fit_adapter,
-        measure_adapter,
-        read_teacher,
-    )
+    from guidance.training.adapters import cache_pairs, describe_teacher, fit_adapter, measure_adapter, read_teacher
     from guidance.training.caching import load_finished
     from guidance.training.loop import Stage
     from guidance.utils.io import check_writable
@@ -162,9 +150,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
     t = pairs.column("t")
     shape = AdapterConfig(latent_channels(pipe.unet), config.width, config.depth, config.patch, **model)
     shape.timesteps = [int(t.min()), int(t.max())]
-    shape.start, shape.stop = (
-        f(getattr(g.strength, n) for g in guides) for f, n in ((min, "start"), (max, "stop"))
-    )
+    shape.start, shape.stop = (f(getattr(g.strength, n) for g in guides) for f, n in ((min, "start"), (max, "stop")))
     adapter = build_adapter(shape, config.seed).to(device)
     stage = Stage(config.steps, config.batch_size, config.lr, weight_decay=config.weight_decay)
     stage.warmup = max(1, round(config.warmup * config.steps))
@@ -201,18 +187,14 @@ def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
     columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column}
     if data.source == "latents":
         splits = {"train": "train", "test": "validation"}
-        examples = {
-            s: load_examples(data.dataset, name, target_columns=(), **columns) for s, name in splits.items()
-        }
+        examples = {s: load_examples(data.dataset, name, target_columns=(), **columns) for s, name in splits.items()}
         return NoisedLatents(data.dataset, examples, **columns)
     prompts = [prompt.text for prompt in load_prompts(data.prompts, data.num_prompts, config.seed)]
     if len(prompts) < 2:
         raise UserError(f"Expected two prompts or more in '{data.prompts}', got one; one part is held out.")
     cut = min(max(1, round(len(prompts) * (1 - data.held_out))), len(prompts) - 1)
     split = {"train": prompts[:cut], "test": prompts[cut:]}
-    return SampledStates(
-        split, data.scales, (data.num_steps[0], data.num_steps[1]), data.cfg_scales, data.scheduler
-    )
+    return SampledStates(split, data.scales, (data.num_steps[0], data.num_steps[1]), data.cfg_scales, data.scheduler)
 
 
 def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:
@@ -220,9 +202,7 @@ def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:
     from guidance.heads.hub import adapter_card
 
     metrics, bins = adapter.config.metrics, adapter.config.metrics["bins"]
-    cells = [
-        (b["low"], b["high"], b["rows"], "-" if b["cosine"] is None else f"{b['cosine']:.3f}") for b in bins
-    ]
+    cells = [(b["low"], b["high"], b["rows"], "-" if b["cosine"] is None else f"{b['cosine']:.3f}") for b in bins]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
     trained = f"trained: {', '.join(f'{key} {value}' for key, value in facts.items())}"
     measured = f"""Cosine between predicted and true direction on {metrics["rows"]} held-out pairs: \
@@ -250,10 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = join_processes()
     if state.is_main_process:
         bins = ", ".join(f"{b['cosine']:.2f}" for b in metrics["bins"] if b["cosine"] is not None)
-        print(
-            f"{config.output}: cosine {metrics['cosine']:.3f} on held-out pairs; "
-            f"from t = 0 to the highest: {bins}"
-        )
+        print(f"{config.output}: cosine {metrics['cosine']:.3f} on held-out pairs; from t = 0 to the highest: {bins}")
     leave_processes(state)
 
 

@@ -66,9 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cache = cache_dataset(config)
     if state.is_main_process:
         shape = "x".join(map(str, cache.feature_shape))
-        print(
-            f"{len(cache)} rows of {shape} features from {state.num_processes} process(es) in {config.folder}"
-        )
+        print(f"{len(cache)} rows of {shape} features from {state.num_processes} process(es) in {config.folder}")
     leave_processes(state)
 
 

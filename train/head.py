@@ -87,13 +87,9 @@ def train_head(config: HeadTrainConfig) -> Head:
         identity=_identity(config, settings),
         checkpoint_every=config.checkpoint_every,
     )
-    log = start_tracking(
-        accelerator, "midblock-guidance", dataclasses.asdict(config), Path(config.output).name
-    )
+    log = start_tracking(accelerator, "midblock-guidance", dataclasses.asdict(config), Path(config.output).name)
     state = trainer.fit(log, progress=accelerator.is_main_process)
-    results = measure_head(
-        head, sources, targets, accelerator, calibrate=config.calibrate, compare=config.compare
-    )
+    results = measure_head(head, sources, targets, accelerator, calibrate=config.calibrate, compare=config.compare)
     log({f"test/{name}": value for name, value in head.config.metrics.items()}, state.step)
     stop_tracking(accelerator)
     if accelerator.is_main_process:
@@ -159,9 +155,7 @@ def _accelerator(config: HeadTrainConfig, work: Path) -> Any:
         ) from error
 
 
-def _features(
-    config: HeadTrainConfig, accelerator: Any
-) -> tuple[Mapping[str, FeatureSource], dict[str, Any]]:
+def _features(config: HeadTrainConfig, accelerator: Any) -> tuple[Mapping[str, FeatureSource], dict[str, Any]]:
     """Open the cache, fill it first where it is absent or unfinished, or compute features on the fly."""
     from guidance.data.cache import FeatureCache
     from guidance.heads.tasks import get_task
@@ -215,9 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = join_processes()
     if state.is_main_process:
         headline = ", ".join(f"{name} {value:.3f}" for name, value in head.config.metrics.items())
-        print(
-            f"{config.output}: {headline} on test rows; guides from {head.config.start} to {head.config.stop}"
-        )
+        print(f"{config.output}: {headline} on test rows; guides from {head.config.start} to {head.config.stop}")
     leave_processes(state)
 
 

@@ -27,9 +27,7 @@ class StageConfig:
     warmup: int = option(100, "warm-up steps")
     ema: float = option(0.0, "decay of the averaged weights that are kept; 0 for none")
     minutes: float = option(0.0, "end after so many minutes of training instead (0: no limit)")
-    optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "AdamW, or Muon for the hidden matrices and AdamW else"
-    )
+    optimizer: Literal["adamw", "muon"] = option("adamw", "AdamW, or Muon for the hidden matrices and AdamW else")
 
 
 @dataclasses.dataclass
@@ -54,9 +52,7 @@ class TestbedConfig:
     judge_classifier: StageConfig = option(StageConfig(minutes=17, steps=2500, lr=1.5e-3, ema=0.99), "judge")
     judge_clip: StageConfig = option(StageConfig(minutes=6, steps=1200), "judge CLIP")
     unet: StageConfig = option(StageConfig(lr=1.5e-3, warmup=200, ema=0.999, minutes=48), "denoiser")
-    emphasis: float = option(
-        3.0, "added weight of the object's surroundings in the denoising loss; 0 for none"
-    )
+    emphasis: float = option(3.0, "added weight of the object's surroundings in the denoising loss; 0 for none")
     start_from: str | None = option(
         None, "an exported pipeline: keep its other networks and go on training its denoiser"
     )

@@ -87,9 +87,7 @@ plt.show()
 pipe = load_pipeline("testbed", device="cpu")
 prompts, seeds, scales = ["a boat on the sea at noon", "a red tree in the snow"] * 2, [0, 1, 2, 3], (-2, 0, 2)
 images = {
-    scale: sample_images(
-        pipe, prompts, seeds, num_steps=10, guides=[MidBlockGuide(head, guidance_scale=scale)]
-    )
+    scale: sample_images(pipe, prompts, seeds, num_steps=10, guides=[MidBlockGuide(head, guidance_scale=scale)])
     for scale in scales
 }
 brightness = {scale: float(np.mean(found)) for scale, found in images.items()}

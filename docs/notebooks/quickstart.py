@@ -39,14 +39,7 @@ pipe.set_progress_bar_config(disable=True)
 folder = Path("runs/heads/testbed-aesthetic")
 if not folder.exists():
     folder = Path("runs/notebooks/quickstart-head")
-    sizes = [
-        "data.train=400",
-        "data.validation=120",
-        "data.test=100",
-        "data.draws=2",
-        "hidden=64",
-        "epochs=5",
-    ]
+    sizes = ["data.train=400", "data.validation=120", "data.test=100", "data.draws=2", "hidden=64", "epochs=5"]
     train_head([*sizes, f"output={folder}", "cache=runs/notebooks/quickstart-cache"])
 head = load_head(folder)
 print(head.config.metrics)

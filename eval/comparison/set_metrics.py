@@ -192,20 +192,14 @@ def list_blocks(prompts: Prompts, seeds: Sequence[int]) -> list[Int[np.ndarray, 
     if counts.min() >= BLOCKS:
         order = np.lexsort((np.asarray(seeds), number))
         first = np.cumsum(counts) - counts
-        number[order] = np.arange(len(number)) - np.repeat(
-            first, counts
-        )  # rank among the seeds of the prompt
+        number[order] = np.arange(len(number)) - np.repeat(first, counts)  # rank among the seeds of the prompt
     rows = [np.flatnonzero(number % BLOCKS == block) for block in range(BLOCKS)]
     return rows if min(map(len, rows)) > NEIGHBOURS else []
 
 
-def _index_test(
-    value: Callable[[Int[np.ndarray, " n"]], float], prompts: Prompts, permutations: int
-) -> float:
+def _index_test(value: Callable[[Int[np.ndarray, " n"]], float], prompts: Prompts, permutations: int) -> float:
     """Test the difference of a value of rows given by number, 0..n-1 of the baseline and n..2n-1 of the other arm."""
-    return permutation_test(
-        prompts, lambda a, b: value(b) - value(a), two_sided=True, permutations=permutations
-    ).p
+    return permutation_test(prompts, lambda a, b: value(b) - value(a), two_sided=True, permutations=permutations).p
 
 
 def _value_test(value: Callable[[Rows], float]) -> Test:
@@ -228,10 +222,7 @@ def frechet_statistic(data: SetData) -> SetStatistic:
     assert data.reference is not None
     mu, sigma = data.reference.mu, data.reference.sigma
     return SetStatistic(
-        data.rows,
-        lambda x: frechet_distance(mu, sigma, *moments(x)),
-        tested=len(mu) <= WIDEST_TEST,
-        width=len(mu),
+        data.rows, lambda x: frechet_distance(mu, sigma, *moments(x)), tested=len(mu) <= WIDEST_TEST, width=len(mu)
     )
 
 

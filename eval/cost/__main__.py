@@ -31,15 +31,11 @@ class CostConfig:
     """Options of the measurement."""
 
     model: str = option("random:sd-2.1-base", "random:NAME for random weights, testbed, a folder or a hub id")
-    latent_size: int = option(
-        0, "side of the latents, 64 for 512 px in Stable Diffusion; 0: the model's default"
-    )
+    latent_size: int = option(0, "side of the latents, 64 for 512 px in Stable Diffusion; 0: the model's default")
     batch_size: int = option(1, "images per step; each is two samples with classifier-free guidance")
     methods: list[str] = option([], "methods to time; their baselines are added; empty: all")
     guides: list[str] = option([], "guides NAME:key=value,... to time as well, as sample.guided takes them")
-    clip: str = option(
-        "random", "CLIP of the methods that need one: random (ViT-B/32), testbed, a folder or id"
-    )
+    clip: str = option("random", "CLIP of the methods that need one: random (ViT-B/32), testbed, a folder or id")
     repeats: int = option(5, "repeats of each method, in turns, after a warm-up")
     device: str = option("cpu", "cpu or cuda")
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")

@@ -283,10 +283,7 @@ METHODS: dict[str, tuple[str | None, Builder]] = {
     "mid-u, no CFG": ("unguided, no CFG", lambda b: b.guided([b.mid_u()], 1)),
     "capture, full": (None, lambda b: _simple(b.capture_full)),
     "capture, encoder": ("capture, full", lambda b: _simple(b.capture_encoder)),
-    "CLIP through x0, tiny decoder": (
-        "unguided",
-        lambda b: b.guided([b.clip_guide(through="x0", tiny=True)]),
-    ),
+    "CLIP through x0, tiny decoder": ("unguided", lambda b: b.guided([b.clip_guide(through="x0", tiny=True)])),
     "CLIP through x0, VAE": ("unguided", lambda b: b.guided([b.clip_guide(through="x0", tiny=False)])),
     "CLIP through UNet, VAE": ("unguided", lambda b: b.guided([b.clip_guide(through="unet", tiny=False)])),
 }

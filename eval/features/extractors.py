@@ -195,9 +195,7 @@ def extractor_from_module(
     def features(images: list[Image.Image]) -> Tensor:
         x = to_float(np.stack([fit_image(image, size) for image in images]), target)
         out = module(preprocess.normalize(x))
-        assert out.ndim == 2, (
-            f"expected features (b, d) from '{name}', got {tuple(out.shape)}; flatten or pool them"
-        )
+        assert out.ndim == 2, f"expected features (b, d) from '{name}', got {tuple(out.shape)}; flatten or pool them"
         return out
 
     described = {**dataclasses.asdict(preprocess), "name": name, "module": repr(module)}
@@ -228,9 +226,7 @@ def _judge(argument: str, device: torch.device) -> ClassExtractor:
         network_key(classifier, {"size": IMAGE_SIZE, "range": (-1, 1)}),
         fingerprint(classifier),
         lambda images: classifier.features(to_float(_testbed_array(images), device)),
-        class_probabilities=lambda images: classifier(to_float(_testbed_array(images), device))[
-            "object"
-        ].softmax(-1),
+        class_probabilities=lambda images: classifier(to_float(_testbed_array(images), device))["object"].softmax(-1),
     )
 
 
@@ -246,12 +242,7 @@ def _judge_clip(argument: str, device: torch.device) -> TextExtractor:
 def _of_clip(clip: Clip, name: str, label: str) -> TextExtractor:
     key = network_key(clip.model, dataclasses.asdict(clip.preprocess))
     return TextExtractor(
-        name,
-        label,
-        key,
-        clip.fingerprint,
-        lambda images: clip.embed_pil(images, batch_size=len(images)),
-        clip=clip,
+        name, label, key, clip.fingerprint, lambda images: clip.embed_pil(images, batch_size=len(images)), clip=clip
     )
 
 
@@ -279,9 +270,7 @@ def _load_vision(name: str) -> tuple[Any, Any, bool]:
     newer = int(transformers.__version__.split(".")[0]) >= 5
     on_pillow: dict[str, Any] = {"backend": "pil"} if newer else {"use_fast": False}
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            name, trust_remote_code=False, **on_pillow
-        )
+        processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **on_pillow)
         model, info = transformers.AutoModel.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -318,9 +307,7 @@ def _inception(argument: str, device: torch.device) -> ClassExtractor:
             f"Expected torch-fidelity for the real Inception, but it cannot be imported ({error}); pip install "
             "torchvision torch-fidelity, or choose another network."
         ) from error
-    network = (
-        FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval().to(device)
-    )
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).eval().to(device)
 
     def outputs(images: list[Image.Image], which: int) -> Tensor:
         # the network resizes images itself, so they come in their own size; a batch needs one size

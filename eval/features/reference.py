@@ -82,9 +82,7 @@ def load_reference(
     cached = None if cache is None else _cache_path(cache, extractor, pictures)
     digests = _read_digests(cached) if cached else None
     known_digests = digests or pictures.images().digests
-    features = features_of(
-        lambda i: pictures.images().open(i), known_digests, extractor, cache, progress=progress
-    )
+    features = features_of(lambda i: pictures.images().open(i), known_digests, extractor, cache, progress=progress)
     if digests and cached:
         mu, sigma, _ = load_statistics(cached.with_suffix(".npz"))
         return Reference(name, len(features), features, mu, sigma)
@@ -127,9 +125,7 @@ def fill_reference(
     )
 
 
-def statistics(
-    features: Float[np.ndarray, "n d"],
-) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+def statistics(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
     """Return mean and covariance (ddof 1), float64, from sums, in memory that does not grow with n."""
     sums = FrechetDistance(features.shape[1])
     for start in range(0, len(features), _CHUNK):
@@ -269,9 +265,7 @@ def _encoded(cells: Any, rows: list[int], name: str) -> _Images:
             data = Path(cell["path"]).read_bytes()
         if not isinstance(data, bytes):
             kind = type(cell).__name__
-            raise UserError(
-                f"Expected an encoded image in row {row} of '{name}', got {kind}; remove the row."
-            )
+            raise UserError(f"Expected an encoded image in row {row} of '{name}', got {kind}; remove the row.")
         encoded.append(data)
     digests = [hashlib.sha256(data).hexdigest() for data in encoded]
     return _Images(digests, lambda i: _decode(encoded[i], f"row {rows[i]} of '{name}'"))

@@ -46,12 +46,7 @@ class FeatureStore:
     width: int | None = None
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        extractor_key: str,
-        *,
-        extractor_name: str = "",
-        process_index: int = 0,
+        self, folder: str | os.PathLike[str], extractor_key: str, *, extractor_name: str = "", process_index: int = 0
     ) -> None:
         self.folder, self.key, self.extractor_name = Path(folder), extractor_key, extractor_name
         self._file = self.folder / f"rows-{process_index}-{uuid.uuid4().hex[:12]}.bin"
@@ -114,9 +109,7 @@ class FeatureStore:
         header = read_json(self._header)
         width = header.get("width") if isinstance(header, dict) else None
         self.width = self.width or width
-        expected = (
-            self._described() | {"extractor": header.get("extractor")} if isinstance(header, dict) else None
-        )
+        expected = self._described() | {"extractor": header.get("extractor")} if isinstance(header, dict) else None
         if header != expected or not isinstance(width, int) or width < 1:
             raise UserError(
                 f"Expected the features of '{self.extractor_name}' in '{self.folder}', but its header.json says "
@@ -171,9 +164,7 @@ def features_of(
     store, found = None, dict[str, np.ndarray]()
     if folder is not None:
         place = Path(folder) / re.sub(r"[^\w.-]", "_", f"{extractor.fingerprint}-{what}")
-        store = FeatureStore(
-            place, extractor.fingerprint, extractor_name=extractor.name, process_index=process_index
-        )
+        store = FeatureStore(place, extractor.fingerprint, extractor_name=extractor.name, process_index=process_index)
         found = store.get(unique)
         # a share of all images, not of the missing ones: processes that begin at different times see different gaps
         unique = unique[process_index::num_processes]
@@ -198,9 +189,7 @@ def _compute(images: list[Image.Image], extractor: Embedder, what: What) -> Floa
     else:
         features = extractor.embed(images)
     if not np.isfinite(features).all():
-        raise UserError(
-            f"Expected finite features from '{extractor.name}', got NaN or infinity; check its weights."
-        )
+        raise UserError(f"Expected finite features from '{extractor.name}', got NaN or infinity; check its weights.")
     return features
 
 

@@ -145,9 +145,7 @@ def measure(
     curves = {"without temperatures": task.logits(outputs)}
     curves |= {"with temperatures": task.logits(scaled)} if temperatures else {}
     reliabilities = {
-        label: reliability(logits, task.class_index(target))
-        for label, logits in curves.items()
-        if logits is not None
+        label: reliability(logits, task.class_index(target)) for label, logits in curves.items() if logits is not None
     }
     return found | ({"reliability": reliabilities} if reliabilities else {})
 

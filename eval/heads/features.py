@@ -89,9 +89,7 @@ def _head_recipe(name: str, config: HeadConfig, recipe: FeatureRecipe) -> Featur
     return dataclasses.replace(recipe, **trained, timesteps=recipe.timesteps or config.timesteps)
 
 
-def _cached(
-    given: FeatureRecipe, recipes: Mapping[str, FeatureRecipe], folder: str, split: str
-) -> FeatureCache:
+def _cached(given: FeatureRecipe, recipes: Mapping[str, FeatureRecipe], folder: str, split: str) -> FeatureCache:
     """Open the cache, after adding the split if it is missing, for heads that read the same features."""
     if open_cache(given, folder, [split]) is None:
         (first, recipe), *others = recipes.items()

@@ -22,9 +22,7 @@ class MeanSd:
     sd: float
 
 
-def feature_rows(
-    features: Features, *, width: int | None = None, kind: str = "features"
-) -> Float[Tensor, "n d"]:
+def feature_rows(features: Features, *, width: int | None = None, kind: str = "features") -> Float[Tensor, "n d"]:
     """Return features, one row an image, as a tensor in their own precision; integers become float64.
 
     Raises:

@@ -62,10 +62,7 @@ def frechet_distance(mu1: Mean, s1: Covariance, mu2: Mean, s2: Covariance) -> fl
 
 
 def save_statistics(
-    path: str | os.PathLike[str],
-    mu: Float[np.ndarray, " d"],
-    sigma: Float[np.ndarray, "d d"],
-    n: int | None = None,
+    path: str | os.PathLike[str], mu: Float[np.ndarray, " d"], sigma: Float[np.ndarray, "d d"], n: int | None = None
 ) -> None:
     """Write ``mu``, ``sigma`` and, where known, ``n`` into an ``.npz``, which pytorch-fid and clean-fid read too."""
     assert os.fspath(path).endswith(".npz"), path
@@ -138,9 +135,7 @@ class FrechetDistance(Metric):
         self.num_features, self.reset_real = num_features, reset_real
         for side in ("real", "fake"):
             self.add_state(f"{side}_n", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(
-                f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum"
-            )
+            self.add_state(f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
             outer = torch.zeros(num_features, num_features, dtype=torch.float64)
             self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum")
 
@@ -180,9 +175,7 @@ class FrechetDistance(Metric):
         side = "real" if real else "fake"
         n, total, outer = (getattr(self, f"{side}_{part}") for part in ("n", "sum", "outer"))
         if n < 2:
-            raise UserError(
-                f"Expected two or more samples, got {int(n)}; call update(features, real={real}) first."
-            )
+            raise UserError(f"Expected two or more samples, got {int(n)}; call update(features, real={real}) first.")
         mean = total / n
         return mean, (outer - n * torch.outer(mean, mean)) / (n - 1)
 

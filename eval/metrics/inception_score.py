@@ -38,9 +38,7 @@ def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0)
     """
     p = feature_rows(probabilities, kind="class probabilities")
     if (p < 0).any() or ((p.double().sum(1) - 1).abs() > _SUM_TOLERANCE).any():
-        raise UserError(
-            "Expected class probabilities, non-negative with rows that sum to 1; take a softmax first."
-        )
+        raise UserError("Expected class probabilities, non-negative with rows that sum to 1; take a softmax first.")
     p = p.double()
     if splits < 1 or len(p) < 2 * splits:
         raise UserError(f"Expected two or more rows in each split, got {len(p)} rows in {splits} splits.")

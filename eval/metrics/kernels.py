@@ -70,9 +70,7 @@ def mmd_squared(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], kernel: Kernel
     return MMD(biased - 2 * cross, unbiased - 2 * cross)
 
 
-def kid(
-    real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> MeanSd:
+def kid(real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> MeanSd:
     """Estimate the squared MMD with kernel ``(x.y / d + 1)^3`` (KID, kernel distance), without bias.
 
     Each subset takes ``subset_size`` rows of each set, without replacement.  Subsets overlap, so the standard

@@ -48,9 +48,7 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
     a, b = two_sets(real, generated)
     if min(len(a), len(b)) <= k or k < 1:
         raise UserError(f"Expected more rows than k={k} (at least 1) in each set, got {len(a)} and {len(b)}.")
-    shares = [
-        covered(points, centres, radii(centres, k)).double().mean() for points, centres in ((b, a), (a, b))
-    ]
+    shares = [covered(points, centres, radii(centres, k)).double().mean() for points, centres in ((b, a), (a, b))]
     return PrecisionRecall(*map(float, shares))
 
 

@@ -81,9 +81,7 @@ def report(config: ReportConfig) -> None:
     files = find_images(config.folders, study)
     results = analyse(study, evaluation, attention=config.attention, files=files)
     path = write_preference(results, study.folder, evaluation / "report.html" if config.join else None)
-    print(
-        f"{results['votes_cast']} votes by {len(results['raters'])} raters, {results['votes_counted']} counted."
-    )
+    print(f"{results['votes_cast']} votes by {len(results['raters'])} raters, {results['votes_counted']} counted.")
     for question in results["questions"].values():
         print(f"\n{question['text']}", *map(headline, question["rates"]), sep="\n")
     print(f"\nreport: {path}")
@@ -126,21 +124,13 @@ def merge(config: MergeConfig) -> None:
 def simulate(config: SimulateConfig) -> None:
     """Let simulated raters vote, and check how often the intervals cover the true rate."""
     from eval.preference.models import read_evaluation
-    from eval.preference.simulate import (
-        coverage_table,
-        image_qualities,
-        quality_difference,
-        simulate_votes,
-        true_rate,
-    )
+    from eval.preference.simulate import coverage_table, image_qualities, quality_difference, simulate_votes, true_rate
     from eval.preference.votes import VoteStore
 
     study = _open(config)
     store = VoteStore(study.folder)
     if store.has_people():
-        raise UserError(
-            f"Expected a study without people's votes, got '{study.folder}'; name another: study=."
-        )
+        raise UserError(f"Expected a study without people's votes, got '{study.folder}'; name another: study=.")
     rows, _ = read_evaluation(Path(config.folders[0]) / "eval")
     source, quality = image_qualities(study, rows, config.seed)
     stored = simulate_votes(study, store, quality, config, config.seed)

@@ -21,11 +21,7 @@ _MIN_PROMPTS = 8  # of a category that gets a row
 
 
 def analyse(
-    study: Study,
-    evaluation: Path | None = None,
-    *,
-    attention: float = 0.7,
-    files: Mapping[Key, Path] | None = None,
+    study: Study, evaluation: Path | None = None, *, attention: float = 0.7, files: Mapping[Key, Path] | None = None
 ) -> dict[str, Any]:
     """Compute everything that the report shows.
 
@@ -71,11 +67,7 @@ def analyse(
 
 
 def _question(
-    study: Study,
-    votes: Sequence[Vote],
-    question: str,
-    rows: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, Any],
+    study: Study, votes: Sequence[Vote], question: str, rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     rates = [stats.preference_rate(votes, a, b, question) for a, b in study.comparisons]
     left, decided, ends = stats.position_bias(votes, question)

@@ -108,9 +108,7 @@ class ReportConfig(FolderConfig):
     """Options of ``report``."""
 
     evaluation: str | None = option(None, "folder of eval.images' results; null: RUN/eval")
-    attention: float = option(
-        0.7, "share of attention checks that a rater must pass to be counted; 0: all raters are"
-    )
+    attention: float = option(0.7, "share of attention checks that a rater must pass to be counted; 0: all raters are")
     join: bool = option(True, "insert the section into the report.html of the evaluation, too")
 
 

@@ -99,10 +99,7 @@ def bradley_terry(votes: Iterable[Vote], arms: Sequence[str], question: str) -> 
 
 
 def metric_agreement(
-    votes: Iterable[Vote],
-    rows: Sequence[Mapping[str, Any]],
-    metrics: Mapping[str, tuple[str, str]],
-    question: str,
+    votes: Iterable[Vote], rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, tuple[str, str]], question: str
 ) -> list[MetricAgreement]:
     """Compare the majority's choice on each pair with metrics.
 

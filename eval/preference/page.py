@@ -118,9 +118,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(128)  # from now on a browser waits and is not refused
     except (OSError, OverflowError) as error:
         listener.close()
-        message = (
-            f"Expected a free address, got {host}:{port} ({error}); choose another: port=0 takes a free one."
-        )
+        message = f"Expected a free address, got {host}:{port} ({error}); choose another: port=0 takes a free one."
         raise UserError(message) from error
     return listener
 
@@ -158,9 +156,7 @@ async def _image(desk: Desk, request: Request) -> Response:
 _CALLS: dict[str, Callable[[Desk, dict[str, Any]], dict[str, Any]]] = {
     "join": lambda desk, body: desk.join(body.get("rater")),
     "state": lambda desk, body: desk.state(body.get("rater")),
-    "vote": lambda desk, body: desk.vote(
-        *(body.get(key) for key in ("rater", "trial", "answers", "seconds"))
-    ),
+    "vote": lambda desk, body: desk.vote(*(body.get(key) for key in ("rater", "trial", "answers", "seconds"))),
     "undo": lambda desk, body: desk.undo(body.get("rater"), body.get("trial")),
 }
 

@@ -75,9 +75,7 @@ def ask_pairs(arms: Sequence[str], compare: str) -> list[tuple[str, str]]:
     """
     if len(arms) < 2:
         got = f"'{arms[0]}' alone" if arms else "none"
-        raise UserError(
-            f"Expected two or more arms to compare, got {got}; sample a guided arm, or name two folders."
-        )
+        raise UserError(f"Expected two or more arms to compare, got {got}; sample a guided arm, or name two folders.")
     if compare == "baseline":
         return [(arms[0], arm) for arm in arms[1:]]
     return list(itertools.pairwise(arms) if compare == "adjacent" else itertools.combinations(arms, 2))
@@ -97,8 +95,7 @@ def queue(n_items: int, plan: Plan, rater: str) -> list[Trial]:
     chosen = rng.permutation(np.concatenate([order[:n_shared], individual]))
     swapped = rng.permutation(np.arange(n) % 2 == rng.integers(2))
     placed: list[tuple[float, Kind, int, bool]] = [
-        (float(i), "pair", int(item), bool(side))
-        for i, (item, side) in enumerate(zip(chosen, swapped, strict=True))
+        (float(i), "pair", int(item), bool(side)) for i, (item, side) in enumerate(zip(chosen, swapped, strict=True))
     ]
     for i in rng.permutation(max(0, n - _GAP))[: round(plan.repeats * n)]:
         place = float(rng.uniform(i + _GAP, n))

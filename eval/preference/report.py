@@ -115,13 +115,7 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
                 "categories": [(category, _rate_cells(rate)) for category, rate in question["categories"]],
             }
         )
-    helpers = {
-        "share": _share,
-        "number": number,
-        "percent": percent,
-        "interval": interval,
-        "missing": MISSING,
-    }
+    helpers = {"share": _share, "number": number, "percent": percent, "interval": interval, "missing": MISSING}
     return {**results, "questions": questions, "caveats": caveats(results), **helpers}
 
 

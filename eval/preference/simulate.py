@@ -25,11 +25,7 @@ _ATTENTIVE = 0.97  # share of attention checks that an attentive rater passes
 
 
 def prefer(
-    difference: ArrayLike,
-    swapped: ArrayLike,
-    crowd: Crowd,
-    rng: np.random.Generator,
-    careless: ArrayLike = False,
+    difference: ArrayLike, swapped: ArrayLike, crowd: Crowd, rng: np.random.Generator, careless: ArrayLike = False
 ) -> np.ndarray:
     """Draw votes: 1 for the second image, 0.5 for a tie, 0 for the first."""
     mean = np.where(careless, 0.0, difference) + np.where(swapped, crowd.position, -crowd.position)
@@ -48,9 +44,7 @@ def true_rate(differences: ArrayLike, crowd: Crowd) -> float:
     return total
 
 
-def image_qualities(
-    study: Study, rows: Sequence[Mapping[str, Any]], seed: int
-) -> tuple[str, dict[Key, float]]:
+def image_qualities(study: Study, rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[str, dict[Key, float]]:
     """Return the name and the values of the quality that simulated raters follow.
 
     It is the truth score of evaluated rows, or else random, rising by half a standard deviation from arm to arm.
@@ -71,9 +65,7 @@ def quality_difference(quality: Mapping[Key, float], item: Item) -> float:
     return quality[second] - quality[first]
 
 
-def simulate_votes(
-    study: Study, store: VoteStore, quality: Mapping[Key, float], crowd: Crowd, seed: int
-) -> int:
+def simulate_votes(study: Study, store: VoteStore, quality: Mapping[Key, float], crowd: Crowd, seed: int) -> int:
     """Let a crowd answer its queues through the store that the page uses; returns the number of new answers."""
     stored = 0
     for number in range(crowd.raters):
@@ -121,9 +113,7 @@ def coverage_table(differences: ArrayLike, crowd: Crowd, *, studies: int, seed: 
     """Check the coverage for few and many prompts and raters; returns a table in Markdown."""
     rows = []
     for prompts, per_prompt in ((20, 5), (100, 1), (100, 3), (100, 8), (500, 1)):
-        results = check_coverage(
-            differences, crowd, prompts=prompts, per_prompt=per_prompt, studies=studies, seed=seed
-        )
+        results = check_coverage(differences, crowd, prompts=prompts, per_prompt=per_prompt, studies=studies, seed=seed)
         truth = true_rate(differences, dataclasses.replace(crowd, raters=max(per_prompt, crowd.raters)))
         for name, found in results.items():
             covered, width = np.array(found).T

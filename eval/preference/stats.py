@@ -220,9 +220,7 @@ def _cluster_variance(y: Float[np.ndarray, " n"], clusters: Sequence[Hashable]) 
     return float(len(sums) / (len(sums) - 1) * (sums**2).sum() / len(y) ** 2)
 
 
-def _answers(
-    votes: Iterable[Vote], question: str, kinds: tuple[str, ...], *, by_rater: bool
-) -> list[list[float]]:
+def _answers(votes: Iterable[Vote], question: str, kinds: tuple[str, ...], *, by_rater: bool) -> list[list[float]]:
     units: dict[Hashable, list[float]] = {}
     for v in votes:
         value = v.preferred(question)

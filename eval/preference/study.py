@@ -128,9 +128,7 @@ def load_study(folder: Path) -> Study:
             values["notes"],
         )
     except (KeyError, TypeError, ValueError) as error:
-        message = (
-            f"Expected a study of this version in '{folder / FILE}', got another ({error}); start a new one."
-        )
+        message = f"Expected a study of this version in '{folder / FILE}', got another ({error}); start a new one."
         raise UserError(message) from error
 
 
@@ -182,9 +180,7 @@ def _new_study(folder: Path, folders: Sequence[str], options: StudyOptions, arms
             files[key] = number, image.file.relative_to(folders[number]).as_posix()
     notes = [f"{len(gone)} pairs were left out from the start: {why}." for why, gone in arms.excluded.items()]
     if not arms.audited:
-        notes.append(
-            "Images are paired by name only: nothing is recorded of noise, model, scheduler and steps."
-        )
+        notes.append("Images are paired by name only: nothing is recorded of noise, model, scheduler and steps.")
     return Study(folder, options, scales, items, digests, files, notes)
 
 

@@ -172,9 +172,7 @@ def read_file(file: Path) -> list[Vote]:
         lines = file.read_bytes().splitlines(keepends=True)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"Expected a file of votes at '{file}', found none; check the path.") from None
-    return [
-        _parse(line, f"line {i} of '{file}'") for i, line in enumerate(lines, start=1) if line.endswith(b"\n")
-    ]
+    return [_parse(line, f"line {i} of '{file}'") for i, line in enumerate(lines, start=1) if line.endswith(b"\n")]
 
 
 def merge_votes(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], study: str) -> int:

@@ -118,9 +118,7 @@ def mmd_permutation_test(
         share = _swap_shares(x, y, two_sets(reference, x)[0], kernel)
         by_prompt = share.new_zeros(signs.shape[1]).index_add(0, group, share)
         observed, values = float(by_prompt.sum()), signs @ by_prompt
-    return PermutationResult(
-        observed, _p_value(observed, values.cpu().numpy(), two_sided=reference is not None)
-    )
+    return PermutationResult(observed, _p_value(observed, values.cpu().numpy(), two_sided=reference is not None))
 
 
 def _swap_matrix(

@@ -16,13 +16,9 @@ from guidance.utils.config import option
 class Config(StudyConfig):
     """Options of the study; num_images are spread evenly over the classes."""
 
-    heads: list[str] = option(
-        [f"runs/heads/testbed-{a}" for a in ("object", "colour", "time")], "class heads"
-    )
+    heads: list[str] = option([f"runs/heads/testbed-{a}" for a in ("object", "colour", "time")], "class heads")
     scales: list[float] = option([1.0], "guidance scales")
-    start: float | None = option(
-        None, "fraction of the steps where guidance begins; null: the head's default"
-    )
+    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's default")
 
 
 def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:

@@ -41,9 +41,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     sampled = bench.sample("clip", jobs, [*arms, Arm("caption")], cfg_scale=1.0)
     sampled |= bench.sample("clip", jobs, [Arm("caption, CFG 4")], cfg_scale=4.0)
     texts = bench.judges.clip_embed_texts([job.prompt.text for job in jobs])
-    scores = {
-        name: clip_score(bench.judges.clip_embed_images(s.images), texts) for name, s in sampled.items()
-    }
+    scores = {name: clip_score(bench.judges.clip_embed_images(s.images), texts) for name, s in sampled.items()}
     gains = {name: (score - scores["unguided"]).mean() for name, score in scores.items()}
     return [
         {

@@ -123,9 +123,7 @@ class StudyBench:
         prompts = load_prompts(f"testbed:{self.config.split}", self.config.num_images, 0)
         return list_jobs(prompts, 1, self.config.seed)
 
-    def sample(
-        self, folder: str, jobs: Sequence[Job], arms: Sequence[Arm], **options: Any
-    ) -> dict[str, Sampled]:
+    def sample(self, folder: str, jobs: Sequence[Job], arms: Sequence[Arm], **options: Any) -> dict[str, Sampled]:
         """Sample the images that are missing and load them all, by arm.
 
         Args:
@@ -173,9 +171,7 @@ class StudyBench:
         sampled: dict[str, dict[str, Sampled]] = {}
         for label in labels:
             name = f"{attribute}-{label}"
-            jobs = list_jobs(
-                [Prompt(name, "", name)], self.config.num_images // len(labels), self.config.seed
-            )
+            jobs = list_jobs([Prompt(name, "", name)], self.config.num_images // len(labels), self.config.seed)
             unconditional = [dataclasses.replace(arm, conditioning="") for arm in arms(label)]
             images = self.sample(folder.format(label=label), jobs, unconditional, cfg_scale=1.0)
             for arm, s in images.items():
@@ -209,9 +205,7 @@ def load_class_head(folder: str) -> tuple[Head, str]:
     head = load_head(folder)
     attribute = head.config.target
     if attribute not in ATTRIBUTES:
-        raise UserError(
-            f"Expected a class head for {', '.join(ATTRIBUTES)}, got '{attribute}' in '{folder}'."
-        )
+        raise UserError(f"Expected a class head for {', '.join(ATTRIBUTES)}, got '{attribute}' in '{folder}'.")
     return head, attribute
 
 

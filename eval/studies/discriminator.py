@@ -31,9 +31,7 @@ class Config(StudyConfig):
 
     head: str = option("runs/heads/testbed-discriminator", "discriminator head")
     scales: list[float] = option([1.0], "weights of its log-odds' gradient (Kim et al. 2023: 1 to 2)")
-    start: float | None = option(
-        None, "fraction of the steps where guidance begins; null: the head's default"
-    )
+    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's default")
     stop: float | None = option(None, "fraction of the steps where guidance ends; null: the head's default")
     cfg_scales: list[float] = option([1.0, 2.0], "weights of classifier-free guidance")
     blocks: int = option(3, "disjoint blocks of captions and noises")
@@ -52,9 +50,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     references = moments(bench.real), moments(rebuilt)
     rows = []
     for cfg in config.cfg_scales:
-        spec = MidBlockSpec(
-            start=config.start, stop=config.stop, head=config.head, objective="binary", normalize=None
-        )
+        spec = MidBlockSpec(start=config.start, stop=config.stop, head=config.head, objective="binary", normalize=None)
         found: dict[str, list[tuple[float, float, float, float, str, float]]] = {}
         for block in range(config.blocks):
             captions = [s.caption for s in scenes(split, n, start=_STRIDE * (block + 1))]
@@ -94,9 +90,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     return rows
 
 
-def _distances(
-    features: Float[np.ndarray, "n d"], references: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> list[float]:
+def _distances(features: Float[np.ndarray, "n d"], references: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     fitted = moments(features)
     return [frechet_distance(*reference, *fitted) for reference in references]
 

@@ -90,20 +90,13 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
 
 def _show(file: Path, captions: list[str], shown: dict[str, np.ndarray]) -> None:
     """Write a grid of the first pairs, one column per method."""
-    cells = [
-        [Image.fromarray(images[i]) for images in shown.values()] for i in range(min(_SHOWN, len(captions)))
-    ]
+    cells = [[Image.fromarray(images[i]) for images in shown.values()] for i in range(min(_SHOWN, len(captions)))]
     with atomic_path(file) as temporary:
         labelled_grid(cells, captions[: len(cells)], list(shown), tile=96).save(temporary, format="PNG")
 
 
 def _judge(
-    bench: StudyBench,
-    pairs: Any,
-    source: np.ndarray,
-    target: np.ndarray,
-    masks: np.ndarray,
-    images: np.ndarray,
+    bench: StudyBench, pairs: Any, source: np.ndarray, target: np.ndarray, masks: np.ndarray, images: np.ndarray
 ) -> dict[str, str]:
     seen = bench.judges.classify(images)
     edited, kept = [], []

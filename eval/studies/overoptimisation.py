@@ -27,15 +27,12 @@ class Config(StudyConfig):
 
     num_images: int = option(100, "images per arm")
     heads: list[str] = option(
-        [f"runs/heads/testbed-aesthetic{s}" for s in ("", "-1", "-2")],
-        "heads of one target; the first guides alone",
+        [f"runs/heads/testbed-aesthetic{s}" for s in ("", "-1", "-2")], "heads of one target; the first guides alone"
     )
     pessimism: list[float] = option([0.0, 1.0], "standard deviations that committees subtract")
     adapter: str | None = option(None, "adapter to compare with them")
     scales: list[float] = option([1.0, 2.0, 4.0, 8.0, 16.0], "guidance scales")
-    start: float | None = option(
-        None, "fraction of the steps where guidance begins; null: the head's default"
-    )
+    start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's default")
     cfg_scale: float = option(4.0, "weight of classifier-free guidance")
 
 

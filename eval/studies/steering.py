@@ -81,10 +81,7 @@ def _steer_to_classes(bench: StudyBench, config: Config, folder: str) -> list[di
     sampled = bench.sample_classes(
         images, attribute, lambda label: _arms(config, folder, network, objective="class", target=label)
     )
-    hits = {
-        name: np.concatenate(list(bench.class_hits(attribute, parts).values()))
-        for name, parts in sampled.items()
-    }
+    hits = {name: np.concatenate(list(bench.class_hits(attribute, parts).values())) for name, parts in sampled.items()}
     noises = [r.seed for s in sampled["unguided"].values() for r in s.records]
     rows = []
     for name, parts in sampled.items():

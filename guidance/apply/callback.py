@@ -114,9 +114,7 @@ def _required_inputs(pipe: Pipeline) -> list[str]:
 def _conditional(given: dict[str, Tensor], x: Tensor, denoiser: Denoiser) -> tuple[Tensor, dict[str, Any]]:
     """Return the denoiser's input and its other arguments, of the conditional part."""
     layout = Parts.of(len(given["prompt_embeds"]) // len(x))
-    part = {
-        name: v.chunk(layout.number)[layout.conditional] for name, v in given.items() if name != "latents"
-    }
+    part = {name: v.chunk(layout.number)[layout.conditional] for name, v in given.items() if name != "latents"}
     model_input = torch.cat([x, *(part[name].to(x.dtype) for name in _CHANNELS if name in part)], dim=1)
     if model_input.shape[1] != denoiser.config.in_channels:
         raise UserError(

@@ -61,9 +61,7 @@ class GuidedForward:
         handle: Receives the records.
     """
 
-    def __init__(
-        self, pipe: Pipeline, guides: Sequence[Guide], layout: Layout, handle: GuidanceHandle
-    ) -> None:
+    def __init__(self, pipe: Pipeline, guides: Sequence[Guide], layout: Layout, handle: GuidanceHandle) -> None:
         self.pipe, self.layout, self.handle = pipe, layout, handle
         self.called, self.denoiser = called_denoiser(pipe), denoiser_of(pipe)
         self.original: Callable[..., Any] = self.called.forward
@@ -112,9 +110,7 @@ class GuidedForward:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GuidedStep | None:
         """Return the guided step of a denoiser call, or None if no guide is active; the first step starts a new run."""
         bound = self.signature.bind(None, *args, **kwargs).arguments
-        others = {
-            name: value for name, value in bound.items() if name not in ("self", self.first, "timestep")
-        }
+        others = {name: value for name, value in bound.items() if name not in ("self", self.first, "timestep")}
         others |= others.pop("kwargs", {})
         call = DenoiserCall(bound[self.first], bound["timestep"], others)
         index, total, t = step_position(self.pipe.scheduler, call.timestep)
@@ -159,9 +155,7 @@ class GuidedForward:
         step = scheduler.step
 
         @functools.wraps(step)  # pipelines inspect its signature to see whether it takes a generator
-        def guided_step(
-            model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
+        def guided_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             return step(model_output, timestep, self.moved(sample), *args, **kwargs)
 
         return guided_step

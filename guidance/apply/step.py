@@ -51,9 +51,7 @@ class Group:
     """Guides that share one backward pass, or need none: same normalisation, space and interval."""
 
     guides: list[Any]  # of Guide
-    direction: Tensor | None = (
-        None  # reused between gradients: the last shift (raw) or direction (normalised)
-    )
+    direction: Tensor | None = None  # reused between gradients: the last shift (raw) or direction (normalised)
     size: Tensor | float = 1.0
 
     @property
@@ -294,9 +292,7 @@ def add_shift(prediction: Tensor, shift: Float[Tensor, "b c y x"]) -> Tensor:
     return out
 
 
-def _tap_gradients(
-    group: Group, times: Tensor, record: StepRecord, features: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _tap_gradients(group: Group, times: Tensor, record: StepRecord, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weighted sum of the score gradients of a group's guides at their taps.
 
     With a portable scale each guide's gradient has RMS 1 *at its tap*, so that two guides that agree add up and two

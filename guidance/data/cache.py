@@ -166,8 +166,7 @@ class FeatureCache:
                 "again to finish it."
             )
         shapes = [
-            check_shard(self.folder / shard, n, self.columns)
-            for shard, n in zip(self._shards, rows, strict=True)
+            check_shard(self.folder / shard, n, self.columns) for shard, n in zip(self._shards, rows, strict=True)
         ]
         other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
         if other is not None:

@@ -33,10 +33,7 @@ IMAGE_COLUMNS = {
 #: Named pairs on the hub; only the requested rows are streamed (the first holds 63 GB).
 HUB_PAIRS = {"instruct-pix2pix": "timbrooks/instructpix2pix-clip-filtered"}
 
-TESTBED_PAIRS = {
-    "testbed": "test",
-    **{f"testbed:{split}": split for split in ("test", "validation", "train")},
-}
+TESTBED_PAIRS = {"testbed": "test", **{f"testbed:{split}": split for split in ("test", "validation", "train")}}
 
 _TESTBED_DEFAULT = 64
 
@@ -105,9 +102,7 @@ def load_edit_pairs(source: str | os.PathLike[str], n: int | None = None, seed: 
     else:
         return _from_hub(name, n, seed)
     if not found:
-        raise UserError(
-            f"Expected edit pairs in '{path}', found none with all three texts; write at least one."
-        )
+        raise UserError(f"Expected edit pairs in '{path}', found none with all three texts; write at least one.")
     if n is None:
         return found
     return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:n]]

@@ -77,9 +77,7 @@ class FeatureEncoder:
         prompts = ["" if self.caption == "empty" else text for text in captions]
         return encode_prompts(self.pipe, prompts, classifier_free=False)
 
-    def draw_noise(
-        self, keys: Sequence[NoiseKey], shape: Sequence[int]
-    ) -> tuple[Tensor, Float[Tensor, "b c y x"]]:
+    def draw_noise(self, keys: Sequence[NoiseKey], shape: Sequence[int]) -> tuple[Tensor, Float[Tensor, "b c y x"]]:
         """Draw a timestep, int64 (b,), and the noise of each example, float32, on the CPU."""
         salt = zlib.crc32(self.split.encode())
         low, high = self.timesteps
@@ -92,10 +90,7 @@ class FeatureEncoder:
         return torch.stack(t), torch.stack(eps)
 
     def encode(
-        self,
-        x0: Float[Tensor, "b c y x"],
-        text: Mapping[str, Any],
-        keys: Sequence[NoiseKey],
+        self, x0: Float[Tensor, "b c y x"], text: Mapping[str, Any], keys: Sequence[NoiseKey]
     ) -> tuple[Float[Tensor, "b c2 y2 x2"], Float[Tensor, " b"]]:
         """Noise latents and read the tap.
 
@@ -129,9 +124,7 @@ def _known_channels(unet: Denoiser, tap: str) -> list[int]:
     return known
 
 
-def trained_timesteps(
-    schedule: NoiseSchedule, noise: str, timesteps: tuple[int, int] | None
-) -> tuple[int, int]:
+def trained_timesteps(schedule: NoiseSchedule, noise: str, timesteps: tuple[int, int] | None) -> tuple[int, int]:
     """Check and return the range of timesteps that features cover."""
     if noise == "none":
         return 0, 0

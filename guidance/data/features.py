@@ -15,13 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance.data.cache import (
-    FORMAT_VERSION,
-    MANIFEST,
-    first_difference,
-    has_shard,
-    shard_name,
-)
+from guidance.data.cache import FORMAT_VERSION, MANIFEST, first_difference, has_shard, shard_name
 from guidance.data.encoding import FeatureEncoder
 from guidance.data.sources import Examples, column_array, decode_image, require_columns
 from guidance.models.conditions import pick
@@ -173,15 +167,11 @@ def cache_features(
             read, or features are not finite.
     """
     if draws < 1 or batch_size < 1 or shard_size < 1:
-        raise UserError(
-            f"Expected draws, batch_size and shard_size above 0, got {draws}, {batch_size}, {shard_size}."
-        )
+        raise UserError(f"Expected draws, batch_size and shard_size above 0, got {draws}, {batch_size}, {shard_size}.")
     stored = [name for name in target_columns if clip_name(name) is None]
     columns = [image_column, *([caption_column] if caption_column else []), *stored]
     require_columns(dataset, columns, split)
-    encoder = FeatureEncoder(
-        pipe, tap=tap, noise=noise, caption=caption, timesteps=timesteps, seed=seed, split=split
-    )
+    encoder = FeatureEncoder(pipe, tap=tap, noise=noise, caption=caption, timesteps=timesteps, seed=seed, split=split)
     settings = describe_features(encoder, draws=draws, base_model=base_model) | {
         "target_columns": list(target_columns),
         "source": source or {},
@@ -205,17 +195,13 @@ def cache_features(
     shards = [(shard_name(split, i // per_shard), range(i, min(i + per_shard, len(live)))) for i in starts]
     todo = [(name, r) for name, r in shards if not has_shard(Path(folder) / name, len(r), target_columns)]
     rows = sum(len(part) for _, part in todo)
-    with tqdm(
-        total=rows, desc=f"cache {split} features", unit="row", disable=not progress or not rows
-    ) as bar:
+    with tqdm(total=rows, desc=f"cache {split} features", unit="row", disable=not progress or not rows) as bar:
         for name, part in todo:
             _write_shard(Path(folder) / name, live, np.asarray(part), targets, bar)
     return rows
 
 
-def describe_features(
-    encoder: FeatureEncoder, *, draws: int, base_model: str | None = None
-) -> dict[str, Any]:
+def describe_features(encoder: FeatureEncoder, *, draws: int, base_model: str | None = None) -> dict[str, Any]:
     """Return what determines features: the settings in a manifest and in the config of a head."""
     pipe = encoder.pipe
     return {

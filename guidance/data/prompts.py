@@ -200,13 +200,9 @@ def slug(text: str) -> str:
 
 def _not_found(file: Path) -> str:
     if file.is_file():
-        return (
-            f"Expected a prompt file that ends in {', '.join(READERS)}, got '{file}'; rename or convert it."
-        )
+        return f"Expected a prompt file that ends in {', '.join(READERS)}, got '{file}'; rename or convert it."
     if file.suffix.lower() in READERS:
-        hint = nearest(
-            file.name, sorted(p.name for p in file.parent.glob("*") if p.suffix.lower() in READERS)
-        )
+        hint = nearest(file.name, sorted(p.name for p in file.parent.glob("*") if p.suffix.lower() in READERS))
     else:
         hint = nearest(str(file), [*PROMPT_SETS, *PUBLISHED_SETS])
     return f"Expected a set of prompts or a file of them, found none called '{file}'.{hint}"
@@ -234,12 +230,8 @@ _PIX2PIX = "instruct-pix2pix.eecs.berkeley.edu/human-written-prompts.jsonl"
 #: Named sets. ``coco`` is the first caption of each of the 5000 images of val2017, ``instruct-pix2pix`` the captions of
 #: its human-written edits.
 PUBLISHED_SETS: dict[str, PublishedSet] = {
-    "parti": PublishedSet(
-        "PartiPrompts.tsv from github.com/google-research/parti", hub="nateraw/parti-prompts"
-    ),
-    "drawbench": PublishedSet(
-        "the CSV file of huggingface.co/datasets/sayakpaul/drawbench", hub="sayakpaul/drawbench"
-    ),
+    "parti": PublishedSet("PartiPrompts.tsv from github.com/google-research/parti", hub="nateraw/parti-prompts"),
+    "drawbench": PublishedSet("the CSV file of huggingface.co/datasets/sayakpaul/drawbench", hub="sayakpaul/drawbench"),
     "coco": PublishedSet(
         "captions_val2017.json, in annotations_trainval2017.zip from cocodataset.org",
         hub="phiyodr/coco2017",

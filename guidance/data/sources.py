@@ -111,9 +111,7 @@ def load_examples(
         if n is not None and n < len(dataset):
             dataset = dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:n]))
     if not len(dataset):
-        raise UserError(
-            f"Expected examples in the split '{split}' of '{source}', found none; choose another."
-        )
+        raise UserError(f"Expected examples in the split '{split}' of '{source}', found none; choose another.")
     return _keep_encoded(dataset, image_column, Path(source))
 
 
@@ -160,13 +158,9 @@ def decode_image(value: Any, row: int = 0) -> Image.Image:
             value = Image.open(value)
             value.load()
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise UserError(
-            f"Expected an image in row {row}, but it cannot be read ({error}); remove the row."
-        ) from error
+        raise UserError(f"Expected an image in row {row}, but it cannot be read ({error}); remove the row.") from error
     if not isinstance(value, Image.Image):
-        raise UserError(
-            f"Expected an image in row {row}, got {type(value).__name__}; choose another image column."
-        )
+        raise UserError(f"Expected an image in row {row}, got {type(value).__name__}; choose another image column.")
     return value
 
 
@@ -223,9 +217,7 @@ def _load_all(source: str | os.PathLike[str], split_column: str) -> dict[str, Ex
 
     path, suffix = Path(source), Path(source).suffix.lower()
     if path.is_file() and suffix not in _READERS:
-        raise UserError(
-            f"Expected a dataset file of a known kind, got '{source}'.{nearest(suffix, _READERS)}"
-        )
+        raise UserError(f"Expected a dataset file of a known kind, got '{source}'.{nearest(suffix, _READERS)}")
     try:
         if path.is_file():
             extra = {"sep": "\t"} if suffix == ".tsv" else {}

@@ -95,9 +95,7 @@ def _read_parquet(file: Path) -> list[Row]:
 
 def _objects(content: Any, file: Path) -> list[Row]:
     if not isinstance(content, list) or not all(isinstance(item, str | dict) for item in content):
-        raise UserError(
-            f"Expected a list of texts or of objects with a key 'prompt' in '{file}'; change it to one."
-        )
+        raise UserError(f"Expected a list of texts or of objects with a key 'prompt' in '{file}'; change it to one.")
     return [{"prompt": item} if isinstance(item, str) else item for item in content]
 
 

@@ -54,17 +54,13 @@ class Strength:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.guidance_scale):
-            raise UserError(
-                f"Expected a finite guidance_scale, got {self.guidance_scale}; 0 turns the guide off."
-            )
+            raise UserError(f"Expected a finite guidance_scale, got {self.guidance_scale}; 0 turns the guide off.")
         if self.normalize not in NORMALIZE:
             raise UserError(f"Expected normalize 'cfg' or None, got {self.normalize!r}.")
         if self.space not in SPACES:
             raise UserError(f"Expected space 'eps' or 'x', got {self.space!r}.")
         if self.space == "x" and self.normalize is not None:
-            raise UserError(
-                "Expected normalize=None with space='x', which has no portable scale; or use space='eps'."
-            )
+            raise UserError("Expected normalize=None with space='x', which has no portable scale; or use space='eps'.")
         if not 0 <= self.start < self.stop <= 1:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={self.start}, stop={self.stop}.")
         if self.every < 1:
@@ -158,9 +154,7 @@ def scale_for(guide: Guide, like: Tensor) -> float | Tensor:
     factors, scale = run_factors.get(), guide.strength.guidance_scale
     if factors is None:
         return scale
-    return scale * torch.tensor(factors, dtype=like.dtype, device=like.device).reshape(
-        -1, *[1] * (like.ndim - 1)
-    )
+    return scale * torch.tensor(factors, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def rms(x: Tensor) -> Tensor:

@@ -147,9 +147,7 @@ class ClipGuide:
     def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Embed texts, each once."""
         if not all(text.strip() for text in texts):
-            raise UserError(
-                "Expected texts to guide towards, got an empty one; give every target some words."
-            )
+            raise UserError("Expected texts to guide towards, got an empty one; give every target some words.")
         new = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
         if new:
             cut_off = sum(self.clip.truncated(new))
@@ -223,9 +221,7 @@ def _as_list(value: Any, kind: type) -> list[Any]:
         return []
     values = [value] if isinstance(value, kind) else list(value)
     if not values:
-        raise UserError(
-            "Expected one or more targets, got none; leave them out for each sample's own prompt."
-        )
+        raise UserError("Expected one or more targets, got none; leave them out for each sample's own prompt.")
     return values
 
 

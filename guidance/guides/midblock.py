@@ -128,6 +128,8 @@ class MidBlockGuide(HeadGuide):
 
 
 def _check_committee(heads: Sequence[Head], pessimism: float) -> None:
+    if not heads:
+        raise UserError("Expected at least one head, got none.")
     if not (math.isfinite(pessimism) and (pessimism == 0 or len(heads) > 1)):
         raise UserError(
             f"Expected a finite pessimism, and 0 with a single head, got {pessimism} for {len(heads)}; give more heads."

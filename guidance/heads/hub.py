@@ -41,9 +41,7 @@ def is_hub_id(name: str | os.PathLike[str]) -> bool:
     return bool(_HUB_ID.fullmatch(os.fspath(name))) and not path.exists() and not path.parent.is_dir()
 
 
-def fetch(
-    repo_id: str, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
-) -> Path:
+def fetch(repo_id: str, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False) -> Path:
     """Download files of a repository into the hub's cache, or find them there.
 
     Args:
@@ -127,9 +125,7 @@ def push_folder(
             revision=revision,
         )
     except Exception as error:  # as in fetch
-        raise _explain(
-            f"to publish '{folder}' as '{repo_id}'", error, "check name, token and connection"
-        ) from error
+        raise _explain(f"to publish '{folder}' as '{repo_id}'", error, "check name, token and connection") from error
     return str(url)
 
 
@@ -173,15 +169,10 @@ def head_card(head: Head, name: str, *, facts: Sequence[str] = (), measured: str
     return _card(config, name, config.target, what, TASKS[config.task].guide(config, name), lines, measured)
 
 
-def adapter_card(
-    adapter: Adapter, name: str, *, facts: Sequence[str] = (), measured: str | None = None
-) -> str:
+def adapter_card(adapter: Adapter, name: str, *, facts: Sequence[str] = (), measured: str | None = None) -> str:
     """Return the model card of an adapter as Markdown; arguments as for :func:`head_card`."""
     config = adapter.config
-    terms = [
-        f"{term.get('guidance_scale', 1):g} x `{term['predicts']}` ({term['head']})"
-        for term in config.teacher
-    ]
+    terms = [f"{term.get('guidance_scale', 1):g} x `{term['predicts']}` ({term['head']})" for term in config.teacher]
     lines = [
         f"teacher: {' + '.join(terms) or 'not recorded'}; guides in the fractions {config.start} to {config.stop} of "
         "the steps",
@@ -224,9 +215,7 @@ def _front_matter(config: Any, name: str, target: str) -> str:
 
     held_out: dict[str, Any] = {"dataset_type": "held-out", "dataset_name": "rows held out from training"}
     results = [
-        EvalResult(
-            task_type="other", task_name=f"predict {target}", metric_type=key, metric_value=value, **held_out
-        )
+        EvalResult(task_type="other", task_name=f"predict {target}", metric_type=key, metric_value=value, **held_out)
         for key, value in numbers(config.metrics).items()
     ]
     known: dict[str, Any] = {"base_model": config.base_model} if is_hub_id(config.base_model) else {}
@@ -249,9 +238,7 @@ def _metrics_table(metrics: Mapping[str, Any]) -> str:
     rows = [f"| {key} | {f'{v:.3f}' if isinstance(v, float) else v} |" for key, v in numbers(metrics).items()]
     if not rows:
         return "Not measured."
-    return "\n".join(
-        ["Measured on rows held out from training.", "", "| metric | value |", "| --- | ---: |", *rows]
-    )
+    return "\n".join(["Measured on rows held out from training.", "", "| metric | value |", "| --- | ---: |", *rows])
 
 
 def _parameters(model: Any) -> str:

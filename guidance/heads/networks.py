@@ -106,9 +106,7 @@ class Head(SavedModel):
         """Run the network on standardised features; for subclasses."""
         raise NotImplementedError
 
-    def forward(
-        self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"] | float
-    ) -> Float[Tensor, "b outputs"]:
+    def forward(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"] | float) -> Float[Tensor, "b outputs"]:
         """Predict from features.
 
         Args:
@@ -264,9 +262,7 @@ class MultiScaleHead(Head):
         super().__init__(config)
         width, taps = config.hidden, config.channels
         self.embed = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in taps)
-        self.mlp = nn.Sequential(
-            nn.Linear(len(taps) * width, width), nn.GELU(), nn.Linear(width, config.outputs)
-        )
+        self.mlp = nn.Sequential(nn.Linear(len(taps) * width, width), nn.GELU(), nn.Linear(width, config.outputs))
         self._build_film([width] * len(taps))
 
     def outputs(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, "b outputs"]:

@@ -243,9 +243,7 @@ class Classes(_Categorical):
         """Return the sorted classes of a column, numbers by value."""
         labels = [str(value) for value in np.unique(values)]
         if len(labels) < 2:
-            raise UserError(
-                f"Expected at least two classes in '{column}', got {labels}; choose another target."
-            )
+            raise UserError(f"Expected at least two classes in '{column}', got {labels}; choose another target.")
         return labels
 
     def encode(self, values: NDArray[Any], labels: list[str], column: str = "target") -> Tensor:
@@ -289,9 +287,7 @@ class Binary(_Categorical):
         y = _numbers(values, self.name, column)
         if set(y.unique().tolist()) != {0.0, 1.0}:
             found = ", ".join(f"{value:g}" for value in y.unique().tolist()[:5])
-            raise UserError(
-                f"Expected both 0 and 1, and nothing else, in '{column}' for task=binary, got {found}."
-            )
+            raise UserError(f"Expected both 0 and 1, and nothing else, in '{column}' for task=binary, got {found}.")
         return y.long()
 
     def logits(self, outputs: Float[Tensor, "n 1"]) -> Float[Tensor, "n 2"]:

@@ -26,9 +26,7 @@ def parts_of(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return {k: (library, cls) for k, (library, cls) in pairs.items() if cls is not None}
 
 
-def check_folder(
-    folder: Path, index: Mapping[str, Any], left_out: Collection[str], variant: str | None
-) -> None:
+def check_folder(folder: Path, index: Mapping[str, Any], left_out: Collection[str], variant: str | None) -> None:
     """Check that a model folder in diffusers format holds every part, in safetensors.
 
     Args:
@@ -77,9 +75,7 @@ def check_file(file: Path) -> None:
     """Check that a single-file checkpoint exists, in safetensors."""
     if not file.is_file():
         others = sorted(f.name for f in file.parent.glob(f"*{file.suffix}"))
-        raise UserError(
-            f"Expected a checkpoint, got '{file}', which does not exist.{nearest(file.name, others)}"
-        )
+        raise UserError(f"Expected a checkpoint, got '{file}', which does not exist.{nearest(file.name, others)}")
     if file.suffix in PICKLES:
         raise refuse_pickles(file)
 
@@ -139,8 +135,7 @@ def explained(name: str, device: torch.device, dtype: torch.dtype) -> Iterator[N
                 f"'{RANDOM}{name if name in PRESETS else 'NAME'}' (random weights)."
             ) from error
         raise UserError(
-            f"Expected 'testbed', a folder or a reachable hub id, but '{name}' could not be loaded: "
-            f"{first_line(error)}"
+            f"Expected 'testbed', a folder or a reachable hub id, but '{name}' could not be loaded: {first_line(error)}"
         ) from error
 
 

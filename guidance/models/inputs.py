@@ -33,9 +33,7 @@ def build_inputs(model: nn.Module, latent_size: int | None, batch: int) -> tuple
     patch = config.get("patch_size") or 1
     most = (config.get("pos_embed_max_size") or size[0]) * patch
     if size[0] % patch or size[0] > most:
-        raise UserError(
-            f"Expected a latent-size that is a multiple of {patch}, at most {most}, got {size[0]}."
-        )
+        raise UserError(f"Expected a latent-size that is a multiple of {patch}, at most {most}, got {size[0]}.")
     return x, inputs
 
 
@@ -77,17 +75,12 @@ def _joint(tokens: int) -> Callable[[ModelConfig, int], dict[str, Any]]:
 
     def inputs(config: ModelConfig, b: int) -> dict[str, Any]:
         text = torch.zeros(b, tokens, config.joint_attention_dim)
-        return {
-            "encoder_hidden_states": text,
-            "pooled_projections": torch.zeros(b, config.pooled_projection_dim),
-        }
+        return {"encoder_hidden_states": text, "pooled_projections": torch.zeros(b, config.pooled_projection_dim)}
 
     return inputs
 
 
-def _pack(
-    config: ModelConfig, size: tuple[int, ...], inputs: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
+def _pack(config: ModelConfig, size: tuple[int, ...], inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Pack 2 x 2 latents into one token as Flux does, and add position ids, on the CPU even for meta models."""
     if size[0] % 2:
         raise UserError(f"Expected a latent-size that is a multiple of 2, got {size[0]}.")

@@ -116,9 +116,7 @@ def layout_of(pipe: Pipeline) -> Layout:
     Raises:
         UserError: If it is a class of diffusers whose layout is not known.
     """
-    layouts = {
-        f"{name}{task}Pipeline": layout for name, (layout, tasks) in FAMILIES.items() for task in tasks
-    }
+    layouts = {f"{name}{task}Pipeline": layout for name, (layout, tasks) in FAMILIES.items() for task in tasks}
     for cls in type(pipe).__mro__:
         if cls.__name__ in layouts:
             return layouts[cls.__name__]

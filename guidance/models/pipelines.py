@@ -271,12 +271,7 @@ def default_device() -> str:
 
 
 def load_on(
-    state: PartialState,
-    model: str,
-    *,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: str = "float32",
+    state: PartialState, model: str, *, revision: str | None = None, device: str | None = None, dtype: str = "float32"
 ) -> Pipeline:
     """Load a pipeline on the device of this process.
 

@@ -338,10 +338,7 @@ _ALL = (
             **TEXT_1,
             "text_encoder_2": ("T5EncoderModel", T5_XXL),
             "tokenizer_2": T5_TOKENIZER,
-            "scheduler": (
-                "FlowMatchEulerDiscreteScheduler",
-                {"shift": 3.0, "use_dynamic_shifting": True},
-            ),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
         },
         single_file="flux-dev",
     ),

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 
 def build_denoiser(
-    name: str,
-    *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    name: str, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """Build only the UNet or transformer of a published model, frozen, in eval mode.
 
@@ -47,12 +43,7 @@ def build_denoiser(
 
 
 def build_pipeline(
-    name: str,
-    *,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    **given: Any,
+    name: str, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **given: Any
 ) -> Pipeline:
     """Build a published pipeline with random weights, frozen, in eval mode.
 

@@ -271,10 +271,7 @@ def _machine() -> str:
     """Identify this boot of this machine and the container, within which a pid is valid."""
     facts: list[Any] = [platform.node()]
     with suppress(OSError):
-        facts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.readlink("/proc/self/ns/pid"),
-        ]
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     return " ".join(facts)
 
 

@@ -101,9 +101,7 @@ def move_aside(folder: str | os.PathLike[str]) -> Path | None:
     return aside
 
 
-def write_grid(
-    store: RecordStore, records: Sequence[Record], arms: Sequence[str], *, max_rows: int = 12
-) -> Path:
+def write_grid(store: RecordStore, records: Sequence[Record], arms: Sequence[str], *, max_rows: int = 12) -> Path:
     """Write ``grid.png``: a row per prompt with its first seed, a column per arm; many arms continue in ``grid-2.png``.
 
     Args:
@@ -143,9 +141,7 @@ def write_sheets(store: RecordStore, records: Sequence[Record], arms: Sequence[s
         sheet, rows = store.folder / SHEETS_FOLDER / f"{prompt_id}.png", list(seeds.values())[:MAX_SEEDS]
         if not _is_newer(sheet, [store.folder / r.image for row in rows for r in row.values()]):
             found = [[row.get(arm) for arm in arms] for row in rows]
-            _write_images(
-                sheet, store, [next(iter(row.values())) for row in rows], found, arms, compress_level=2
-            )
+            _write_images(sheet, store, [next(iter(row.values())) for row in rows], found, arms, compress_level=2)
     return store.folder / SHEETS_FOLDER
 
 

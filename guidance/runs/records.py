@@ -297,9 +297,7 @@ def _parse(line: bytes, where: str) -> Record:
             f"Expected a record, but {where} cannot be read; remove that line to make its image again."
         ) from error
     if not isinstance(values, dict) or not needed <= values.keys() <= names:
-        other = (
-            [*(needed - values.keys()), *(values.keys() - names)] if isinstance(values, dict) else ["type"]
-        )
+        other = [*(needed - values.keys()), *(values.keys() - names)] if isinstance(values, dict) else ["type"]
         raise UserError(
             f"Expected a record of this version ({toolkit_version()}), but {where} differs in "
             f"{', '.join(sorted(other)[:3])}; read the folder with the version that wrote it, or sample anew."

@@ -124,15 +124,11 @@ class UnitSampler:
         if starts := [task.job.start for task in unit if task.job.start is not None]:
             options["start"] = begin_with(self.pipe, starts, sampling.strength)
         latents, scores, skipped = _sample_arm(self.pipe, texts, seeds, arm, options)
-        images = decode_latents(
-            self.pipe, latents
-        )  # on the CPU, so the clock includes all work of the device
+        images = decode_latents(self.pipe, latents)  # on the CPU, so the clock includes all work of the device
         seconds = round((time.perf_counter() - start_time) / len(unit), 5)
         return [
             (
-                self._record(
-                    task, batch_size=len(unit), seconds=seconds, score=scores[i], nan_skipped=skipped[i]
-                ),
+                self._record(task, batch_size=len(unit), seconds=seconds, score=scores[i], nan_skipped=skipped[i]),
                 images[i],
             )
             for i, task in enumerate(unit)
@@ -176,8 +172,7 @@ class UnitSampler:
                 "challenge": prompt.challenge,
                 "seed": job.seed,
                 "noise_hash": noise_hash(noise),
-                "truncated": len(tokenizer(prompt.text, verbose=False).input_ids)
-                > tokenizer.model_max_length,
+                "truncated": len(tokenizer(prompt.text, verbose=False).input_ids) > tokenizer.model_max_length,
             }
         return self._jobs[job]
 
@@ -329,9 +324,7 @@ def list_jobs(prompts: Sequence[Prompt], seeds_per_prompt: int, seed: int) -> li
     """Give draw ``j`` of prompt ``i`` the seed ``seed + 1000 i + j``; the draws of a prompt are neighbours."""
     if not 1 <= seeds_per_prompt <= SEED_STRIDE:
         raise UserError(f"Expected 1 to {SEED_STRIDE} seeds per prompt, got {seeds_per_prompt}.")
-    return [
-        Job(p, seed + SEED_STRIDE * i + j) for i, p in enumerate(prompts) for j in range(seeds_per_prompt)
-    ]
+    return [Job(p, seed + SEED_STRIDE * i + j) for i, p in enumerate(prompts) for j in range(seeds_per_prompt)]
 
 
 def read_jobs(
@@ -374,8 +367,6 @@ def _are_texts(values: Any) -> bool:
 def _image_start(pair: EditPair) -> ImageStart:
     image = pair.image
     if image is None:
-        raise UserError(
-            f"Expected edits with the images they start from, but '{pair.id}' has none; name others."
-        )
+        raise UserError(f"Expected edits with the images they start from, but '{pair.id}' has none; name others.")
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()[:16]
     return ImageStart(lambda: image, digest)

@@ -273,9 +273,7 @@ class AmortisedSpec(GuideSpec):
 
 
 #: Guides by name.
-GUIDES: dict[str, type[GuideSpec]] = {
-    s.method: s for s in (MidBlockSpec, EmbeddingSpec, ClipSpec, AmortisedSpec)
-}
+GUIDES: dict[str, type[GuideSpec]] = {s.method: s for s in (MidBlockSpec, EmbeddingSpec, ClipSpec, AmortisedSpec)}
 
 
 def _open(files: Sequence[str]) -> list[Any]:

@@ -28,11 +28,7 @@ SAMPLING_AXES = AXES[5:]
 Kind = Literal["guided", "unguided", "matched"]
 
 #: Axes that the name of a cell may mention, by its kind.
-_NAMED_AXES: dict[Kind, tuple[str, ...]] = {
-    "guided": AXES[1:],
-    "unguided": SAMPLING_AXES,
-    "matched": SAMPLING_AXES,
-}
+_NAMED_AXES: dict[Kind, tuple[str, ...]] = {"guided": AXES[1:], "unguided": SAMPLING_AXES, "matched": SAMPLING_AXES}
 
 #: The axes of guides in cells without one.
 _NO_GUIDE: dict[str, Any] = {"guide": (), "head": None, "start": None, "stop": None}
@@ -145,9 +141,7 @@ def plan_cells(
                 cells[values] = Cell(_name(kind, point, unnamed, labels), **point)
     names = [cell.name for cell in cells.values()]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(
-            f"Expected cells of different names, got two called '{duplicate}'; rename a head or guide."
-        )
+        raise UserError(f"Expected cells of different names, got two called '{duplicate}'; rename a head or guide.")
     return sorted(cells.values(), key=_order)
 
 
@@ -205,9 +199,7 @@ def _label(axis: str, value: Any) -> str:
 def _name(kind: Kind, point: Mapping[str, Any], unnamed: Mapping[str, Any], labels: _Labels) -> str:
     words = {"guided": [arm_name(point["scale"])], "unguided": [UNGUIDED], "matched": []}[kind]
     for axis in _NAMED_AXES[kind]:
-        varies = (
-            axis not in unnamed or unnamed[axis] != point[axis] or (kind, axis) == ("matched", "cfg_scale")
-        )
+        varies = axis not in unnamed or unnamed[axis] != point[axis] or (kind, axis) == ("matched", "cfg_scale")
         absent = axis in ("guide", "head") and not point[axis]  # the name mentions the other one
         if varies and not absent:
             words.append(f"{axis}={labels.of(axis, point[axis])}")

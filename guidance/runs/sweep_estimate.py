@@ -79,9 +79,7 @@ def speed_from_records(costs: Sequence[CellCost], store: RecordStore | None) -> 
     for record in store.load(check=None) if store is not None else []:
         records.setdefault(record.arm, []).append(record)
     known = {
-        c.cell.name: statistics.median(r.seconds for r in records[c.cell.name])
-        for c in costs
-        if c.cell.name in records
+        c.cell.name: statistics.median(r.seconds for r in records[c.cell.name]) for c in costs if c.cell.name in records
     }
     seconds: dict[str, float] = {}
     for c in costs:
@@ -154,9 +152,7 @@ def describe_plan(
         noises: Prompts times seeds.
     """
     width = max(len(c.cell.name) for c in costs) + 2
-    lines = [
-        f"{'cell':<{width}}{'images':>8}{'done':>7}{'calls/image':>13}{'guided steps':>14}{'s/image':>9}"
-    ]
+    lines = [f"{'cell':<{width}}{'images':>8}{'done':>7}{'calls/image':>13}{'guided steps':>14}{'s/image':>9}"]
     for c in costs:
         row = f"{c.cell.name:<{width}}{c.images:>8}{c.done:>7}{c.calls:>13}{c.guided:>14}"
         lines.append(f"{row}{speed.seconds[c.cell.name]:>9.3f}")

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from guidance.runs.claims import STALLED_AFTER, Claims
-from guidance.runs.folder import (
-    CLAIMS_FOLDER,
-    CONFIG_FILE,
-    load_settings,
-    move_aside,
-    read_settings,
-    write_settings,
-)
+from guidance.runs.folder import CLAIMS_FOLDER, CONFIG_FILE, load_settings, move_aside, read_settings, write_settings
 from guidance.runs.records import RecordStore
 from guidance.runs.run import Job
 from guidance.runs.sweep import Cell, plan_cells, single_values
@@ -77,9 +70,7 @@ def plan_sweep(
     unnamed = single_values(axes)
     if previous:
         unnamed = {k: tuple(v) if isinstance(v, list) else v for k, v in previous["unnamed"].items()}
-    cells = plan_cells(
-        axes, combine=combine, baseline=baseline, matched=matched, known=known, unnamed=unnamed
-    )
+    cells = plan_cells(axes, combine=combine, baseline=baseline, matched=matched, known=known, unnamed=unnamed)
     planned = {**settings, "cells": [cell.to_dict() for cell in cells], "unnamed": plain_value(unnamed)}
     if size := batch_size or (previous or {}).get("batch_size"):
         planned["batch_size"] = size
@@ -114,9 +105,7 @@ def working_in(
         SystemExit: In the other processes of the launch, whose main process has raised the error.
     """
     if fresh and join:
-        raise UserError(
-            "Expected fresh or join, got both: a folder that others are filling cannot be moved aside."
-        )
+        raise UserError("Expected fresh or join, got both: a folder that others are filling cannot be moved aside.")
     with Claims(plan.folder / CLAIMS_FOLDER, stalled_after) as claims:
         together(state, lambda: _enter(plan, claims, fresh=fresh, join=join, report=report))
         yield claims
@@ -159,9 +148,7 @@ def together(state: Any, function: Callable[[], None]) -> None:
         raise failure[0]
 
 
-def _enter(
-    plan: SweepPlan, claims: Claims, *, fresh: bool, join: bool, report: Callable[[str], None]
-) -> None:
+def _enter(plan: SweepPlan, claims: Claims, *, fresh: bool, join: bool, report: Callable[[str], None]) -> None:
     check_writable(plan.folder / CONFIG_FILE)
     if fresh and plan.folder.is_dir():
         _set_aside(plan.folder, claims, report)
@@ -171,9 +158,7 @@ def _enter(
         return _check_joined(plan, claims)
     settings = read_settings(plan.folder, plan.settings, free=FREE)
     if settings != (None if fresh else plan.previous):
-        raise UserError(
-            f"Expected '{plan.folder}' to stay as it was, but another sweep has changed it; start again."
-        )
+        raise UserError(f"Expected '{plan.folder}' to stay as it was, but another sweep has changed it; start again.")
     if settings != plan.settings:
         write_settings(plan.folder, plan.settings)
 

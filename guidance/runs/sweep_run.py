@@ -45,9 +45,7 @@ class Divider:
         size: Images at once, now.
     """
 
-    def __init__(
-        self, sampler: UnitSampler, size: int, *, halve: bool, report: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, sampler: UnitSampler, size: int, *, halve: bool, report: Callable[[str, int], None]) -> None:
         self.sampler, self.size, self._halve, self._report = sampler, size, halve, report
 
     def images(self, unit: Unit) -> Images:
@@ -262,9 +260,7 @@ class Progress:
         log: Called with the number of images now and then, for a tracker.
     """
 
-    def __init__(
-        self, units: Sequence[Unit], store: RecordStore, *, shown: bool, log: Log | None = None
-    ) -> None:
+    def __init__(self, units: Sequence[Unit], store: RecordStore, *, shown: bool, log: Log | None = None) -> None:
         self._keys = [task.key for unit in units for task in unit]
         self._store, self._log, self._next = store, log, 0.0
         done = store.count(self._keys)

@@ -33,9 +33,7 @@ class SweepTracking:
         try:
             self._accelerator = Accelerator(log_with=tracker, project_dir=str(folder / "tracking"))
         except (ValueError, ImportError) as error:
-            raise UserError(
-                f"Expected tracker={tracker} to be installed, got: {error}; choose another."
-            ) from error
+            raise UserError(f"Expected tracker={tracker} to be installed, got: {error}; choose another.") from error
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Start a run."""
@@ -55,9 +53,7 @@ class SweepTracking:
             return
         for i, values in enumerate(curves(records, cells), start=1):
             self.log(values, self._step + i)
-        table = [
-            [rows[0].prompt, *(self._image(rows, cell) for cell in cells)] for rows in _by_prompt(records)
-        ]
+        table = [[rows[0].prompt, *(self._image(rows, cell) for cell in cells)] for rows in _by_prompt(records)]
         log_table(self._accelerator, "images", ["prompt", *(cell.name for cell in cells)], table)
         files = [self.folder / CONFIG_FILE, *sorted(self.folder.glob("records*.jsonl"))]
         log_files(self._accelerator, "records", files)

@@ -9,12 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -160,9 +155,7 @@ def takes_eta(scheduler: Any) -> bool:
 def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: float) -> dict[str, Any]:
     """Return the arguments of a scheduler's step besides output, timestep and latents."""
     if not 0 <= eta <= 1:
-        raise UserError(
-            f"Expected eta in 0..1, got {eta}; 0 is deterministic, 1 draws as much noise as DDPM."
-        )
+        raise UserError(f"Expected eta in 0..1, got {eta}; 0 is deterministic, 1 draws as much noise as DDPM.")
     if eta and not takes_eta(scheduler):
         raise UserError(
             f"Expected eta=0 with {type(scheduler).__name__}, which has none, got {eta}; use scheduler='ddim'."
@@ -189,9 +182,7 @@ def check_resampling(pipe: Pipeline, eta: float) -> None:
         scheduler.scale_model_input(x, t)
         extra = step_options(scheduler, [torch.Generator().manual_seed(seed)], eta)
         ends.append(scheduler.step(output, t, x, return_dict=False, **extra)[0])
-    remembered = [
-        v for value in vars(scheduler).values() for v in (value if isinstance(value, list) else [value])
-    ]
+    remembered = [v for value in vars(scheduler).values() for v in (value if isinstance(value, list) else [value])]
     if any(isinstance(v, Tensor) and v.ndim == x.ndim for v in remembered):
         raise UserError(
             f"Expected a scheduler without a memory of each sample, got {name}, whose earlier outputs would stay "

@@ -128,9 +128,7 @@ class FromMask:
             )
 
     @classmethod
-    def from_images(
-        cls, pipe: Pipeline, images: Pictures, masks: Pictures, strength: float = 1.0
-    ) -> FromMask:
+    def from_images(cls, pipe: Pipeline, images: Pictures, masks: Pictures, strength: float = 1.0) -> FromMask:
         """Encode images and masks (white is repainted), one mask per image."""
         if len(images) != len(masks):
             raise UserError(f"Expected one mask per image, got {len(images)} images and {len(masks)} masks.")
@@ -150,12 +148,8 @@ class FromMask:
         if not _is_inpainting(pipe):
             return _RestoredTrajectory(x, timesteps, pipe.scheduler, known, mask, noise)
         if self.masked_latents is None:
-            raise UserError(
-                "Expected masked_latents for an inpainting denoiser, got none; use FromMask.from_images."
-            )
-        return _MaskedTrajectory(
-            x, timesteps, mask, _like_noise(self.masked_latents, noise, "masked_latents")
-        )
+            raise UserError("Expected masked_latents for an inpainting denoiser, got none; use FromMask.from_images.")
+        return _MaskedTrajectory(x, timesteps, mask, _like_noise(self.masked_latents, noise, "masked_latents"))
 
     def at(self, index: slice | Tensor) -> FromMask:
         masked = None if self.masked_latents is None else _at(self.masked_latents, index)

@@ -31,13 +31,7 @@ from guidance.apply.scoring import scoring
 from guidance.apply.step import StepRecord
 from guidance.guides.base import Guide, ScoringGuide
 from guidance.models.types import Pipeline
-from guidance.sampling.loop import (
-    Callback,
-    check_resampling,
-    sample_latents,
-    takes_eta,
-    using_scheduler,
-)
+from guidance.sampling.loop import Callback, check_resampling, sample_latents, takes_eta, using_scheduler
 from guidance.sampling.start import Start
 from guidance.utils.errors import UserError
 
@@ -93,12 +87,7 @@ class Population:
     """
 
     def __init__(
-        self,
-        seeds: Sequence[int],
-        particles: int,
-        lam: float,
-        potential: str = "diff",
-        threshold: float = 0.5,
+        self, seeds: Sequence[int], particles: int, lam: float, potential: str = "diff", threshold: float = 0.5
     ) -> None:
         self.seeds, self.lam, self.potential, self.threshold = list(seeds), lam, potential, threshold
         self.log_weights = torch.zeros(len(seeds), particles, dtype=torch.float64)
@@ -277,9 +266,7 @@ class _Steering:
         if select == "best":
             chosen = torch.where(self.scores.isfinite(), self.scores, -torch.inf).argmax(1)
         elif select == "draw":
-            u = torch.tensor(
-                [_derived_seed(s, 3) / 2**63 for s in self.population.seeds], dtype=torch.float64
-            )
+            u = torch.tensor([_derived_seed(s, 3) / 2**63 for s in self.population.seeds], dtype=torch.float64)
             chosen = torch.searchsorted(weights.cumsum(1), u[:, None], right=True)[:, 0].clamp(max=n - 1)
         latents = x if chosen is None else x[(torch.arange(len(chosen)) * n + chosen).to(x.device)]
         return SteeringResult(latents, chosen, self.scores, weights, history, ess, ancestors)
@@ -289,9 +276,7 @@ def check_copies(pipe: Pipeline, guides: Sequence[Guide], eta: float) -> None:
     """Refuse a sampler that is deterministic, or that remembers earlier steps as guides with ``every`` do."""
     check_resampling(pipe, eta)
     if rare := [g.name for g in guides if g.strength.every > 1]:
-        raise UserError(
-            f"Expected guides with every=1, got more for {rare[0]}; every copy needs its own gradient."
-        )
+        raise UserError(f"Expected guides with every=1, got more for {rare[0]}; every copy needs its own gradient.")
 
 
 def _check(particles: int, potential: str, lam: float, every: int, threshold: float, select: str) -> None:

@@ -10,12 +10,4 @@ from guidance.taps.hooks import (
     whole_blocks,
 )
 
-__all__ = [
-    "X0",
-    "X0_THROUGH_UNET",
-    "capture",
-    "encode_features",
-    "forward_with_gradient",
-    "watch",
-    "whole_blocks",
-]
+__all__ = ["X0", "X0_THROUGH_UNET", "capture", "encode_features", "forward_with_gradient", "watch", "whole_blocks"]

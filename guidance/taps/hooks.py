@@ -185,9 +185,7 @@ def encode_features(
             model(x, timestep=t, **kwargs)
         except _Stop:
             return join_by_tap([tap], found)[tap].contiguous()
-    raise UserError(
-        f"Expected the tap '{tap}' to run in a forward of {type(model).__name__}, but it did not."
-    )
+    raise UserError(f"Expected the tap '{tap}' to run in a forward of {type(model).__name__}, but it did not.")
 
 
 def forward_with_gradient(
@@ -274,9 +272,7 @@ def forward_with_gradient(
                 others = {tap: predict_x0(output, leaf, tap == X0_THROUGH_UNET) for tap in virtual}
             finish(others)
     if not gradients:
-        raise UserError(
-            f"Expected the taps {', '.join(taps)} to run in one forward of {type(model).__name__}."
-        )
+        raise UserError(f"Expected the taps {', '.join(taps)} to run in one forward of {type(model).__name__}.")
     return output, gradients
 
 
@@ -320,9 +316,7 @@ def uncompiled(denoiser: nn.Module, taps: Iterable[str]) -> Iterator[None]:
     """
     paths = [name.split(".") for tap in taps for name in split_taps(tap)]
     names = {"", *(".".join(path[:n]) for path in paths for n in range(1, len(path) + 1))}
-    modules = [
-        m for name, m in denoiser.named_modules() if name in names and m._compiled_call_impl is not None
-    ]
+    modules = [m for name, m in denoiser.named_modules() if name in names and m._compiled_call_impl is not None]
     compiled = [m._compiled_call_impl for m in modules]
     try:
         for module in modules:

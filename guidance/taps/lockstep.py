@@ -89,9 +89,7 @@ def split_parts(x: Tensor, conditional: int) -> list[Tensor]:
     return parts
 
 
-def as_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], int] | None:
+def as_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], int] | None:
     """Return a module's arguments for the whole batch, the conditional part last, and the number of parts.
 
     A shared argument with a batch dimension is repeated.

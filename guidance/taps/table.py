@@ -76,9 +76,7 @@ class TapTable:
         return next((row.tap for row in reversed(self.taps) if row.share <= 0.5), None)
 
 
-def list_taps(
-    model: nn.Module, latent_size: int | None = None, batch_size: int = 1, depth: int = 1
-) -> TapTable:
+def list_taps(model: nn.Module, latent_size: int | None = None, batch_size: int = 1, depth: int = 1) -> TapTable:
     """Run a denoiser once and list the blocks that can be tapped.
 
     Args:
@@ -158,9 +156,7 @@ def _from_config(name: str) -> nn.Module:
         cls: Any = getattr(diffusers, parts[part][1], None) if part else None
         is_model = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
         if not is_model:
-            raise UserError(
-                f"Expected a pipeline with a unet or transformer of diffusers, got '{name}' without."
-            )
+            raise UserError(f"Expected a pipeline with a unet or transformer of diffusers, got '{name}' without.")
         config = cls.load_config(source, subfolder=part)
         with torch.device("meta"):
             return cls.from_config(config).eval()
@@ -175,9 +171,7 @@ def format_table(table: TapTable) -> str:
     lines.append(f"{'tap':{width}}  {'features':>17}  {'FLOPs up to it':>14}  {'parameters':>10}")
     for row in table.taps:
         shape, note = "x".join(map(str, row.shape)), "  default" if row.tap == table.default else ""
-        lines.append(
-            f"{row.tap:{width}}  {shape:>17}  {row.share:>14.1%}  {_count(row.parameters):>10}{note}"
-        )
+        lines.append(f"{row.tap:{width}}  {shape:>17}  {row.share:>14.1%}  {_count(row.parameters):>10}{note}")
     if table.default is None and table.halfway():
         lines += ["", f"No mid-block: name a tap; the last within half of the FLOPs is '{table.halfway()}'."]
     return "\n".join(lines)
@@ -204,9 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="testbed, a folder, a hub id, or random:NAME")
-    parser.add_argument(
-        "--latent-size", type=int, metavar="N", help="side of the latents (default: the model's)"
-    )
+    parser.add_argument("--latent-size", type=int, metavar="N", help="side of the latents (default: the model's)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="samples (default: 1)")
     parser.add_argument("--depth", type=int, default=1, metavar="N", help="blocks inside blocks (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -68,9 +68,7 @@ class Judges:
         ids = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).input_ids
-        return self._batched(
-            ids, lambda part: _unit(self.clip.get_text_features(input_ids=part.to(self.device)))
-        )
+        return self._batched(ids, lambda part: _unit(self.clip.get_text_features(input_ids=part.to(self.device))))
 
     def agreement(
         self, images: UInt8[np.ndarray, "n 64 64 3"], captions: Sequence[str]
@@ -80,14 +78,11 @@ class Judges:
         said = [parse_caption(caption) for caption in captions]
         seen = self.classify(images)
         return {
-            name: seen[name]
-            == np.array([classes.index(attributes[name]) for attributes in said], dtype=np.int64)
+            name: seen[name] == np.array([classes.index(attributes[name]) for attributes in said], dtype=np.int64)
             for name, classes in ATTRIBUTES.items()
         }
 
-    def _over(
-        self, images: UInt8[np.ndarray, "n 64 64 3"], function: Callable[[Tensor], Tensor]
-    ) -> np.ndarray:
+    def _over(self, images: UInt8[np.ndarray, "n 64 64 3"], function: Callable[[Tensor], Tensor]) -> np.ndarray:
         assert images.dtype == np.uint8 and images.shape[1:] == (IMAGE_SIZE, IMAGE_SIZE, 3)
         return self._batched(images, lambda part: function(to_float(np.ascontiguousarray(part), self.device)))
 
@@ -115,9 +110,7 @@ def load_judges(
     """
     root = Path(folder) if folder is not None else WEIGHTS
     if not (root / "judge_classifier" / "model.safetensors").is_file():
-        raise UserError(
-            f"Expected trained testbed weights in '{root}', found none; train.testbed writes some."
-        )
+        raise UserError(f"Expected trained testbed weights in '{root}', found none; train.testbed writes some.")
     clip = CLIPModel.from_pretrained(root / "judge_clip", local_files_only=True)
     tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True)
     classifier = load_classifier(root / "judge_classifier")

@@ -36,9 +36,7 @@ def build_tokenizer(texts: list[str]) -> CLIPTokenizer:
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,'-!?")
     counts: Counter[str] = Counter()
     for text in [*texts, *letters]:
-        counts.update(
-            w for w, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text))
-        )
+        counts.update(w for w, _ in rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text)))
     words = {word: (*word[:-1], f"{word[-1]}</w>") for word in counts}
     tokens = [START, END, *sorted(ByteLevel.alphabet()), *sorted({parts[-1] for parts in words.values()})]
     merges: list[tuple[str, str]] = []
@@ -93,12 +91,7 @@ def build_text_encoder(clip: CLIPModel) -> CLIPTextModel:
 
 
 def _transformer(width: int, layers: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_attention_heads": 4,
-        "num_hidden_layers": layers,
-    }
+    return {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4, "num_hidden_layers": layers}
 
 
 def build_vae() -> AutoencoderKL:

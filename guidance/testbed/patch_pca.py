@@ -135,10 +135,7 @@ def set_decoder(vae: AutoencoderKL, pca: PatchPCA) -> None:
     for k in range(components):
         vae.post_quant_conv.weight[k, k] = 1
     tent = torch.tensor([0.25, 0.5, 0.25])
-    for layer, kernel in (
-        (decoder.conv_in, None),
-        *((b.upsamplers[0].conv, tent) for b in decoder.up_blocks[:-1]),
-    ):
+    for layer, kernel in ((decoder.conv_in, None), *((b.upsamplers[0].conv, tent) for b in decoder.up_blocks[:-1])):
         layer.weight[:3] = 0
         layer.bias[:3] = 0
         if kernel is None:

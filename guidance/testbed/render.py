@@ -110,9 +110,7 @@ def _sky(canvas: Canvas, time: str, horizon: float, u: Array) -> None:
             canvas.paint(tone, 0.75 * np.clip(0.5 - d / 2.0, 0, 1))
 
 
-def _ridge(
-    canvas: Canvas, base: float, height: float, frequency: float, phases: Array, sharp: float = 0.0
-) -> Array:
+def _ridge(canvas: Canvas, base: float, height: float, frequency: float, phases: Array, sharp: float = 0.0) -> Array:
     """Return a skyline ``y(x)`` as a sum of three sines, folded to peaks when ``sharp`` is near 1."""
     y = np.zeros_like(canvas.x)
     for k, phase in enumerate(phases):
@@ -138,17 +136,13 @@ def _ground(canvas: Canvas, scene: Scene, horizon: float, light: Array, u: Array
         line = _ridge(canvas, horizon - (5 if peaks else 1), height, 0.9, u[30:33], 0.9 if peaks else 0.0)
         canvas.fill(far, line - canvas.y)
         if scene.terrain == "mountains":  # snow caps
-            cap = np.maximum(
-                line - canvas.y, canvas.y - (horizon - 8 + 1.5 * np.sin(canvas.x * 0.9 + 6 * u[33]))
-            )
+            cap = np.maximum(line - canvas.y, canvas.y - (horizon - 8 + 1.5 * np.sin(canvas.x * 0.9 + 6 * u[33])))
             canvas.fill(np.array((0.95, 0.96, 1.0), np.float32) * light, cap)
         shore = _ridge(canvas, horizon + 6, 1.8, 0.8, u[34:37])
     depth = np.where(canvas.y > line, 0.75, depth)
     shade = 1.06 - 0.30 * np.clip((canvas.y - shore) / 30, 0, 1)[..., None]
     canvas.fill(near * shade, shore - canvas.y)
-    return np.where(canvas.y > shore, 0.55 - 0.5 * np.clip((canvas.y - shore) / 22, 0, 1), depth).astype(
-        np.float32
-    )
+    return np.where(canvas.y > shore, 0.55 - 0.5 * np.clip((canvas.y - shore) / 22, 0, 1), depth).astype(np.float32)
 
 
 def _objects(canvas: Canvas, scene: Scene, horizon: float, light: Array, haze: Array, u: Array) -> None:

@@ -33,12 +33,7 @@ FLYING = ("balloon", "kite")
 SPLITS = ("train", "validation", "test")
 
 #: Captioned attributes and their classes: the judge classifier's heads and the class-head targets.
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "object": OBJECTS,
-    "colour": COLOURS,
-    "time": TIMES,
-    "terrain": TERRAINS,
-}
+ATTRIBUTES: dict[str, tuple[str, ...]] = {"object": OBJECTS, "colour": COLOURS, "time": TIMES, "terrain": TERRAINS}
 
 #: Hidden factors as (low, high): haze 0..1 opacity at the horizon, defocus in pixels (Gaussian sigma),
 #: exposure in stops (EV), saturation as a factor on chroma, tilt in degrees.

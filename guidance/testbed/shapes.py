@@ -156,15 +156,7 @@ SHAPES: dict[str, Callable[[Array, Array], list[Part]]] = {
 
 
 def draw_object(
-    canvas: Canvas,
-    name: str,
-    colour: str,
-    x: float,
-    y: float,
-    scale: float,
-    lamp: Array,
-    haze: Array,
-    air: float,
+    canvas: Canvas, name: str, colour: str, x: float, y: float, scale: float, lamp: Array, haze: Array, air: float
 ) -> None:
     """Draw an object with its foot (or centre, when it flies) at ``x, y``.
 

@@ -155,9 +155,7 @@ def main(n: int = 4000) -> None:
     print("MEAN =", {name: float(f"{v.mean():.5g}") for name, v in terms.items()})
     print("SD =", {name: float(f"{v.std():.5g}") for name, v in terms.items()})
     print("SCALE =", float(f"{total.std():.5g}"))
-    shares = {
-        name: round(float(w * np.mean(z[name] * total) / total.var()), 3) for name, w in WEIGHTS.items()
-    }
+    shares = {name: round(float(w * np.mean(z[name] * total) / total.var()), 3) for name, w in WEIGHTS.items()}
     print("shares of the variance:", shares)
 
 

@@ -79,13 +79,7 @@ class PairSource(Protocol):
         """Return everything that decides which pairs these are."""
 
     def record(
-        self,
-        pipe: Pipeline,
-        teacher: Sequence[Guide],
-        split: str,
-        n: int,
-        calls: int,
-        rng: np.random.Generator,
+        self, pipe: Pipeline, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
     ) -> PairRecorder:
         """Record ``calls`` denoiser calls of ``n`` samples."""
 
@@ -114,13 +108,7 @@ class SampledStates:
         return {"source": "sampling"} | dataclasses.asdict(self) | {"prompts": texts}
 
     def record(
-        self,
-        pipe: Pipeline,
-        teacher: Sequence[Guide],
-        split: str,
-        n: int,
-        calls: int,
-        rng: np.random.Generator,
+        self, pipe: Pipeline, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
     ) -> PairRecorder:
         """Record ``calls`` random steps of one sampling run, out of those in which the teacher guides."""
         low, high = self.num_steps
@@ -164,13 +152,7 @@ class NoisedLatents:
 
     @torch.no_grad()
     def record(
-        self,
-        pipe: Pipeline,
-        teacher: Sequence[Guide],
-        split: str,
-        n: int,
-        calls: int,
-        rng: np.random.Generator,
+        self, pipe: Pipeline, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
     ) -> PairRecorder:
         """Record ``n`` random images, noised to ``calls`` timesteps in which the teacher guides."""
         from guidance.data.encoding import FeatureEncoder
@@ -284,13 +266,7 @@ def read_pairs(pairs: FeatureSource, rows: Any, device: Any = "cpu") -> tuple[tu
 
 
 def fit_adapter(
-    adapter: Adapter,
-    pairs: FeatureSource,
-    stage: Stage,
-    work: Path,
-    *,
-    mse_weight: float = 0.1,
-    **options: Any,
+    adapter: Adapter, pairs: FeatureSource, stage: Stage, work: Path, *, mse_weight: float = 0.1, **options: Any
 ) -> FitResult:
     """Train an adapter in place: AdamW, learning rate up and down once; resumes from its checkpoint in ``work``.
 
@@ -398,9 +374,7 @@ class PairRecorder:
             self.calls += 1
             factor = rearrange(self.schedule.shift_factor(t).to(shift.dtype), "b -> b 1 1 1")
             output = output.clone()
-            output[:, :channels] += (
-                ((self.scales - 1) * factor * shift).repeat(parts, 1, 1, 1).to(output.dtype)
-            )
+            output[:, :channels] += ((self.scales - 1) * factor * shift).repeat(parts, 1, 1, 1).to(output.dtype)
             return (output,)
 
         return forward

@@ -69,9 +69,7 @@ def build_cache(
     examples = {split: load_split(recipe, split) for split in splits}  # refused before the model loads
     pipe = load_model(recipe)
     source = {name: getattr(recipe, name) for name in RECORDED}
-    return sum(
-        cache_split(pipe, recipe, examples[s], folder, split=s, source=source, **share) for s in splits
-    )
+    return sum(cache_split(pipe, recipe, examples[s], folder, split=s, source=source, **share) for s in splits)
 
 
 def cache_split(

@@ -72,9 +72,7 @@ class RealAndGenerated:
         rows = np.asarray(rows, np.int64)
         is_real = rows < self.n
         h, t = zip(
-            self.real.read(rows[is_real], epoch),
-            self.generated.read(rows[~is_real] - self.n, epoch),
-            strict=True,
+            self.real.read(rows[is_real], epoch), self.generated.read(rows[~is_real] - self.n, epoch), strict=True
         )
         order = np.argsort(np.concatenate([np.flatnonzero(is_real), np.flatnonzero(~is_real)]))
         return torch.cat(h)[order], torch.cat(t)[order]

@@ -64,22 +64,14 @@ def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
         UserError: If a step is missing.
     """
     records = describe(recipe.work)
-    missing = [
-        s for s in ("data", "vae", "clip", "judge_classifier", "judge_clip", "unet") if s not in records
-    ]
+    missing = [s for s in ("data", "vae", "clip", "judge_classifier", "judge_clip", "unet") if s not in records]
     if missing:
-        raise UserError(
-            f"Expected all training steps to be done, {', '.join(missing)} are not; run them first."
-        )
+        raise UserError(f"Expected all training steps to be done, {', '.join(missing)} are not; run them first.")
     recipe.device = "cpu"
     clip, judge_clip = (recipe.load(n, recipe.build_clip(n)) for n in ("clip", "judge_clip"))
     vae = recipe.load("vae", models.build_vae())
     processor = CLIPImageProcessor(
-        size={"shortest_edge": 64},
-        crop_size=64,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        do_convert_rgb=True,
+        size={"shortest_edge": 64}, crop_size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_convert_rgb=True
     )
     pipe = StableDiffusionPipeline(
         vae=vae,

@@ -225,12 +225,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predict(
-    head: Head,
-    source: FeatureSource,
-    accelerator: Any,
-    batch_size: int = 256,
-    *,
-    progress: str | None = None,
+    head: Head, source: FeatureSource, accelerator: Any, batch_size: int = 256, *, progress: str | None = None
 ) -> tuple[Float[Tensor, "n outputs"], Float[Tensor, " n"]]:
     """Run a head over all rows, shared among the processes.
 

@@ -218,9 +218,7 @@ class Optimizer:
         ]
         if self._matrices:
             flat = [m for _, m in self._matrices.values()]
-            self.parts.append(
-                torch.optim.Muon(flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            self.parts.append(torch.optim.Muon(flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, lr: float) -> None:
         """Take a step at this learning rate, with the gradients of the model's parameters."""

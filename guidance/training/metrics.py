@@ -26,18 +26,7 @@ _MIN_ROWS = 50  # fewer rows fit no temperature of their own
 
 _TEMPERATURE_RANGE = (0.05, 20.0)
 
-_PLOTTED = (
-    "accuracy",
-    "auc",
-    "cosine",
-    "retrieval",
-    "spearman",
-    "spearman_truth",
-    "ece",
-    "nll",
-    "mae",
-    "skill",
-)
+_PLOTTED = ("accuracy", "auc", "cosine", "retrieval", "spearman", "spearman_truth", "ece", "nll", "mae", "skill")
 
 _NOT_PLOTTED = re.compile("low|high|rows|chance|cosine_other|ece_uncalibrated|spearman_.*|.*_interval")
 
@@ -79,10 +68,7 @@ def _fit_temperature(logits: Tensor, target: Tensor) -> float:
 
 
 def apply_temperatures(
-    outputs: Float[Tensor, "n outputs"],
-    temperatures: Sequence[float],
-    t: Float[Tensor, " n"],
-    num_train_timesteps: int,
+    outputs: Float[Tensor, "n outputs"], temperatures: Sequence[float], t: Float[Tensor, " n"], num_train_timesteps: int
 ) -> Float[Tensor, "n outputs"]:
     """Divide each row by the temperature of its timestep bin; no temperatures leave the rows as they are."""
     if not temperatures:
@@ -156,11 +142,7 @@ def useful_range(metrics: Mapping[str, Any], num_train_timesteps: int) -> tuple[
 
 
 def plot_metrics(
-    metrics: Mapping[str, Mapping[str, Any]],
-    path: str | Path,
-    *,
-    title: str,
-    shaded: tuple[float, float] | None = None,
+    metrics: Mapping[str, Mapping[str, Any]], path: str | Path, *, title: str, shaded: tuple[float, float] | None = None
 ) -> None:
     """Plot each measure against the timestep, a line for each split or head, with intervals; dotted: chance.
 

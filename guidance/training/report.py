@@ -17,13 +17,7 @@ from guidance.heads.hub import head_card
 from guidance.heads.networks import Head
 from guidance.heads.tasks import get_task
 from guidance.training.heads import FitState, predict
-from guidance.training.metrics import (
-    apply_temperatures,
-    evaluate_head,
-    fit_temperatures,
-    plot_metrics,
-    useful_range,
-)
+from guidance.training.metrics import apply_temperatures, evaluate_head, fit_temperatures, plot_metrics, useful_range
 from guidance.utils.io import atomic_dir, write_json
 
 
@@ -130,16 +124,13 @@ def write_folder(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(
-    head: Head, name: str, results: Mapping[str, Any], fit: FitState, cost: Mapping[str, Any]
-) -> str:
+def model_card(head: Head, name: str, results: Mapping[str, Any], fit: FitState, cost: Mapping[str, Any]) -> str:
     """Return the model card of a trained head as Markdown, its test results by timestep included."""
     test = results["test"]
     fact = f"trained {fit.step} steps ({len(fit.history)} epochs); "
     fact += ", ".join(f"{key} {value}" for key, value in cost.items())
     lines = [
-        "Measured on test rows; nothing was chosen on them. Skill is the lower end of a 95% interval; 0 is "
-        "chance.",
+        "Measured on test rows; nothing was chosen on them. Skill is the lower end of a 95% interval; 0 is chance.",
         "",
         *_bins_table(test["bins"], get_task(head.config.task).headlines),
         "Overall: " + ", ".join(f"{k} {_cell(v)}" for k, v in test["overall"].items()) + ".",

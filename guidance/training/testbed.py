@@ -90,10 +90,7 @@ class Recipe:
         with atomic_path(self.work / "images.npy") as temporary:
             out = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(self.num_scenes, size, size, 3))
             jobs = [("train", i, self.seed) for i in range(0, self.num_scenes, _CHUNK)]
-            with (
-                ProcessPoolExecutor(self.workers) as pool,
-                tqdm(total=self.num_scenes, desc="render scenes") as bar,
-            ):
+            with ProcessPoolExecutor(self.workers) as pool, tqdm(total=self.num_scenes, desc="render scenes") as bar:
                 for (_, start, _), chunk in zip(jobs, pool.map(_render_chunk, jobs), strict=True):
                     out[start : start + _CHUNK] = chunk
                     bar.update(_CHUNK)
@@ -128,11 +125,7 @@ class Recipe:
         texts = sorted(set(self.captions))
         where = {t: i for i, t in enumerate(texts)}
         tokens = self.tokenizer(
-            [*texts, ""],
-            padding="max_length",
-            truncation=True,
-            max_length=models.MAX_TOKENS,
-            return_tensors="pt",
+            [*texts, ""], padding="max_length", truncation=True, max_length=models.MAX_TOKENS, return_tensors="pt"
         )
         return tokens.input_ids, np.array([where[c] for c in self.captions])
 
@@ -146,22 +139,15 @@ class Recipe:
         return to_float(self.images[np.sort(index)][np.argsort(np.argsort(index))], self.device)
 
     def _fit(self, name: str, model: nn.Module, loss: Any, salt: int) -> dict[str, Any]:
-        result = fit(
-            name, model, loss, self.stages[name], self.work, seed=self.seed + salt, device=self.device
-        )
+        result = fit(name, model, loss, self.stages[name], self.work, seed=self.seed + salt, device=self.device)
         rank, size = world()
         if rank == 0:
             with atomic_path(self.work / f"{name}-final.safetensors") as temporary:
                 save_model(model, str(temporary))
         hardware = (
-            torch.cuda.get_device_name()
-            if self.device == "cuda"
-            else f"{size * torch.get_num_threads()} CPU threads"
+            torch.cuda.get_device_name() if self.device == "cuda" else f"{size * torch.get_num_threads()} CPU threads"
         )
-        return dataclasses.asdict(result) | {
-            "hardware": hardware,
-            "stage": dataclasses.asdict(self.stages[name]),
-        }
+        return dataclasses.asdict(result) | {"hardware": hardware, "stage": dataclasses.asdict(self.stages[name])}
 
     def _compiled(self, model: nn.Module) -> Any:
         return torch.compile(model, dynamic=False) if self.compile else model
@@ -268,10 +254,7 @@ class Recipe:
         path = self.work / "latents.npy"
         if not path.exists():
             chunks = range(0, self.num_scenes, _CHUNK)
-            parts = [
-                self.pca.encode(self.pixels(np.arange(i, i + _CHUNK))).cpu()
-                for i in tqdm(chunks, desc="encode")
-            ]
+            parts = [self.pca.encode(self.pixels(np.arange(i, i + _CHUNK))).cpu() for i in tqdm(chunks, desc="encode")]
             with atomic_path(path) as temporary:
                 np.save(temporary, torch.cat(parts).half().numpy())
         return torch.from_numpy(np.load(path))

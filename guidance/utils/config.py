@@ -190,9 +190,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", content)
 
 
-def _flatten(
-    tree: Mapping[Any, Any], options: Mapping[str, Option], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[Any, Any], options: Mapping[str, Option], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) down to the options, not further: a value may be a dict."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -213,9 +211,7 @@ def _split_override(word: str, options: Mapping[str, Option]) -> tuple[str, Any]
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         return key, typing.cast("dict[str, Any]", value)["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"Expected a YAML value in '{word}', but '{text}' cannot be read as one."
-        ) from error
+        raise ConfigError(f"Expected a YAML value in '{word}', but '{text}' cannot be read as one.") from error
 
 
 def _assign(config: DictConfig, options: Mapping[str, Option], key: str, value: Any, *, source: str) -> None:

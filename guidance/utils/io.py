@@ -164,9 +164,7 @@ def _destination(path: str | os.PathLike[str]) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(
-            f"Expected a folder at '{final.parent}', found a file; choose another path."
-        ) from None
+        raise UserError(f"Expected a folder at '{final.parent}', found a file; choose another path.") from None
     return final
 
 

@@ -52,9 +52,7 @@ def start_tracking(accelerator: Accelerator, project: str, config: Mapping[str, 
     return log
 
 
-def log_table(
-    accelerator: Accelerator, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
-) -> None:
+def log_table(accelerator: Accelerator, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Log a table; a failure only warns.
 
     Args:
@@ -113,9 +111,7 @@ def _survives(function: Callable[..., Any], *arguments: Any) -> bool:
     try:
         function(*arguments)
     except Exception as error:  # a tracker is never worth a training run
-        warnings.warn(
-            f"Tracking failed and is off for this run ({type(error).__name__}: {error}).", stacklevel=3
-        )
+        warnings.warn(f"Tracking failed and is off for this run ({type(error).__name__}: {error}).", stacklevel=3)
         return False
     return True
 

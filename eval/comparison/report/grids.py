@@ -66,12 +66,7 @@ class Grid:
 
 
 def image_grids(
-    comparison: Comparison,
-    metric: ImageMetric | None,
-    arm: ArmSummary | None,
-    *,
-    rows: int = 6,
-    seed: int = 0,
+    comparison: Comparison, metric: ImageMetric | None, arm: ArmSummary | None, *, rows: int = 6, seed: int = 0
 ) -> list[Grid]:
     """Choose the best, the worst and random pairs, and read their images.
 
@@ -124,9 +119,7 @@ def _choose(
     choices: list[tuple[str, str, list[Key]]] = []
     if metric is not None and arm is not None and len(changes) > 1:
         sign = -1 if metric.better == "lower" else 1
-        order = sorted(
-            changes, key=lambda key: -sign * changes[key]
-        )  # stable: equal changes keep their order
+        order = sorted(changes, key=lambda key: -sign * changes[key])  # stable: equal changes keep their order
         n = min(rows, len(order) // 2)
         by = f"by the change of {metric.title} from the baseline to “{arm.name}”"
         first, last = ("Best", "Worst") if metric.better else ("Largest increase", "Largest decrease")
@@ -161,17 +154,12 @@ def _row(
     text = ""
     if metric is not None and change is not None:
         text = f"{_short(metric)} {number(change, _image_decimals(comparison, metric), signed=True)}"
-    prompt = next(
-        (row["prompt"] for a in comparison.arms if (row := images.get((a.name, *key), {})).get("prompt")), ""
-    )
+    prompt = next((row["prompt"] for a in comparison.arms if (row := images.get((a.name, *key), {})).get("prompt")), "")
     return GridRow(str(prompt), str(key[1]), text, pictures)
 
 
 def _values(
-    comparison: Comparison,
-    first: ImageMetric | None,
-    row: Mapping[str, Any],
-    base: Mapping[str, Any] | None,
+    comparison: Comparison, first: ImageMetric | None, row: Mapping[str, Any], base: Mapping[str, Any] | None
 ) -> list[str]:
     """Return a line for each metric of an image, with its change unless it is the baseline's."""
     metrics = sorted(comparison.image_metrics, key=lambda m: m != first)

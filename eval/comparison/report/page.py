@@ -46,12 +46,7 @@ def write_report(comparison: Comparison, path: str | os.PathLike[str], **options
 
 
 def render(
-    comparison: Comparison,
-    *,
-    sort_by: str | None = None,
-    arm: str | None = None,
-    rows: int = 6,
-    seed: int = 0,
+    comparison: Comparison, *, sort_by: str | None = None, arm: str | None = None, rows: int = 6, seed: int = 0
 ) -> str:
     """Return the report as HTML; the same comparison and images give the same text.
 

@@ -29,9 +29,7 @@ _LABEL = 22  # letters in a line of a forest's labels
 _CHARACTER = 5.0  # width of a letter of a point's label, in points
 
 #: Places of a label around its point, in points, in order of preference.
-_OFFSETS = tuple(
-    zip((5, 5, -5, -5, 0, 0, 14, 14, -14, -14), (4, -10, 4, -10, 8, -14, 12, -18, 12, -18), strict=True)
-)
+_OFFSETS = tuple(zip((5, 5, -5, -5, 0, 0, 14, 14, -14, -14), (4, -10, 4, -10, 8, -14, 12, -18, 12, -18), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +107,8 @@ def curves(comparison: Comparison) -> dict[str, list[ArmSummary]]:
 
 
 def _tradeoff(comparison: Comparison, x: ImageMetric | SetMetric, y: SetMetric) -> Plot | None:
-    points = {
-        arm.name: (comparison.mean(x.key, arm.name), comparison.mean(y.key, arm.name))
-        for arm in comparison.arms
-    }
-    known = {
-        k: (a, b) for k, (a, b) in points.items() if a is not None and b is not None and math.isfinite(a + b)
-    }
+    points = {arm.name: (comparison.mean(x.key, arm.name), comparison.mean(y.key, arm.name)) for arm in comparison.arms}
+    known = {k: (a, b) for k, (a, b) in points.items() if a is not None and b is not None and math.isfinite(a + b)}
     if len(known) < 2:
         return None
     styles = series_styles(comparison)
@@ -129,11 +122,7 @@ def _tradeoff(comparison: Comparison, x: ImageMetric | SetMetric, y: SetMetric) 
             spread = _spread(comparison, x, arm.name)
             if spread is not None:
                 axes.errorbar(
-                    *known[arm.name],
-                    xerr=spread,
-                    color=styles[arm.series]["color"],
-                    elinewidth=0.6,
-                    alpha=0.7,
+                    *known[arm.name], xerr=spread, color=styles[arm.series]["color"], elinewidth=0.6, alpha=0.7
                 )
             axes.plot(*known[arm.name], **styles[arm.series] | {"linestyle": "none"})
             labels.append((_point_label(comparison, arm), known[arm.name]))
@@ -160,9 +149,7 @@ def _point_label(comparison: Comparison, arm: ArmSummary) -> str:
         return "baseline"
     if arm.scale:
         return f"{arm.scale:g}"
-    return (
-        f"cfg {arm.cfg_scale:g}" if is_plain_cfg(arm) and arm.cfg_scale is not None else plain(arm.name, 16)
-    )
+    return f"cfg {arm.cfg_scale:g}" if is_plain_cfg(arm) and arm.cfg_scale is not None else plain(arm.name, 16)
 
 
 def _axis_label(metric: ImageMetric | SetMetric) -> str:
@@ -175,9 +162,7 @@ def _place_labels(axes: Any, labels: Sequence[tuple[str, Point]], paths: Sequenc
     frame = axes.get_window_extent()
     places = [tuple(axes.transData.transform(point) * scale) for _, point in labels]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
-    for ends in (
-        axes.transData.transform(pair) * scale for path in paths for pair in itertools.pairwise(path)
-    ):
+    for ends in (axes.transData.transform(pair) * scale for path in paths for pair in itertools.pairwise(path)):
         steps = np.linspace(ends[0], ends[1], int(np.ptp(ends, axis=0).max() / 3) + 2)
         taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in steps.tolist()]
     inside = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale + 8, frame.y1 * scale + 8)
@@ -188,9 +173,7 @@ def _place_labels(axes: Any, labels: Sequence[tuple[str, Point]], paths: Sequenc
         dx, dy = _OFFSETS[best]
         side = "left" if dx > 0 else "right" if dx < 0 else "center"
         arrow = {"arrowstyle": "-", "color": RULE, "linewidth": 0.7, "shrinkB": 3} if abs(dx) > 9 else None
-        axes.annotate(
-            text, point, (dx, dy), textcoords="offset points", ha=side, fontsize=7.5, arrowprops=arrow
-        )
+        axes.annotate(text, point, (dx, dy), textcoords="offset points", ha=side, fontsize=7.5, arrowprops=arrow)
         taken.append(boxes[best])
 
 
@@ -205,9 +188,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def _outside(box: tuple[float, ...], frame: tuple[float, ...]) -> float:
-    return 20 * sum(
-        max(0.0, d) for d in (frame[0] - box[0], frame[1] - box[1], box[2] - frame[2], box[3] - frame[3])
-    )
+    return 20 * sum(max(0.0, d) for d in (frame[0] - box[0], frame[1] - box[1], box[2] - frame[2], box[3] - frame[3]))
 
 
 def forests(comparison: Comparison) -> list[Plot]:
@@ -219,12 +200,8 @@ def forests(comparison: Comparison) -> list[Plot]:
         for arm in comparison.arms:
             delta = comparison.delta(metric.key, arm.name)
             if delta is not None and math.isfinite(delta.paired.effect_size):
-                style = styles[arm.series] | (
-                    {"markerfacecolor": "none"} if arm.name in metric.circular else {}
-                )
-                rows.append(
-                    (_wrapped(arm.name), delta.paired.effect_size, delta.paired.effect_interval, style)
-                )
+                style = styles[arm.series] | ({"markerfacecolor": "none"} if arm.name in metric.circular else {})
+                rows.append((_wrapped(arm.name), delta.paired.effect_size, delta.paired.effect_interval, style))
         if rows:
             label = f"Paired differences in {metric.title} by arm"
             svg = _forest(rows, f"forest {metric.key}", label, f"sd of the baseline{_arrow(metric)}")
@@ -255,9 +232,7 @@ def _wrapped(text: str) -> str:
     shown = plain(text, 60)
     if len(shown) <= _LABEL:
         return shown
-    cut = max(
-        (m.end() for m in re.finditer(r"[-_ /,=]", shown[:_LABEL]) if m.end() > _LABEL // 2), default=_LABEL
-    )
+    cut = max((m.end() for m in re.finditer(r"[-_ /,=]", shown[:_LABEL]) if m.end() > _LABEL // 2), default=_LABEL)
     return f"{shown[:cut].rstrip()}\n{plain(shown[cut:], _LABEL)}"
 
 

@@ -58,10 +58,7 @@ def svg_axes(width: float, height: float, salt: str, label: str) -> Iterator[tup
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # of a script that DejaVu lacks: the page's fonts will have it
-    with (
-        matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": ascii(salt)}]),
-        warnings.catch_warnings(),
-    ):
+    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": ascii(salt)}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
         svg: list[str] = []

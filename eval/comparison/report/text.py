@@ -8,15 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.comparison.results import (
-    ArmSummary,
-    Better,
-    Comparison,
-    Delta,
-    ImageMetric,
-    SetMetric,
-    SetValue,
-)
+from eval.comparison.results import ArmSummary, Better, Comparison, Delta, ImageMetric, SetMetric, SetValue
 from guidance.utils.errors import UserError, nearest
 
 MISSING = "—"
@@ -132,11 +124,7 @@ def focus_arm(comparison: Comparison, name: str | None = None) -> ArmSummary | N
     if name is not None:
         return _named(name, {arm.name: arm for arm in arms}, "arm other than the baseline")
     guided = [arm for arm in arms if arm.scale and not is_plain_cfg(arm)]
-    return (
-        max(guided, key=lambda arm: (abs(arm.scale or 0), arm.scale or 0))
-        if guided
-        else next(iter(arms), None)
-    )
+    return max(guided, key=lambda arm: (abs(arm.scale or 0), arm.scale or 0)) if guided else next(iter(arms), None)
 
 
 def _named(name: str, known: dict[str, Any], kind: str) -> Any:
@@ -231,9 +219,7 @@ def headline_tables(comparison: Comparison) -> list[dict[str, Any]]:
     return [
         {
             "columns": block,
-            "rows": [
-                {"arm": arm.name, "cells": [c["cells"][i] for c in block]} for i, arm in enumerate(arms)
-            ],
+            "rows": [{"arm": arm.name, "cells": [c["cells"][i] for c in block]} for i, arm in enumerate(arms)],
         }
         for block in blocks
     ]
