@@ -45,7 +45,7 @@ Test = Callable[[Rows, Rows, Prompts, int], float]
 
 @dataclasses.dataclass(frozen=True)
 class SetData:
-    """What a set metric is computed from.
+    """Inputs of a set metric.
 
     Attributes:
         rows: Arm -> features of its images, the baseline first.

@@ -13,7 +13,7 @@ QUESTIONS = {"looks": "Which image looks better?", "fits": "Which image fits the
 
 @dataclasses.dataclass
 class Plan:
-    """Which pairs of images are asked, and how the queues of raters are made."""
+    """Choice of the pairs of images that are asked, and of the raters' queues."""
 
     compare: Literal["baseline", "adjacent", "all"] = option(
         "baseline", "pairs of arms: each with the baseline, each with the next scale, or all"

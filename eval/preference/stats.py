@@ -25,7 +25,7 @@ Interval = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How often the second arm's image was preferred.
+    """Share of answers that preferred the second arm's image.
 
     Attributes:
         first, second: Arms.

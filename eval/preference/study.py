@@ -29,7 +29,7 @@ FOLDER, FILE, SECRET = "preference", "study.json", "secret"
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What is asked.
+    """Description of a study.
 
     Attributes:
         folder: Folder of the study.

@@ -1,4 +1,4 @@
-"""What the studies share: a bench that samples and judges, and the cells of their tables."""
+"""Common ground of the studies: a bench that samples and judges, and the cells of their tables."""
 
 from __future__ import annotations
 

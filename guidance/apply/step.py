@@ -61,7 +61,7 @@ class Group:
 
     @property
     def direct(self) -> bool:
-        """Whether the guides return directions of the latents without a gradient."""
+        """Tell whether the guides return directions of the latents without a gradient."""
         return is_direct(self.guides[0])
 
 

@@ -86,7 +86,7 @@ class Strength:
 
 @runtime_checkable
 class Guide(Protocol):
-    """What pushes a sample: a :class:`ScoringGuide` or a :class:`DirectGuide`."""
+    """Push on a sample: a :class:`ScoringGuide` or a :class:`DirectGuide`."""
 
     name: str
     strength: Strength
