@@ -174,7 +174,7 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
         write_settings(folder, _settings(config) | {"scales": scales})
     state.wait_for_everyone()
     store = RecordStore(folder, state.process_index)
-    _report(progress, f"{len(jobs)} noises x {len(arms)} arms on {pipe.unet.device} into {folder}")
+    _report(progress, f"{len(arms)} arms of {len(jobs)} images on {pipe.unet.device} into {folder}")
     sample_arms(
         pipe,
         jobs,
@@ -255,7 +255,7 @@ def _explain(config: GuidedConfig) -> str:
     scheduler = config.scheduler or "the model's scheduler"
     return (
         f"{config.num_steps} steps of {scheduler}, CFG {config.cfg_scale:g}, "
-        f"unguided and at scales {scales}, each times the guides' own:\n"
+        f"unguided and at scale {scales}, multiplied by each guide's guidance_scale:\n"
         f"{explain(config.read_guides(), config.num_steps)}"
     )
 

@@ -127,7 +127,7 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
     entry = {"fresh": config.fresh, "join": config.join}
     with working_in(plan, state, stalled_after=config.stalled_after, report=report, **entry) as claims:
         tracking.start(dataclasses.asdict(config))
-        report(f"{len(jobs)} noises x {len(arms)} cells on {pipe.unet.device} into {plan.folder}")
+        report(f"{len(arms)} cells of {len(jobs)} images on {pipe.unet.device} into {plan.folder}")
         fill_sweep(
             pipe,
             plan,

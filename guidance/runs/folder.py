@@ -178,13 +178,13 @@ def _open(file: Path) -> Image.Image:
 
 
 def summarise(records: Sequence[Record]) -> str:
-    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean head score."""
+    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean score of the first guide."""
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record.arm, []).append(record)
     seconds = {arm: statistics.median(r.seconds for r in rows) for arm, rows in arms.items()}
     width = max(13, *map(len, arms)) + 1 if arms else 14
-    lines = [f"{'arm':<{width}}{'images':>8}{'s/image':>10}{'x unguided':>12}{'head score':>12}"]
+    lines = [f"{'arm':<{width}}{'images':>8}{'s/image':>10}{'x unguided':>12}{'score':>12}"]
     for arm, rows in arms.items():
         ratio = f"{seconds[arm] / seconds[UNGUIDED]:.2f}" if seconds.get(UNGUIDED) else "-"
         scores = [r.score for r in rows if r.score is not None]

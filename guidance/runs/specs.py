@@ -46,8 +46,8 @@ class GuideSpec:
         return {"method": self.method, "name": guide.name, **dataclasses.asdict(guide.strength), **options}
 
     def explain(self, num_steps: int) -> str:
-        """Describe tap, active steps, cost and options in a line for ``--explain``, without loading a model."""
-        interval = {"start": 0.0, "stop": 1.0} | self.trained | self._interval()
+        """Describe tap, active steps and cost in a line, and the options in a second, for ``--explain``, without loading a model."""
+        interval = {"start": 0.0, "stop": 1.0} | self.trained | self.interval()
         phases = step_phases(interval["start"], interval["stop"], self.every, num_steps)
         options = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
         when = f"pushes in {num_steps - phases.count(OFF)} of {num_steps} steps"
@@ -57,7 +57,7 @@ class GuideSpec:
         if self.step_cost is not None:
             average = 1 + (self.step_cost - 1) * phases.count(FRESH) / num_steps
             cost += f", steps on average {average:.2f}"
-        return f"{self.method}: tap {self.where}; {when}; {cost}; {', '.join(options)}"
+        return f"{self.method}: tap {self.where}; {when}; {cost}\n    {', '.join(options)}"
 
     @property
     def price(self) -> str:
@@ -85,7 +85,8 @@ class GuideSpec:
         """Tap of the guide and its purpose, in words."""
         return "as the guide says"
 
-    def _interval(self) -> dict[str, Any]:
+    def interval(self) -> dict[str, float]:
+        """Return ``start`` and ``stop`` where they are given, as arguments of the guide; else the guide's own hold."""
         return {k: v for k in ("start", "stop") if (v := getattr(self, k)) is not None}
 
 
@@ -144,7 +145,7 @@ class MidBlockSpec(HeadSpec):
 
         names = ("objective", "target", "normalize", "space", "pessimism", "every")
         options: dict[str, Any] = {k: getattr(self, k) for k in names}
-        return MidBlockGuide(self.loaded, scale, **self._interval(), **options)
+        return MidBlockGuide(self.loaded, scale, **self.interval(), **options)
 
     def describe(self, guide: Any) -> dict[str, Any]:
         first, *others = guide.describe()["networks"]
@@ -195,7 +196,7 @@ class ClipSpec(GuideSpec):
         options: dict[str, Any] = {k: getattr(self, k) for k in names}
         targets: dict[str, Any] = {"texts": self.texts or None, "images": _open(self.images) or None}
         targets |= {"weights": self.weights or None}
-        return ClipGuide(clip, scale, decoder=decoder, **self._interval(), **options, **targets)
+        return ClipGuide(clip, scale, decoder=decoder, **self.interval(), **options, **targets)
 
     def describe(self, guide: Any) -> dict[str, Any]:
         return super().describe(guide) | {"clip_fingerprint": self._parts[0].fingerprint}
@@ -227,7 +228,7 @@ class EmbeddingSpec(HeadSpec):
         options: dict[str, Any] = {"texts": self.texts or None, "images": _open(self.images) or None}
         options |= {"normalize": self.normalize, "every": self.every}
         head, clip = self.loaded
-        return EmbeddingGuide(head, clip, scale, **self._interval(), **options)
+        return EmbeddingGuide(head, clip, scale, **self.interval(), **options)
 
     def describe(self, guide: Any) -> dict[str, Any]:
         return super().describe(guide) | {"clip_fingerprint": self.loaded[1].fingerprint}
@@ -262,7 +263,7 @@ class AmortisedSpec(GuideSpec):
     def build(self, scale: float) -> Any:
         from guidance.guides.amortised import AmortisedGuide
 
-        return AmortisedGuide(self._adapter, scale, every=self.every, **self._interval())
+        return AmortisedGuide(self._adapter, scale, every=self.every, **self.interval())
 
     def describe(self, guide: Any) -> dict[str, Any]:
         from guidance.models.denoiser import fingerprint

@@ -31,7 +31,7 @@ def is_main() -> bool:
 def join_processes() -> PartialState:
     """Join the processes that ``accelerate launch`` or ``torchrun`` started, if any; a script's first call.
 
-    The bars of diffusers and transformers for loading weights, which tear those of the scripts, are turned off.
+    The bars of diffusers, transformers and datasets for loading, which tear those of the scripts, are turned off.
     accelerate joins processes on CPUs only with ``cpu=True``; without it each process would do all the work.
 
     Returns:
@@ -42,6 +42,7 @@ def join_processes() -> PartialState:
 
     for library in ("diffusers", "transformers"):
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     return PartialState(cpu=launched() > 1 and not torch.accelerator.is_available())
 
 
