@@ -178,7 +178,7 @@ def _open(file: Path) -> Image.Image:
 
 
 def summarise(records: Sequence[Record]) -> str:
-    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean score of the first guide."""
+    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean score."""
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record.arm, []).append(record)

@@ -46,7 +46,7 @@ class GuideSpec:
         return {"method": self.method, "name": guide.name, **dataclasses.asdict(guide.strength), **options}
 
     def explain(self, num_steps: int) -> str:
-        """Describe tap, active steps and cost in a line, and the options in a second, for ``--explain``, without loading a model."""
+        """Describe tap, active steps, cost, and in a second line the options, without loading a model."""
         interval = {"start": 0.0, "stop": 1.0} | self.trained | self.interval()
         phases = step_phases(interval["start"], interval["stop"], self.every, num_steps)
         options = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self)]
@@ -85,7 +85,7 @@ class GuideSpec:
         """Tap of the guide and its purpose, in words."""
         return "as the guide says"
 
-    def interval(self) -> dict[str, float]:
+    def interval(self) -> dict[str, Any]:
         """Return ``start`` and ``stop`` where they are given, as arguments of the guide; else the guide's own hold."""
         return {k: v for k in ("start", "stop") if (v := getattr(self, k)) is not None}
 
