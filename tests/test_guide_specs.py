@@ -99,9 +99,9 @@ def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path
     said = explain([read_guide(f"midblock:head={head},every=2")], 16)
     assert "tap mid_block of sd, for rating (task rating);" in said
     assert "pushes in 8 of 16 steps, with a new direction in 4;" in said
-    assert "costs about 1.19 unguided ones" in said and f"steps on average {1 + 0.19 / 4:.2f};" in said
+    assert "costs about 1.19 unguided ones" in said and f"steps on average {1 + 0.19 / 4:.2f}\n" in said
     said = explain([read_guide(f"midblock:head={head},start=0,stop=1,objective=at_least,target=7")], 16)
-    assert "for rating (task rating); pushes in 16 of 16 steps;" in said and "on average 1.19;" in said
+    assert "for rating (task rating); pushes in 16 of 16 steps;" in said and "on average 1.19\n" in said
     (head / "config.json").write_text(json.dumps(config | {"tap": "mid_block+up_blocks.1"}))
     said = explain([read_guide(f"midblock:head={head}")], 16)
     assert "costs more than the 1.19 unguided ones" in said and "average" not in said
