@@ -17,9 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eval.stats.paired import paired_difference
 from guidance.utils.config import option, parse_config
 from guidance.utils.errors import UserError, friendly_errors, nearest
 from guidance.utils.io import read_json
@@ -206,6 +203,10 @@ def _versus(
     pairs = [pair for pair in values[rival.arm] if pair in values[best.arm]]
     if len({prompt for prompt, _ in pairs}) < 2:
         return None
+    import numpy as np
+
+    from eval.stats.paired import paired_difference
+
     a, b = (np.array([values[arm][pair] for pair in pairs]) for arm in (rival.arm, best.arm))
     found = paired_difference(a, b, [prompt for prompt, _ in pairs])
     return found.mean_diff, found.interval

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: A command of the library, and where its main is.
-_ELSEWHERE = {"guidance.taps": "guidance.taps.table"}
 _STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python -m|accelerate launch|torchrun) .*")
 _FENCE = re.compile(r"^ {0,3}```([^\n]*)\n(.*?)^ {0,3}```", re.S | re.M)
 
@@ -72,13 +70,13 @@ def split_command(command: str) -> tuple[str, list[str]]:
             break
     else:
         return "", []
-    ours = module.split(".")[0] in ("train", "sample", "eval") or module in _ELSEWHERE
+    ours = module.split(".")[0] in ("train", "sample", "eval") or module == "guidance.taps"
     return (module, rest) if ours else ("", [])
 
 
 def script(module: str) -> Callable[[list[str]], Any]:
     """The ``main`` of a script."""
-    found = importlib.import_module(_ELSEWHERE.get(module, module))
+    found = importlib.import_module(module)
     return (importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found).main
 
 

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from guidance.models.inputs import build_inputs
 from guidance.models.random_weights import build_denoiser
 from guidance.taps import encode_features
-from guidance.taps.table import build_shape, format_table, list_taps, main
+from guidance.taps.__main__ import main
+from guidance.taps.table import build_shape, format_table, list_taps
 from guidance.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

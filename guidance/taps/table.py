@@ -10,10 +10,7 @@ floating-point operations of its matrix products and convolutions are counted.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,7 @@ from guidance.models.presets import PRESETS, RANDOM, TINY
 from guidance.models.random_weights import build_denoiser
 from guidance.taps.features import MID_BLOCK, Grid, read_output
 from guidance.taps.hooks import watch
-from guidance.utils.errors import UserError, friendly_errors
-
-PROG = "python -m guidance.taps"
+from guidance.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,26 +178,3 @@ def _count(n: float) -> str:
             return f"{n:.3g}{unit}"
         n /= 1000
     return f"{n:.3g} P"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``python -m guidance.taps``."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=(
-            "List the taps of a model: what heads can read, the shape of the features, and the share of a full "
-            "forward's FLOPs that it takes to get there (guidance adds the backward of that part)."
-        ),
-        epilog=f"example:\n  {PROG} random:sdxl --depth 2\n  a head on two of them: tap=down_blocks.2+mid_block",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help="testbed, a folder, a hub id, or random:NAME")
-    parser.add_argument("--latent-size", type=int, metavar="N", help="side of the latents (default: the model's)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="samples (default: 1)")
-    parser.add_argument("--depth", type=int, default=1, metavar="N", help="blocks inside blocks (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    with friendly_errors(PROG):
-        table = list_taps(build_shape(args.model), args.latent_size, args.batch_size, args.depth)
-    print(json.dumps(dataclasses.asdict(table), indent=2) if args.json else format_table(table))
