@@ -79,7 +79,8 @@ class ClassifierFree:
             UserError: If a score is not a log-probability.
 
         >>> combine = ClassifierFree(3.0, start=0.5).combine
-        >>> [combine(torch.zeros(1), torch.ones(1), fraction).item() for fraction in (0.2, 0.5)]
+        >>> zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+        >>> [combine(zero, one, fraction).item() for fraction in (0.2, 0.5)]
         [1.0, 3.0]
         """
         weight: Any = self.weight(fraction)
