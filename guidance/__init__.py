@@ -40,29 +40,4 @@ if TYPE_CHECKING:
     from guidance.taps.hooks import encode_features as encode_features
     from guidance.utils.errors import UserError as UserError
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "apply.apply": ["apply_guidance"],
-        "apply.callback": ["MoveLatents"],
-        "apply.guider": ["GuidesGuider"],
-        "data.cache": ["FeatureCache"],
-        "guides.amortised": ["AmortisedGuide"],
-        "guides.base": ["Guide", "Strength"],
-        "guides.clip": ["ClipGuide"],
-        "guides.embedding": ["EmbeddingGuide"],
-        "guides.midblock": ["MidBlockGuide"],
-        "heads.adapter": ["load_adapter"],
-        "heads.config": ["HeadConfig"],
-        "heads.networks": ["build_head", "load_head", "save_head"],
-        "models.clip": ["load_clip"],
-        "models.pipelines": ["load_pipeline"],
-        "sampling.cfg": ["ClassifierFree"],
-        "sampling.loop": ["decode_latents", "sample_images", "sample_latents"],
-        "sampling.start": ["FromImage", "FromMask"],
-        "sampling.steering": ["best_of_n", "steer_latents"],
-        "schedule": ["NoiseSchedule"],
-        "taps.hooks": ["capture", "encode_features"],
-        "utils.errors": ["UserError"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -12,13 +12,4 @@ if TYPE_CHECKING:
     from guidance.apply.guider import GuidesGuider as GuidesGuider
     from guidance.apply.step import StepRecord as StepRecord
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "apply": ["apply_guidance"],
-        "callback": ["MoveLatents"],
-        "forward": ["GuidanceHandle", "cfg_parts"],
-        "guider": ["GuidesGuider"],
-        "step": ["StepRecord"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

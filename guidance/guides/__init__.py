@@ -12,13 +12,4 @@ if TYPE_CHECKING:
     from guidance.guides.embedding import EmbeddingGuide as EmbeddingGuide
     from guidance.guides.midblock import MidBlockGuide as MidBlockGuide
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "amortised": ["AmortisedGuide"],
-        "base": ["Guide", "Strength"],
-        "clip": ["ClipGuide"],
-        "embedding": ["EmbeddingGuide"],
-        "midblock": ["MidBlockGuide"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -14,11 +14,4 @@ if TYPE_CHECKING:
     from guidance.heads.networks import load_head as load_head
     from guidance.heads.networks import save_head as save_head
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "adapter": ["load_adapter"],
-        "config": ["HeadConfig"],
-        "networks": ["HEADS", "Head", "build_head", "check_fits", "load_head", "save_head"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -15,12 +15,4 @@ if TYPE_CHECKING:
     from guidance.sampling.steering import best_of_n as best_of_n
     from guidance.sampling.steering import steer_latents as steer_latents
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "cfg": ["ClassifierFree"],
-        "loop": ["decode_latents", "sample_images", "sample_latents", "using_scheduler"],
-        "start": ["FromImage", "FromMask"],
-        "steering": ["best_of_n", "steer_latents"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

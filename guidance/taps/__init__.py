@@ -13,17 +13,4 @@ if TYPE_CHECKING:
     from guidance.taps.hooks import watch as watch
     from guidance.taps.hooks import whole_blocks as whole_blocks
 
-__getattr__, __dir__, __all__ = lazy_names(
-    __name__,
-    {
-        "hooks": [
-            "X0",
-            "X0_THROUGH_UNET",
-            "capture",
-            "encode_features",
-            "forward_with_gradient",
-            "watch",
-            "whole_blocks",
-        ]
-    },
-)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

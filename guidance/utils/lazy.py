@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from guidance.utils.extras import explain_missing
 
 
-def lazy_names(
-    package: str, homes: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package (PEP 562).
+
+    The names are those that its ``__init__.py`` imports under ``if TYPE_CHECKING``: listed once, for type checkers too.
 
     Args:
         package: Its ``__name__``.
-        homes: Module, relative to the package -> the public names that it defines.
+        file: Its ``__file__``.
     """
-    home = {name: module for module, names in homes.items() for name in names}
+    blocks = [node.body for node in ast.parse(Path(file).read_text("utf-8")).body if isinstance(node, ast.If)]
+    imports = [node for body in blocks for node in body if isinstance(node, ast.ImportFrom)]
+    home = {alias.name: str(node.module) for node in imports for alias in node.names}
 
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         try:
-            return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
+            return getattr(importlib.import_module(home[name]), name)
         except ModuleNotFoundError as error:
             if (sentence := explain_missing(error)) is None:
                 raise
