@@ -13,6 +13,7 @@ The same command resumes a run that was killed, with any number of processes, an
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 import json
 import re
@@ -55,7 +56,7 @@ class GuidedConfig:
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     scheduler: str | None = option("ddim", "ddim, dpm++, euler or ddpm; null: the model's own")
     num_steps: int = option(25, "sampling steps")
-    cfg_scale: float = option(4.0, "classifier-free guidance weight; 1 is off")
+    cfg_scale: float = option(4.0, "classifier-free guidance weight; 1 is off, 0 unconditional")
     cfg_rescale: float = option(0.0, "pull the deviation back to the conditional one; 0 is off, 0.7 usual")
     cfg_start: float = option(0.0, "fraction of the steps where classifier-free guidance begins")
     cfg_stop: float = option(1.0, "fraction of the steps where it ends")
@@ -218,6 +219,13 @@ def _report(progress: bool, text: str) -> None:
         print(text, flush=True)
 
 
+def _is_override(word: str) -> bool:
+    """Tell ``key=value`` from a prompt with an equals sign: several words behind a key that is like none there is."""
+    key = re.match(r"([\w.]+)=", word)
+    known = {field.name for field in dataclasses.fields(GuidedConfig)}
+    return key is not None and (" " not in word or bool(difflib.get_close_matches(key[1], known, 1, cutoff=0.8)))
+
+
 def read_words(argv: Sequence[str]) -> list[str]:
     """Turn words without a key into the option `prompts`, and ``--name value`` of an option into an override.
 
@@ -237,9 +245,9 @@ def read_words(argv: Sequence[str]) -> list[str]:
             options.append(f"{name.replace('-', '_')}={value}")
         elif word == "--config":
             options += [word, *itertools.islice(words, 1)]
-        elif word.startswith("-") or re.match(r"[\w.]+=", word):
+        elif word.startswith("-") or _is_override(word):
             options.append(word)
-        elif Path(word).is_file():
+        elif len(word) < 200 and Path(word).is_file():
             raise UserError(f"Expected a prompt, got the file '{word}'; write prompts={word} to read it.")
         else:
             texts.append(word)

@@ -45,7 +45,7 @@ class SweepConfig:
     head: Any = option("runs/heads/testbed-aesthetic", "axis: folders of heads; null with scale=0 or guide")
     start: Any = option(None, "axis: fraction of the steps where guidance begins; null: the head's")
     stop: Any = option(None, "axis: fraction of the steps where guidance ends; null: the head's")
-    cfg_scale: Any = option(4.0, "axis: classifier-free guidance weight; 1 is off")
+    cfg_scale: Any = option(4.0, "axis: classifier-free guidance weight; 1 is off, 0 unconditional")
     num_steps: Any = option(25, "axis: sampling steps")
     scheduler: Any = option("ddim", "axis: ddim, dpm++, euler or ddpm; null: the model's own")
     strength: Any = option(0.6, "axis, with edits: fraction of the steps taken, 1 forgets the image")

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from conftest import make_head
+from diffusers import PNDMScheduler
 
 from guidance.apply import apply_guidance
 from guidance.guides import MidBlockGuide
 from guidance.models.denoiser import fingerprint
 from guidance.sampling import sample_latents
 from guidance.sampling.cfg import ClassifierFree
+from guidance.sampling.loop import build_scheduler
 from guidance.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,3 +139,15 @@ def test_bad_options_get_a_sentence(tiny_pipe, guide) -> None:
         sample(tiny_pipe, ClassifierFree(4.0, modulate=rating))
     with apply_guidance(tiny_pipe, [guide]), pytest.raises(UserError, match="unguided pipeline"):
         sample(tiny_pipe, ClassifierFree(4.0, modulate=guide))
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpm++", "euler"])
+def test_a_scheduler_by_name_clips_no_latents(name: str) -> None:
+    """Published configurations leave clip_sample out, which diffusers then takes for true."""
+    like = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = build_scheduler(name, like)
+    scheduler.set_timesteps(4)
+    x, t = torch.full((1, 4, 2, 2), 20.0), scheduler.timesteps[-1]
+    scheduler.scale_model_input(x, t)
+    after = scheduler.step(torch.zeros_like(x), t, x, return_dict=False)[0]
+    assert after.abs().max() > 10

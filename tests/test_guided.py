@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -192,14 +193,18 @@ def test_bad_input_gets_a_sentence(change: str, message: str, words, tmp_path: P
 
 
 def test_words_become_options(tmp_path: Path, monkeypatch, capsys) -> None:
-    assert read_words(["a: b #1", "x=1 y", "--num-steps=3", "--config", "f", "--help"]) == [
-        "x=1 y",
+    assert read_words(["a: b #1", "seed=1 # y", "--num-steps=3", "--config", "f", "--help"]) == [
+        "seed=1 # y",
         "num_steps=3",
         "--config",
         "f",
         "--help",
         'prompts=["a: b #1"]',
     ]
+    # prompts that a file system or an equals sign could be taken for; a key that is nearly one is a slip
+    for text in ("夕暮れの海に浮かぶ赤い風船" * 20, "steps=3 of a stair", "E=mc^2 on a blackboard"):
+        assert read_words([text]) == [f"prompts={json.dumps([text], ensure_ascii=False)}"]
+    assert read_words(["num_step=3 4"]) == ["num_step=3 4"]
     text = 'say "hi" \\ there: #1, ein Bär 🐻 '
     with pytest.raises(SystemExit) as stopped:
         main([text, "--print-config"])

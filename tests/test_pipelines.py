@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import nn
 
 from guidance import MidBlockGuide, NoiseSchedule, apply_guidance
 from guidance.models.layouts import FAMILIES, by_property
-from guidance.models.pipelines import DENOISER, for_task, load_pipeline
+from guidance.models.pipelines import DENOISER, TESTBED_FOLDER, for_task, load_pipeline
 from guidance.models.presets import PRESETS, Preset, find_preset
 from guidance.models.random_weights import build_denoiser, build_pipeline
 from guidance.taps.table import build_shape, list_taps
@@ -409,3 +411,23 @@ def test_out_of_memory_is_explained(cuda: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(random_weights, "_draw", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         load_pipeline("random:sd-1.5-tiny")
+
+
+def test_diffusers_alone_draws_from_the_embedded_weights() -> None:
+    code = (
+        "import sys\nfrom diffusers import StableDiffusionPipeline as P\n"
+        f"pipe = P.from_pretrained({str(TESTBED_FOLDER)!r}, safety_checker=None)\n"
+        "pipe('a red balloon over the sea at dusk', num_inference_steps=2)\nassert 'guidance' not in sys.modules"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["testbed", "random:sd-1.5-tiny"])
+def test_a_precision_is_named_or_given(name: str) -> None:
+    for dtype in (torch.bfloat16, "bfloat16"):
+        pipe = load_pipeline(name, dtype=dtype, device="cpu", parts=["unet"])
+        assert pipe.unet.dtype == torch.bfloat16
+    for wrong in ("half precision", "int64", torch.int64):
+        with pytest.raises(UserError, match="floating-point type"):
+            load_pipeline(name, dtype=wrong)

@@ -49,7 +49,7 @@ def load_pipeline(
     name: str | os.PathLike[str] = TESTBED,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     variant: str | None = None,
     local_files_only: bool | None = None,
@@ -71,7 +71,7 @@ def load_pipeline(
               of files, such as ``revision``, have no effect); with ``-tiny`` at the end, every width divided by 32
               ("random:sdxl-tiny", for tests).
         device: None picks CUDA, then MPS, then the CPU.
-        dtype: None keeps float32; ``torch.float16`` or ``bfloat16`` for half precision.
+        dtype: None keeps float32; ``torch.float16`` or "float16", ``bfloat16`` for half precision.
         revision: Branch, tag or commit on the hub.
         variant: Variant of the weight files: "fp16" halves the download where there is one; it does not set ``dtype``.
         local_files_only: Do not access the hub; the environment variable ``HF_HUB_OFFLINE=1`` has the same effect.
@@ -91,7 +91,7 @@ def load_pipeline(
         UserError: If there is no such model, device, part or task, a part is missing or has no safetensors, the
             pipeline has no denoiser, the hub is not reached, or memory is exhausted.
     """
-    name, dtype = os.fspath(name), dtype or torch.float32
+    name, dtype = os.fspath(name), _dtype(dtype)
     device = torch.device(default_device() if device is None else _checked(device))
     hub = {"revision": revision, "local_files_only": local_files_only}
     hub |= {key: kwargs.pop(key, None) for key in ("token", "cache_dir")}
@@ -108,6 +108,13 @@ def load_pipeline(
         pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"Expected a floating-point type such as float32, float16 or bfloat16 as dtype, got {dtype!r}.")
+    return found
 
 
 def for_task(pipe: Pipeline, task: str) -> Pipeline:

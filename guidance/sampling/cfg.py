@@ -23,7 +23,8 @@ class ClassifierFree:
     ``eps = eps_uncond + w (eps_cond - eps_uncond)`` (Ho and Salimans 2022), and in the same way for v and x0.
 
     Attributes:
-        scale: The weight w; 1 is off.  Or one per sample, none of them 1.
+        scale: The weight w; 1 is off, 0 is the unconditional model (to diffusers every w up to 1 is off).  Or one per
+            sample, none of them 1.
         rescale: ``phi`` of Lin et al. ("Common Diffusion Noise Schedules and Sample Steps Are Flawed", WACV 2024,
             section 3.4): how far each sample's standard deviation is pulled back to that of the conditional prediction,
             against overexposure; 0 is off, they use 0.7.

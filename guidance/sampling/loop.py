@@ -40,10 +40,10 @@ Callback = Callable[[int, Tensor, StepRecord | None], Tensor | None]
 
 
 def build_scheduler(name: str, like: Any) -> Any:
-    """Build a scheduler of :data:`SCHEDULERS` with the noise schedule of another one."""
+    """Build a scheduler of :data:`SCHEDULERS` with the noise schedule of another one; it never clips latents."""
     if name not in SCHEDULERS:
         raise UserError(f"Expected a scheduler's name, got '{name}'.{nearest(name, SCHEDULERS)}")
-    return SCHEDULERS[name].from_config(like.config)
+    return SCHEDULERS[name].from_config(like.config, clip_sample=False)
 
 
 @contextmanager

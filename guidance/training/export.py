@@ -90,6 +90,9 @@ def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
             model.half().save_pretrained(temporary / name, safe_serialization=True)
             processor.save_pretrained(temporary / name)
             recipe.tokenizer.save_pretrained(temporary / name)
+        for name in ("text_encoder", "clip", "judge_clip"):  # stored in half precision; transformers loads as it says
+            file = temporary / name / "config.json"
+            file.write_text(file.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
         (temporary / "judge_classifier").mkdir()
         halves = {k: t.half().contiguous() for k, t in classifier.state_dict().items()}
         save_file(halves, temporary / "judge_classifier" / "model.safetensors")
