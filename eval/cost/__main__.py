@@ -99,8 +99,7 @@ def _build_bench(config: CostConfig) -> CostBench:
 
     needs_vae = not config.methods or any("VAE" in name for name in config.methods)
     parts = None if config.guides else (*DENOISER, "vae") if needs_vae else DENOISER
-    dtype = getattr(torch, config.dtype)
-    pipe = load_pipeline(config.model, device=config.device, dtype=dtype, parts=parts)
+    pipe = load_pipeline(config.model, device=config.device, dtype=config.dtype, parts=parts)
     bench = CostBench(pipe, config.batch_size, config.latent_size or None, config.clip)
     if config.channels_last:
         bench.denoiser.to(memory_format=torch.channels_last)

@@ -25,7 +25,7 @@ from guidance.models.types import Pipeline
 from guidance.testbed.judges import Judges, load_judges
 from guidance.testbed.models import IMAGE_SIZE
 from guidance.testbed.scenes import ATTRIBUTES
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.images import fit_image, to_float, to_rgb
 
 Images = Sequence[Image.Image | UInt8[np.ndarray, "h w 3"]]
@@ -277,7 +277,7 @@ def _load_vision(name: str) -> tuple[Any, Any, bool]:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             "Expected a folder or a reachable hub id of a vision encoder with safetensors and an image processor, but "
-            f"'{name}' could not be loaded: {str(error).strip().splitlines()[0][:200]}"
+            f"'{name}' could not be loaded: {first_line(error)[:200]}"
         ) from error
     if getattr(model, "main_input_name", "") != "pixel_values" or hasattr(model, "get_image_features"):
         raise UserError(

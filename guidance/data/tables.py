@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guidance.utils.errors import UserError
+from guidance.utils.errors import UserError, first_line
 
 #: Names of a prompt column in order of preference, in any letter case: Prompt in PartiPrompts, Prompts in DrawBench,
 #: captions in COCO on the hub (a list, of which the first is taken), original_prompt or input in instruct-pix2pix.
@@ -32,7 +32,7 @@ def read_rows(file: Path) -> list[Row]:
     except (ValueError, csv.Error) as error:  # malformed JSON and parquet, text that is not UTF-8
         raise UserError(
             f"Expected prompts in '{file}', but it cannot be read as {suffix} "
-            f"({str(error).splitlines()[0]}); save it again, text as UTF-8."
+            f"({first_line(error)}); save it again, text as UTF-8."
         ) from error
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from guidance.heads.hub import fetch, is_hub_id, push_folder
 from guidance.schedule import NoiseSchedule
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.io import atomic_dir, read_json, write_json
 
 CONFIG_FILE = "config.json"
@@ -144,7 +144,7 @@ class SavedModel(ModelHubMixin, nn.Module):
         except (RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"Expected weights of the {cls.noun} that '{description}' describes, but {weights.name} does not fit "
-                f"or is cut short ({str(error).splitlines()[0]}); train or copy the {cls.noun} again."
+                f"or is cut short ({first_line(error)}); train or copy the {cls.noun} again."
             ) from error
         return model.eval().requires_grad_(False)
 

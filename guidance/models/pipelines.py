@@ -289,4 +289,4 @@ def load_on(
         dtype: Name of a torch type.
     """
     device = device or (state.device if state.num_processes > 1 else None)
-    return load_pipeline(model, revision=revision, device=device, dtype=getattr(torch, dtype))
+    return load_pipeline(model, revision=revision, device=device, dtype=dtype)

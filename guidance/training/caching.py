@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from guidance.data.cache import FeatureCache
 from guidance.data.encoding import FeatureEncoder
 from guidance.data.features import (
@@ -221,8 +219,7 @@ def live_splits(
 
 def load_model(recipe: FeatureRecipe) -> Any:
     """Load the pipeline of a recipe."""
-    dtype = getattr(torch, recipe.dtype)
-    return load_pipeline(recipe.model, device=recipe.device, dtype=dtype, revision=recipe.revision)
+    return load_pipeline(recipe.model, device=recipe.device, dtype=recipe.dtype, revision=recipe.revision)
 
 
 def load_split(recipe: FeatureRecipe, split: str) -> Any:
