@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from guidance.apply.guider import GuidesGuider as GuidesGuider
     from guidance.data.cache import FeatureCache as FeatureCache
     from guidance.guides.amortised import AmortisedGuide as AmortisedGuide
+    from guidance.guides.base import DirectGuide as DirectGuide
     from guidance.guides.base import Guide as Guide
-    from guidance.guides.base import Strength as Strength
+    from guidance.guides.base import ScoringGuide as ScoringGuide
     from guidance.guides.clip import ClipGuide as ClipGuide
     from guidance.guides.embedding import EmbeddingGuide as EmbeddingGuide
     from guidance.guides.midblock import MidBlockGuide as MidBlockGuide

@@ -26,9 +26,9 @@ from guidance.utils.config import incidental_options, option, parse_config_and_a
 from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
+    from guidance.guides.base import Guide
     from guidance.runs.arms import Arm, Steering
     from guidance.runs.run import Job, Sampling
-    from guidance.runs.specs import GuideSpec
 
 
 @dataclasses.dataclass
@@ -47,14 +47,16 @@ class GuidedConfig:
     guides: list[str] = option([], "guides instead of the head: NAME:key=value,... or a file; see --explain")
     objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
     target: str | None = option(None, "label or threshold of the objective, where it needs one")
-    normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
+    normalize: Literal["cfg"] | None = option("cfg", "cfg: portable scale; null: raw gradient")
     start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's")
     stop: float | None = option(None, "fraction of the steps where guidance ends; null: the head's")
     every: int = option(1, "take a gradient every so many steps")
     space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
     model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
     revision: str | None = option(None, "branch, tag or commit of the model on the hub")
-    scheduler: str | None = option("ddim", "ddim, dpm++, euler or ddpm; null: the model's own")
+    scheduler: str | None = option(
+        "ddim", "ddim, dpm++, euler, heun ... or a class of diffusers; null: the model's own"
+    )
     num_steps: int = option(25, "sampling steps")
     cfg_scale: float = option(4.0, "classifier-free guidance weight; 1 is off, 0 unconditional")
     cfg_rescale: float = option(0.0, "pull the deviation back to the conditional one; 0 is off, 0.7 usual")
@@ -79,13 +81,14 @@ class GuidedConfig:
         options = {"category": self.category, "edits": self.edits}
         return read_jobs(self.prompts, self.num_prompts, self.seeds_per_prompt, self.seed, **options)
 
-    def read_guides(self) -> list[GuideSpec]:
+    def read_guides(self) -> list[Guide]:
         """Return the guides that are named, or else the head with the options beside it."""
-        from guidance.runs.specs import MidBlockSpec, read_guide
+        from guidance.guides.midblock import MidBlockGuide
+        from guidance.guides.registry import read_guide
 
         if self.guides:
             return [read_guide(text) for text in self.guides]
-        head = MidBlockSpec(
+        head = MidBlockGuide(
             head=self.head or "",
             objective=self.objective,
             target=self.target,
@@ -124,11 +127,14 @@ class GuidedConfig:
 
     def build_sampling(self) -> Sampling:
         """Build the options of the sampler."""
+        from guidance.guides.base import ScoringGuide
+        from guidance.guides.registry import read_guide
         from guidance.runs.run import Sampling
-        from guidance.runs.specs import read_guide
         from guidance.sampling.cfg import ClassifierFree
 
-        modulate = None if self.cfg_modulate is None else read_guide(self.cfg_modulate).build(1.0)
+        modulate = None if self.cfg_modulate is None else read_guide(self.cfg_modulate)
+        if not (modulate is None or isinstance(modulate, ScoringGuide)):
+            raise UserError(f"Expected a guide with a score in cfg_modulate, got '{self.cfg_modulate}'.")
         cfg = ClassifierFree(self.cfg_scale, self.cfg_rescale, self.cfg_start, self.cfg_stop, modulate)
         return Sampling(self.num_steps, cfg, self.scheduler, self.strength)
 
@@ -257,7 +263,7 @@ def read_words(argv: Sequence[str]) -> list[str]:
 
 
 def _explain(config: GuidedConfig) -> str:
-    from guidance.runs.specs import explain
+    from guidance.guides.registry import explain
 
     scales = ", ".join(f"{s:g}" for s in config.scales)
     scheduler = config.scheduler or "the model's scheduler"

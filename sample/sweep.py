@@ -61,7 +61,7 @@ class SweepConfig:
     seed: int = option(0, "first seed, and choice of the prompts")
     objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
     target: str | None = option(None, "label or threshold of the objective, where it needs one")
-    normalize: str | None = option("cfg", "cfg: portable scale; null: raw gradient")
+    normalize: Literal["cfg"] | None = option("cfg", "cfg: portable scale; null: raw gradient")
     every: int = option(1, "take a gradient every so many steps")
     space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
     model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
@@ -160,8 +160,8 @@ def describe_sweep(config: SweepConfig) -> str:
         pipe = _load_pipeline(config)
         size = config.batch_size if config.batch_size != "auto" else 16
         speed, where = speed_from_batch(pipe, costs, builder, jobs, size), str(pipe.unet.device)
-    specs = {spec.method: spec for cell in plan.cells for spec in builder.specs(cell)}
-    prices = [f"one of {name} costs {spec.price}" for name, spec in specs.items()]
+    guides = {guide.method: guide for cell in plan.cells for guide in builder.guides(cell)}
+    prices = [f"one of {name} costs {guide.price}" for name, guide in guides.items()]
     return describe_plan(costs, speed, prices, where=where, folder=plan.folder, noises=len(jobs))
 
 
@@ -217,10 +217,10 @@ def _load_pipeline(config: SweepConfig) -> Pipeline:
 
 
 def _arm_builder(config: SweepConfig) -> ArmBuilder:
-    from guidance.runs.specs import MidBlockSpec
+    from guidance.guides.midblock import MidBlockGuide
     from guidance.runs.sweep import ArmBuilder
 
-    head_options = MidBlockSpec(
+    head_options = MidBlockGuide(
         objective=config.objective,
         target=config.target,
         normalize=config.normalize,

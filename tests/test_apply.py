@@ -1,6 +1,7 @@
 """apply_guidance: the guided score in every parameterisation, every pipeline, every layout of the batch."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from conftest import make_head
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
-from guidance.apply import apply_guidance, cfg_parts
-from guidance.guides import MidBlockGuide, Strength
-from guidance.guides.base import rms
+from guidance.apply import apply_guidance
+from guidance.apply.guided import rms
+from guidance.guides import MidBlockGuide, ScoringGuide
 from guidance.sampling import sample_images, sample_latents, using_scheduler
 from guidance.schedule import NoiseSchedule
 from guidance.taps import encode_features
@@ -19,16 +20,18 @@ from guidance.utils.errors import UserError
 PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at noon"]
 
 
-class MeanGuide:
-    """Scores the squared mean activation: smooth, without a head."""
+@dataclasses.dataclass(eq=False)
+class MeanGuide(ScoringGuide):
+    """Scores the mean activation under a ramp of weights: smooth, without a head."""
 
+    label: str = "mean"
+    sign: float = 1.0
+    guidance_scale: float = 1.0
     tap = "mid_block"
 
-    def __init__(self, name="mean", sign=1.0, **strength):
-        self.name, self.sign, self.strength = name, sign, Strength(**strength)
-
-    def prepare(self, pipe):
-        pass
+    @property
+    def name(self):
+        return self.label
 
     def score(self, h, t):
         return self.sign * (h * torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None]).mean((1, 2, 3))
@@ -39,13 +42,9 @@ def head(tiny_pipe):
     return make_head(tiny_pipe)
 
 
-def call(pipe, x, t, text, parts=2):
-    token = cfg_parts.set(parts)
-    try:
-        with torch.no_grad():
-            return pipe.unet(x, t, encoder_hidden_states=text, return_dict=False)[0]
-    finally:
-        cfg_parts.reset(token)
+def call(pipe, x, t, text):
+    with torch.no_grad():
+        return pipe.unet(x, t, encoder_hidden_states=text, return_dict=False)[0]
 
 
 def batch(pipe, b=2, parts=2, dtype=torch.float32):
@@ -63,7 +62,7 @@ def test_raw_shift_is_sigma_times_the_gradient_of_the_score(tiny_pipe):
     x, t, text = batch(pipe, b=1, dtype=torch.float64)
     guide = MeanGuide(guidance_scale=7.0, normalize=None)
     plain = call(pipe, x, t, text)
-    with apply_guidance(pipe, [guide]):
+    with apply_guidance(pipe, [guide], parts=2):
         guided = call(pipe, x, t, text)
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     alpha, sigma = schedule.alpha_sigma(t)
@@ -79,7 +78,7 @@ def test_raw_shift_is_sigma_times_the_gradient_of_the_score(tiny_pipe):
 def test_every_cfg_part_gets_the_same_shift(tiny_pipe):
     x, t, text = batch(tiny_pipe)
     plain = call(tiny_pipe, x, t, text)
-    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=1.0)]):
+    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=1.0)], parts=2):
         guided = call(tiny_pipe, x, t, text)
     uncond, cond = (guided - plain).chunk(2)
     torch.testing.assert_close(uncond, cond, rtol=1e-4, atol=1e-5)
@@ -92,7 +91,7 @@ def test_every_cfg_part_gets_the_same_shift(tiny_pipe):
 def test_portable_scale_has_the_stated_size(tiny_pipe, kappa):
     x, t, text = batch(tiny_pipe)
     plain = call(tiny_pipe, x, t, text)
-    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=kappa)]) as handle:
+    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=kappa)], parts=2) as handle:
         guided = call(tiny_pipe, x, t, text)
     uncond, cond = plain.chunk(2)
     ratio = rms((guided - plain)[2:]) / rms(cond - uncond)
@@ -102,9 +101,9 @@ def test_portable_scale_has_the_stated_size(tiny_pipe, kappa):
 
 def test_portable_scale_without_cfg_refers_to_eps(tiny_pipe):
     x, t, text = batch(tiny_pipe, parts=1)
-    plain = call(tiny_pipe, x, t, text, parts=1)
-    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=0.3)]):
-        guided = call(tiny_pipe, x, t, text, parts=1)
+    plain = call(tiny_pipe, x, t, text)
+    with apply_guidance(tiny_pipe, [MeanGuide(guidance_scale=0.3)], parts=1):
+        guided = call(tiny_pipe, x, t, text)
     schedule = NoiseSchedule.from_scheduler(tiny_pipe.scheduler)
     eps, shifted = (schedule.to_eps(v, x, t) for v in (plain, guided))
     torch.testing.assert_close(rms(shifted - eps) / rms(eps), torch.full((2, 1, 1, 1), 0.3), rtol=1e-3, atol=0)
@@ -118,7 +117,7 @@ def test_the_guided_score_is_the_same_in_every_parameterisation(tiny_pipe, predi
     x, t, text = batch(pipe)
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     plain = call(pipe, x, t, text)
-    with apply_guidance(pipe, [MeanGuide(guidance_scale=9.0, normalize=None)]) as handle:
+    with apply_guidance(pipe, [MeanGuide(guidance_scale=9.0, normalize=None)], parts=2) as handle:
         guided = call(pipe, x, t, text)
     _, sigma = schedule.alpha_sigma(t)
     moved = schedule.to_eps(guided, x, t) - schedule.to_eps(plain, x, t)
@@ -131,7 +130,7 @@ def test_scales_add_and_opposites_cancel(tiny_pipe):
     plain = call(tiny_pipe, x, t, text)
 
     def shift(*guides):
-        with apply_guidance(tiny_pipe, guides):
+        with apply_guidance(tiny_pipe, guides, parts=2):
             return call(tiny_pipe, x, t, text) - plain
 
     one, two = shift(MeanGuide(guidance_scale=1.0)), shift(MeanGuide("a", guidance_scale=2.0))
@@ -215,7 +214,7 @@ def test_no_trace_is_left_after_use_and_after_an_error(tiny_pipe, head):
             raise RuntimeError("broken guide")
 
     with pytest.raises(RuntimeError, match="broken guide"):
-        with apply_guidance(tiny_pipe, [Broken()]):
+        with apply_guidance(tiny_pipe, [Broken()], parts=2):
             assert not unet.conv_in.weight.requires_grad
             x, t, text = batch(tiny_pipe)
             call(tiny_pipe, x, t, text)
@@ -244,7 +243,7 @@ def test_interval_and_every(tiny_pipe, options, fresh):
     sample_latents(tiny_pipe, PROMPTS[:1], [0], num_steps=10, guides=[guide])
     tiny_pipe.scheduler.set_timesteps(10)
     assert steps == [tiny_pipe.scheduler.timesteps[i].item() for i in fresh]
-    phases = guide.strength.phases(10)
+    phases = guide.phases(10)
     assert [i for i, phase in enumerate(phases) if phase == "fresh"] == fresh
     assert phases[: fresh[0]].count("off") == fresh[0] and "off" not in phases[fresh[0] : fresh[-1]]
 
@@ -259,10 +258,10 @@ def test_x_space_moves_the_latents_between_steps(tiny_pipe, scheduler):
         x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * pipe.scheduler.init_noise_sigma
         text = torch.randn(2, 24, 128, generator=torch.Generator().manual_seed(2))
         x_in = pipe.scheduler.scale_model_input(x, t)
-        with apply_guidance(pipe, [guide]):
-            eps = call(pipe, x_in, t, text, parts=1)
+        with apply_guidance(pipe, [guide], parts=1):
+            eps = call(pipe, x_in, t, text)
             got = pipe.scheduler.step(eps, t, x, return_dict=False)[0]
-        plain = call(pipe, x_in, t, text, parts=1)
+        plain = call(pipe, x_in, t, text)
         torch.testing.assert_close(eps, plain, rtol=1e-4, atol=1e-5)
         leaf, found = x_in.clone().requires_grad_(True), []
         hook = pipe.unet.mid_block.register_forward_hook(lambda m, a, o: found.append(o))
@@ -286,7 +285,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny_pipe):
 
     x, t, text = batch(tiny_pipe)
     plain = call(tiny_pipe, x, t, text)
-    with apply_guidance(tiny_pipe, [Sick()]) as handle:
+    with apply_guidance(tiny_pipe, [Sick()], parts=2) as handle:
         guided = call(tiny_pipe, x, t, text)
     assert handle.skipped == 1
     torch.testing.assert_close(guided[0], plain[0], rtol=1e-4, atol=1e-5)
@@ -318,7 +317,7 @@ def test_bad_strengths_get_a_sentence(head):
 def test_parts_in_step_and_apart_give_the_same_run(tiny_pipe, monkeypatch, make):
     runs = []
     for weights in (0, 10**9):
-        monkeypatch.setattr("guidance.apply.step.IN_STEP_WEIGHTS", weights)
+        monkeypatch.setattr("guidance.apply.guided.IN_STEP_WEIGHTS", weights)
         runs.append(sample_latents(tiny_pipe, PROMPTS, [0, 1], num_steps=4, guides=[make()]))
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
 

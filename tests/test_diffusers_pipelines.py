@@ -29,7 +29,7 @@ from guidance.guides import Strength
 from guidance.guides.base import rms, unit_rms
 from guidance.models.denoiser import denoiser_of
 from guidance.schedule import NoiseSchedule
-from guidance.taps.features import patch_grid, read_output
+from guidance.taps.hooks import patch_grid, read_output
 
 PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at noon"]
 SIZE = 2 * tiny.LATENTS

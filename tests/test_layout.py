@@ -168,7 +168,7 @@ WRONG_IMPORTS = [
     (
         "guidance/taps/features.py",
         "from guidance.guides.base import rms",
-        "guidance.taps.features -> guidance.guides.base",
+        "guidance.taps.hooks -> guidance.guides.base",
     ),
     (
         "guidance/utils/io.py",

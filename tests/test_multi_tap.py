@@ -26,7 +26,7 @@ from guidance.models.pipelines import load_pipeline
 from guidance.sampling import sample_latents
 from guidance.schedule import NoiseSchedule
 from guidance.taps import capture, encode_features, forward_with_gradient
-from guidance.taps.features import join_maps, patch_grid, split_taps, tap_channels
+from guidance.taps.hooks import join_maps, patch_grid, split_taps, tap_channels
 from guidance.training.heads import prepare_head
 from guidance.training.recipes import HeadRecipe
 from guidance.utils.errors import UserError

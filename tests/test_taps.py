@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 
 from guidance.guides.base import unit_rms
 from guidance.taps import capture, encode_features, forward_with_gradient
-from guidance.taps.features import pull_back
+from guidance.taps.hooks import pull_back
 from guidance.utils.errors import UserError
 
 

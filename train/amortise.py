@@ -150,7 +150,7 @@ def amortise(config: AmortiseConfig) -> Adapter:
     t = pairs.column("t")
     shape = AdapterConfig(latent_channels(pipe.unet), config.width, config.depth, config.patch, **model)
     shape.timesteps = [int(t.min()), int(t.max())]
-    shape.start, shape.stop = (f(getattr(g.strength, n) for g in guides) for f, n in ((min, "start"), (max, "stop")))
+    shape.start, shape.stop = (f(g.interval[i] for g in guides) for f, i in ((min, 0), (max, 1)))
     adapter = build_adapter(shape, config.seed).to(device)
     stage = Stage(config.steps, config.batch_size, config.lr, weight_decay=config.weight_decay)
     stage.warmup = max(1, round(config.warmup * config.steps))

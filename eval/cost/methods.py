@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from eval.cost.meters import counted
-from guidance.apply import apply_guidance, cfg_parts
+from guidance.apply import apply_guidance
 from guidance.guides import MidBlockGuide
 from guidance.guides.base import Guide, ScoringGuide
+from guidance.guides.registry import read_guide
 from guidance.models.denoiser import denoiser_of, latent_channels
 from guidance.models.inputs import build_inputs
 from guidance.models.types import Pipeline
-from guidance.runs.specs import read_guide
 from guidance.taps import capture, encode_features, watch
-from guidance.taps.features import read_output
+from guidance.taps.hooks import read_output
 from guidance.utils.errors import UserError
 
 NUM_STEPS = 25  # of the run whose steps are timed
@@ -96,12 +97,8 @@ class CostBench:
 
     def step(self, index: int = 3, parts: int = 2) -> None:
         """Take a step as a pipeline does."""
-        token = cfg_parts.set(parts)
-        try:
-            with torch.no_grad():
-                self.forward(index, parts)
-        finally:
-            cfg_parts.reset(token)
+        with torch.no_grad():
+            self.forward(index, parts)
 
     # ---- guides -----------------------------------------------------------------------------------------------
     @functools.cached_property
@@ -148,7 +145,7 @@ class CostBench:
         preprocess = Preprocess(size, size, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
         return Clip(CLIPModel(CLIPConfig()), None, preprocess, RANDOM_CLIP).to(self.denoiser.device)
 
-    def clip_guide(self, *, through: str, tiny: bool) -> ScoringGuide:
+    def clip_guide(self, *, through: Literal["x0", "unet"], tiny: bool) -> ScoringGuide:
         """Build CLIP guidance towards a grey image, decoded by the VAE or a random decoder of TAESD's shape."""
         from diffusers import AutoencoderTiny
 
@@ -164,9 +161,9 @@ class CostBench:
     def guided(self, guides: Sequence[Guide], parts: int = 2) -> Method:
         """Return steps under guides, each kind weighted by its share of a run of :data:`NUM_STEPS`."""
         phases = tuple((functools.partial(self.step, i, parts), share) for i, share in list_phases(guides))
-        watched: Any = [_CountedGuide(guide) if isinstance(guide, ScoringGuide) else guide for guide in guides]
+        watched = [_counted(guide) if isinstance(guide, ScoringGuide) else guide for guide in guides]
         gradient = any(isinstance(guide, ScoringGuide) for guide in guides)
-        return Method(phases, functools.partial(apply_guidance, self.pipe, watched), gradient)
+        return Method(phases, functools.partial(apply_guidance, self.pipe, watched, parts=parts), gradient)
 
     # ---- rivals -----------------------------------------------------------------------------------------------
     def _full_graph_step(self, parts: int) -> Tensor:
@@ -220,18 +217,17 @@ class CostBench:
         return [part for part in parts if part is not None]
 
 
-class _CountedGuide:
-    """A guide whose score is seen by :func:`eval.cost.meters.count_saved`."""
+def _counted(guide: ScoringGuide) -> ScoringGuide:
+    """Return the guide with a score that :func:`eval.cost.meters.count_saved` sees."""
 
-    def __init__(self, guide: ScoringGuide) -> None:
-        self._guide = guide
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._guide, name)
-
-    def score(self, h: Tensor, t: Tensor) -> Tensor:
+    def score(*arguments: Any) -> Tensor:
         with counted():
-            return self._guide.score(h, t)
+            return guide.score(*arguments)
+
+    guide.load()
+    other = copy.copy(guide)
+    vars(other)["score"] = score
+    return other
 
 
 def list_phases(guides: Sequence[Guide], num_steps: int = NUM_STEPS) -> list[tuple[int, float]]:
@@ -239,12 +235,11 @@ def list_phases(guides: Sequence[Guide], num_steps: int = NUM_STEPS) -> list[tup
 
     A guide is off, takes a gradient, or uses the last one again.
 
-    >>> from guidance.guides.base import Strength
-    >>> guide = type("G", (), {"strength": Strength(1.0, start=0.5, every=2)})()
-    >>> list_phases([guide], 8)
+    >>> from guidance.guides import ClipGuide
+    >>> list_phases([ClipGuide(start=0.5, every=2)], 8)
     [(0, 0.5), (4, 0.25), (5, 0.25)]
     """
-    phases = [guide.strength.phases(num_steps) for guide in guides]
+    phases = [guide.phases(num_steps) for guide in guides]
     kinds = [tuple(p[i] for p in phases) for i in range(num_steps)]
     return [(kinds.index(kind), n / num_steps) for kind, n in Counter(kinds).items()]
 
@@ -291,5 +286,5 @@ METHODS: dict[str, tuple[str | None, Builder]] = {
 
 def guide_method(text: str) -> tuple[str, Builder]:
     """Return the entry of a guide written as for ``--guide``, at the scale it names."""
-    spec = read_guide(text)
-    return "unguided", lambda bench: bench.guided([spec.build(spec.guidance_scale)])
+    guide = read_guide(text)
+    return "unguided", lambda bench: bench.guided([guide])

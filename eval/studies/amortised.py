@@ -8,8 +8,9 @@ import numpy as np
 
 from eval.stats.tables import with_interval
 from eval.studies.common import StudyBench, StudyConfig, guided_arms, pixel_rms, resampled
+from guidance.guides.amortised import AmortisedGuide
+from guidance.guides.midblock import MidBlockGuide
 from guidance.runs.arms import Arm
-from guidance.runs.specs import AmortisedSpec, MidBlockSpec
 from guidance.utils.config import option
 from guidance.utils.errors import UserError
 
@@ -35,9 +36,9 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     Returns:
         One row per sampler and arm.
     """
-    teachers = guided_arms("gradient", MidBlockSpec(head=config.head), [config.scale])
+    teachers = guided_arms("gradient", MidBlockGuide(head=config.head), [config.scale])
     scales = [factor * config.scale for factor in _FACTORS]
-    students = guided_arms("amortised", AmortisedSpec(adapter=config.adapter), scales)
+    students = guided_arms("amortised", AmortisedGuide(adapter=config.adapter), scales)
     rows = []
     for sampler in config.samplers:
         scheduler, _, steps = sampler.rpartition("-")

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from eval.metrics.frechet import frechet_distance, moments
 from eval.studies.common import Sampled, StudyBench, StudyConfig
-from guidance.guides import MidBlockGuide
+from guidance.guides.midblock import MidBlockGuide
 from guidance.heads import load_head
 from guidance.runs.arms import guide_arms
-from guidance.runs.specs import MidBlockSpec
 from guidance.sampling.cfg import ClassifierFree
 from guidance.utils.config import option
 from guidance.utils.errors import UserError
@@ -41,7 +40,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         Frechet distance on judge features, to as many rendered scenes of the split, has no interval and is
         biased upwards, the more the fewer the images: compare it within a table only.
     """
-    spec = MidBlockSpec(head=config.head, start=config.start)
+    spec = MidBlockGuide(head=config.head, start=config.start)
     arms, jobs = guide_arms([spec], [config.scale]), bench.captions()
     folder = f"cfg_variants/{Path(config.head).name}"  # records do not name the head that modulates
     sampled: dict[tuple[str, str], Sampled] = {}

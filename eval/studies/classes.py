@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from eval.studies.common import StudyBench, StudyConfig, load_class_head, mean_seconds, share
+from guidance.guides.midblock import MidBlockGuide
 from guidance.runs.arms import Arm, guide_arms
-from guidance.runs.specs import MidBlockSpec
 from guidance.utils.config import option
 
 
@@ -33,7 +33,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         _, attribute = load_class_head(folder)
 
         def arms(label: str, folder: str = folder) -> list[Arm]:
-            spec = MidBlockSpec(head=folder, objective="class", target=label, start=config.start)
+            spec = MidBlockGuide(head=folder, objective="class", target=label, start=config.start)
             return guide_arms([spec], config.scales)
 
         sampled = bench.sample_classes(f"classes/{attribute}", attribute, arms)

@@ -9,8 +9,10 @@ from eval.metrics.clip import clip_score
 from eval.stats.paired import mean_interval
 from eval.stats.tables import with_interval
 from eval.studies.common import StudyBench, StudyConfig, guided_arms
+from guidance.guides.base import Guide
+from guidance.guides.clip import ClipGuide
+from guidance.guides.embedding import EmbeddingGuide
 from guidance.runs.arms import Arm
-from guidance.runs.specs import ClipSpec, EmbeddingSpec, GuideSpec
 from guidance.utils.config import option
 
 
@@ -30,10 +32,10 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     Returns:
         One row per method: judge CLIP score, and the share of the gain that conditioning (CFG 1 and 4) gives.
     """
-    guides: list[tuple[str, GuideSpec, Sequence[float]]] = [
-        *((_head_name(k), EmbeddingSpec(head=config.head, every=k), config.scales) for k in config.every),
-        ("CLIP on images, x0", ClipSpec(through="x0"), config.image_scales),
-        ("CLIP on images, UNet", ClipSpec(through="unet"), config.image_scales),
+    guides: list[tuple[str, Guide, Sequence[float]]] = [
+        *((_head_name(k), EmbeddingGuide(head=config.head, every=k), config.scales) for k in config.every),
+        ("CLIP on images, x0", ClipGuide(through="x0"), config.image_scales),
+        ("CLIP on images, UNet", ClipGuide(through="unet"), config.image_scales),
     ]
     guided = [arm for name, spec, scales in guides for arm in guided_arms(name, spec, scales)]
     arms = [dataclasses.replace(arm, conditioning="") for arm in (Arm("unguided"), *guided)]

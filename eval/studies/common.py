@@ -16,12 +16,12 @@ from eval.metrics.precision_recall import precision_recall
 from eval.stats.paired import PairedDifference, paired_difference, wilson
 from eval.stats.tables import with_interval
 from guidance.data.prompts import Prompt, load_prompts
+from guidance.guides.base import Guide
 from guidance.heads import Head, load_head
 from guidance.models.pipelines import load_on
 from guidance.runs.arms import Arm, guide_arms
 from guidance.runs.records import Record, RecordStore
 from guidance.runs.run import Job, Sampling, list_jobs, sample_arms
-from guidance.runs.specs import GuideSpec
 from guidance.testbed.judges import Judges, load_judges
 from guidance.testbed.render import render_scenes
 from guidance.testbed.scenes import ATTRIBUTES, scenes
@@ -235,7 +235,7 @@ def resampled(n: int) -> Int[np.ndarray, "resamples n"]:
     return np.random.default_rng(0).integers(n, size=(_RESAMPLES, n))
 
 
-def guided_arms(name: str, spec: GuideSpec, scales: Sequence[float]) -> list[Arm]:
+def guided_arms(name: str, spec: Guide, scales: Sequence[float]) -> list[Arm]:
     """Return the arms of a guide at each scale, called ``NAME, scale=...``, without the unguided one."""
     arms = guide_arms([spec], scales)[1:]
     return [dataclasses.replace(arm, name=f"{name}, {arm.name}") for arm in arms]

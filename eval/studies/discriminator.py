@@ -12,9 +12,9 @@ from eval.metrics.frechet import frechet_distance, moments
 from eval.metrics.precision_recall import precision_recall
 from eval.studies.common import StudyBench, StudyConfig
 from guidance.data.prompts import Prompt
+from guidance.guides.midblock import MidBlockGuide
 from guidance.runs.arms import guide_arms
 from guidance.runs.run import list_jobs
-from guidance.runs.specs import MidBlockSpec
 from guidance.sampling import decode_latents
 from guidance.sampling.start import encode_images
 from guidance.testbed.render import render_scenes
@@ -50,7 +50,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     references = moments(bench.real), moments(rebuilt)
     rows = []
     for cfg in config.cfg_scales:
-        spec = MidBlockSpec(start=config.start, stop=config.stop, head=config.head, objective="binary", normalize=None)
+        spec = MidBlockGuide(start=config.start, stop=config.stop, head=config.head, objective="binary", normalize=None)
         found: dict[str, list[tuple[float, float, float, float, str, float]]] = {}
         for block in range(config.blocks):
             captions = [s.caption for s in scenes(split, n, start=_STRIDE * (block + 1))]

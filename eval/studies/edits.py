@@ -13,7 +13,8 @@ from scipy.ndimage import maximum_filter
 from eval.stats.paired import mean_interval
 from eval.stats.tables import with_interval
 from eval.studies.common import StudyBench, StudyConfig, pixel_rms, share
-from guidance.runs.specs import EmbeddingSpec, MidBlockSpec
+from guidance.guides.embedding import EmbeddingGuide
+from guidance.guides.midblock import MidBlockGuide
 from guidance.sampling import sample_images
 from guidance.sampling.start import FromImage, FromMask, Start, encode_images, encode_masks
 from guidance.testbed.data import draw_edit_pairs
@@ -63,8 +64,8 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     starts["mask"] = FromMask(latents, encode_masks(bench.pipe, [*(255 * masks.astype(np.uint8))]))
     guides: dict[str, list[Any]] = {
         "unguided": [],
-        "CLIP head": [EmbeddingSpec(head=config.clip_head).build(config.clip_scale)],
-        "rating head": [MidBlockSpec(head=config.rating_head).build(config.rating_scale)],
+        "CLIP head": [EmbeddingGuide(config.clip_head, guidance_scale=config.clip_scale)],
+        "rating head": [MidBlockGuide(config.rating_head, config.rating_scale)],
     }
     shown = {"image": source, "mask": 255 * np.repeat(masks[..., None], 3, -1).astype(np.uint8)}
     shown["edited scene"] = target

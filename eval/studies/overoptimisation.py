@@ -14,9 +14,11 @@ from PIL import Image
 from eval.features.extractors import PROMPT, Extractor, rating_extractor
 from eval.stats.tables import with_interval
 from eval.studies.common import Sampled, StudyBench, StudyConfig, guided_arms
+from guidance.guides.amortised import AmortisedGuide
+from guidance.guides.base import Guide
+from guidance.guides.midblock import MidBlockGuide
 from guidance.heads import load_head
 from guidance.runs.arms import Arm
-from guidance.runs.specs import AmortisedSpec, GuideSpec, MidBlockSpec
 from guidance.utils.config import option
 from guidance.utils.io import atomic_path
 
@@ -44,13 +46,13 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         changes in standard deviations of the unguided images.  ``overoptimisation.png`` shows them as curves.
     """
     first, *others = config.heads
-    specs: dict[str, GuideSpec] = {"one head": MidBlockSpec(head=first, start=config.start)}
+    specs: dict[str, Guide] = {"one head": MidBlockGuide(head=first, start=config.start)}
     if others:
         for k in config.pessimism:
             label = f"{len(config.heads)} heads, mean" + (f" - {k:g} sd" if k else "")
-            specs[label] = MidBlockSpec(head=first, committee=others, pessimism=k, start=config.start)
+            specs[label] = MidBlockGuide(head=first, committee=others, pessimism=k, start=config.start)
     if config.adapter:
-        specs["adapter"] = AmortisedSpec(adapter=config.adapter, start=config.start)
+        specs["adapter"] = AmortisedGuide(adapter=config.adapter, start=config.start)
     arms = {name: guided_arms(name, spec, config.scales) for name, spec in specs.items()}
     every = [Arm("unguided"), *itertools.chain.from_iterable(arms.values())]
     sampled = bench.sample("overoptimisation", bench.captions(), every, cfg_scale=config.cfg_scale)

@@ -8,8 +8,8 @@ import numpy as np
 
 from eval.stats.tables import with_interval
 from eval.studies.common import Sampled, StudyBench, StudyConfig, load_class_head, resampled, share
+from guidance.guides.midblock import MidBlockGuide
 from guidance.runs.arms import Arm, guide_arms
-from guidance.runs.specs import MidBlockSpec
 from guidance.utils.config import option
 
 
@@ -30,10 +30,10 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         One row per arm: change of truth and of class agreement, and both as shares of each guide's effect alone.
     """
     _, attribute = load_class_head(config.class_head)
-    rating = MidBlockSpec(head=config.rating_head, guidance_scale=config.rating_scale)
+    rating = MidBlockGuide(head=config.rating_head, guidance_scale=config.rating_scale)
 
     def arms(label: str) -> list[Arm]:
-        kind = MidBlockSpec(head=config.class_head, target=label, guidance_scale=config.class_scale)
+        kind = MidBlockGuide(head=config.class_head, target=label, guidance_scale=config.class_scale)
         specs = {"rating": [rating], "class": [kind], "both": [rating, kind]}
         guided = [dataclasses.replace(guide_arms(s, [1.0])[1], name=name) for name, s in specs.items()]
         return [Arm("unguided"), *guided]

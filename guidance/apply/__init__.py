@@ -7,9 +7,10 @@ from guidance.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from guidance.apply.apply import apply_guidance as apply_guidance
     from guidance.apply.callback import MoveLatents as MoveLatents
-    from guidance.apply.forward import GuidanceHandle as GuidanceHandle
-    from guidance.apply.forward import cfg_parts as cfg_parts
     from guidance.apply.guider import GuidesGuider as GuidesGuider
-    from guidance.apply.step import StepRecord as StepRecord
+    from guidance.apply.values import GuidanceHandle as GuidanceHandle
+    from guidance.apply.values import Observation as Observation
+    from guidance.apply.values import Observer as Observer
+    from guidance.apply.values import StepRecord as StepRecord
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -20,12 +20,13 @@ import torch
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
-from guidance.apply.forward import GuidanceHandle, GuidedForward, advised
-from guidance.guides.base import Guide, is_direct
+from guidance.apply.guided import GuidedDenoiser, advised
+from guidance.apply.values import GuidanceHandle
+from guidance.guides.base import DirectGuide, Guide
 from guidance.models.denoiser import denoiser_of
-from guidance.models.layouts import Parts, one_part
+from guidance.models.layouts import Parts
 from guidance.models.types import Denoiser, Pipeline
-from guidance.schedule import step_position
+from guidance.schedule import StepPlan
 from guidance.utils.errors import UserError
 
 #: Tensor that a pipeline passes to callbacks -> argument of its denoiser.
@@ -60,7 +61,7 @@ class MoveLatents(PipelineCallback):
     def __init__(self, pipe: Pipeline, guides: Sequence[Guide]) -> None:
         super().__init__()
         self._inputs = _required_inputs(pipe)
-        wrong = [g.name for g in guides if g.strength.space != "x" or is_direct(g)]
+        wrong = [g.name for g in guides if g.space != "x" or isinstance(g, DirectGuide)]
         if wrong:
             raise UserError(
                 f"Expected guides with space='x' and a score, got {', '.join(wrong)}; use apply_guidance(pipe, guides)."
@@ -68,7 +69,8 @@ class MoveLatents(PipelineCallback):
         for guide in guides:
             guide.prepare(pipe)
         self.handle = GuidanceHandle()
-        self._forward = GuidedForward(pipe, guides, one_part, self.handle)
+        self._guided = GuidedDenoiser(pipe, guides, self.handle, parts=1)
+        self._plan, self._index = StepPlan.of(pipe.scheduler), -1
 
     @property
     def tensor_inputs(self) -> list[str]:
@@ -78,21 +80,21 @@ class MoveLatents(PipelineCallback):
     def callback_fn(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Move the latents, unless this was the last step."""
-        scheduler, forward = pipeline.scheduler, self._forward
-        following = getattr(scheduler, "step_index", None)
-        if following is None:
-            following = step_position(scheduler, timestep)[0] + 1
-        if following >= len(scheduler.timesteps) or not forward.guides:
+        """Move the latents, if a solver step starts from them: not after the last one, nor inside one."""
+        scheduler, guided = pipeline.scheduler, self._guided
+        if step_index == 0 or self._plan.timesteps is not scheduler.timesteps:
+            self._plan = StepPlan.of(scheduler)
+            self._index = self._plan.begin(timestep, getattr(pipeline, "num_timesteps", None))
+        else:
+            self._index += 1
+        if self._index + 1 >= len(self._plan.times) or not guided.groups:
             return callback_kwargs
-        x, t = callback_kwargs["latents"], scheduler.timesteps[following]
+        x, t = callback_kwargs["latents"], scheduler.timesteps[self._index + 1]
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        model_input, others = _conditional(callback_kwargs, scaled, forward.denoiser)
-        with forward.tapped(), advised():
-            step = forward.begin((), {forward.first: model_input, "timestep": t.expand(len(x)), **others})
-            if step is not None:
-                step.move()
-        return callback_kwargs | {"latents": forward.moved(x)}
+        model_input, others = _conditional(callback_kwargs, scaled, guided.denoiser)
+        with guided.tapped(), advised():
+            push = guided.push((), {guided.first: model_input, "timestep": t.expand(len(x)), **others})
+        return callback_kwargs | ({} if push is None else {"latents": x + push.to(x)})
 
 
 def _required_inputs(pipe: Pipeline) -> list[str]:

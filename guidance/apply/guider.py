@@ -10,53 +10,67 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
-from guidance.apply.forward import GuidanceHandle, GuidedForward, advised, replaced
-from guidance.apply.step import GuidedStep, add_shift
+from guidance.apply.guided import GuidedDenoiser, add_shift, advised
+from guidance.apply.values import Call, Group, GuidanceHandle
 from guidance.guides.base import Guide
-from guidance.models.layouts import one_part
 from guidance.models.types import Denoiser, Pipeline
+from guidance.taps.hooks import PulledBack, replaced
 from guidance.utils.errors import UserError
 
 
-class GuidedPart(GuidedForward):
-    """Replacement of a denoiser's forward for the call of the conditional part; the shift is added after the others."""
+class _Part(NamedTuple):
+    """The call of the conditional part, and what was found in it."""
 
-    def __init__(self, pipe: Pipeline, guides: Sequence[Guide], handle: GuidanceHandle) -> None:
-        super().__init__(pipe, guides, one_part, handle)
-        self.step: GuidedStep | None = None
-        self._placed = ExitStack()
+    call: Call
+    due: dict[Group, bool]
+    gradients: dict[Group, PulledBack]
+    features: dict[str, Tensor]
+
+
+class GuidedPart(GuidedDenoiser):
+    """Stands in for a denoiser's forward in the call of the conditional part; the shift is added after the others."""
+
+    def __init__(self, pipe: Pipeline, guides: Sequence[Guide], handle: GuidanceHandle, **options: Any) -> None:
+        super().__init__(pipe, guides, handle, **options | {"parts": 1})
+        self._conditional_call: _Part | None = None
+        self._in_place = ExitStack()
 
     def before(self, number: int) -> None:
-        """Replace the denoiser's forward in the first call of a step, that of the conditional part."""
+        """Stand in for the denoiser's forward in the first call of a step, that of the conditional part."""
         self.after()
         if number == 1:
-            self.step = None
-            self._placed.enter_context(self.in_place())
+            self._conditional_call = None
+            self._in_place.enter_context(self.in_place())
 
     def after(self) -> None:
         """Restore the denoiser's forward."""
-        self._placed.close()
+        self._in_place.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            self.step = self.begin(args, kwargs)
-            if self.step is None:
-                return self.original(*args, **kwargs)
+            call = self.read(args, kwargs)
+            due = self.plan(call)
+            if not due and not self.observers:
+                return self.forward(*args, **kwargs)
             with advised():
-                return self.step.denoise()[1]
+                _, output, gradients, features = self.denoise(call, due)
+            self._conditional_call = _Part(call, due, gradients, features)
+            return output
         finally:
             self.after()  # also after an error, where a guider does not clean up
 
     def shifted(self, output: Any, pred_cond: Tensor, pred_uncond: Tensor | None) -> Any:
         """Add the shift to a guider's output."""
-        step, self.step = self.step, None
+        part, self._conditional_call = self._conditional_call, None
+        if part is None:
+            return output
         predictions = [p for p in (pred_cond, pred_uncond) if p is not None]
-        shift = None if step is None else step.shift(predictions)
+        shift = self.shift(part.call, predictions, part.due, part.gradients, part.features)
         if shift is not None:
             output["pred"] = add_shift(output["pred"], shift)  # a dict, not a dataclass
         return output
@@ -117,7 +131,7 @@ class GuidesGuider(ClassifierFreeGuidance):
         Raises:
             UserError: If a guide does not fit the pipeline, or moves the latents between steps.
         """
-        if any(g.strength.space == "x" for g in guides):
+        if any(g.space == "x" for g in guides):
             raise UserError(
                 "Expected guides with space='eps' in a guider, which sees no latents between steps, got space='x'; "
                 "use apply_guidance(pipe, guides)."
@@ -126,7 +140,7 @@ class GuidesGuider(ClassifierFreeGuidance):
             guide.prepare(pipe)
         self.handle = GuidanceHandle()
         part = GuidedPart(pipe, guides, self.handle)
-        self._guides, self._part = tuple(guides), part if part.guides else None
+        self._guides, self._part = tuple(guides), part if part.groups else None
         return self
 
     def new(self, **kwargs: Any) -> GuidesGuider:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from guidance.models.conditions import encode_prompts
 from guidance.models.types import Denoiser, Pipeline
 from guidance.schedule import NoiseSchedule
-from guidance.taps.features import MID_BLOCK, tap_channels
-from guidance.taps.hooks import encode_features
+from guidance.taps.hooks import MID_BLOCK, encode_features, tap_channels
 from guidance.utils.errors import UserError
 from guidance.utils.images import fit_image, to_float
 

@@ -21,7 +21,7 @@ from guidance.data.sources import Examples, column_array, decode_image, require_
 from guidance.models.conditions import pick
 from guidance.models.denoiser import fingerprint
 from guidance.models.types import Pipeline
-from guidance.taps.features import MID_BLOCK
+from guidance.taps.hooks import MID_BLOCK
 from guidance.utils.errors import UserError
 from guidance.utils.images import fit_image
 from guidance.utils.io import atomic_dir, read_json, write_json

@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from guidance.guides.base import Strength, unit_rms
-from guidance.heads.adapter import Adapter, check_adapter_fits
-from guidance.models.denoiser import denoiser_of, device_of, fingerprint_of
-from guidance.models.types import Pipeline
-from guidance.schedule import NoiseSchedule
+from guidance.guides.base import DirectGuide, network_option, register_guide, scale_option
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from guidance.heads.adapter import Adapter
+    from guidance.models.types import Pipeline
 
 
-class AmortisedGuide:
+@register_guide("amortised")
+@dataclasses.dataclass(eq=False)
+class AmortisedGuide(DirectGuide):
     """Push samples along the direction that an adapter predicts, at the cost of a tiny network per step.
 
     ``eps~ = eps - s RMS(eps_cond - eps_uncond) f(x_t, eps, x0, t)``, where f has RMS 1 and points where the teacher's
     score rises.  A positive scale follows the teacher (its heads and their signs are in ``adapter.config.teacher``).
 
-    Args:
-        adapter: A trained adapter, see :func:`guidance.heads.adapter.load_adapter`.
+    Attributes:
+        adapter: A trained adapter or its folder, see :func:`guidance.heads.adapter.load_adapter`.
         guidance_scale: RMS of the shift in units of the difference that classifier-free guidance works with;
             negative pushes away.
-        start, stop: Fractions of the steps; None takes the range in which the teacher guides.
-        every: Predict a direction every ``every``-th step and reuse it in between.
+        start, stop, every, space: See :class:`~guidance.guides.base.Guide`; None takes the teacher's range.
 
     Reference:
         Teacher: J. Whitaker, "Mid-U Guidance: Fast Classifier Guidance for Latent Diffusion Models", 2023.
     """
 
-    tap = "direct"
+    adapter: Any = network_option("runs/adapters/testbed-aesthetic", "folder of the adapter")
+    guidance_scale: float = scale_option()
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        guidance_scale: float = 1.0,
-        *,
-        start: float | None = None,
-        stop: float | None = None,
-        every: int = 1,
-    ) -> None:
-        config = adapter.config
-        self.adapter = adapter.eval().requires_grad_(False)
-        heads = "+".join(str(part.get("predicts", "head")) for part in config.teacher) or "adapter"
-        self.name = f"amortised:{heads}"
-        self.strength = Strength.within(
-            (config.start, config.stop), start=start, stop=stop, guidance_scale=guidance_scale, every=every
-        )
+    @functools.cached_property
+    def network(self) -> Adapter:
+        """The adapter, loaded, frozen and in eval mode."""
+        from guidance.heads.adapter import load_adapter
+
+        adapter = load_adapter(self.adapter) if isinstance(self.adapter, str | Path) else self.adapter
+        return adapter.eval().requires_grad_(False)
+
+    @property
+    def name(self) -> str:
+        heads = "+".join(str(part.get("predicts", "head")) for part in self.network.config.teacher) or "adapter"
+        return f"amortised:{heads}"
+
+    def load(self) -> None:
+        self.network  # noqa: B018
+
+    def own_range(self) -> tuple[float, float]:
+        """Return the range of steps in which the teacher guides."""
+        return self.network.config.start, self.network.config.stop
+
+    def networks(self) -> list[str]:
+        from guidance.models.denoiser import fingerprint
+
+        return [fingerprint(self.network), *self._teachers()]
+
+    def _teachers(self) -> list[str]:
+        return [part["fingerprint"] for part in self.network.config.teacher if "fingerprint" in part]
+
+    def fingerprints(self) -> dict[str, Any]:
+        return {"adapter_fingerprint": self.networks()[0], "teacher_fingerprints": self._teachers()}
 
     def prepare(self, pipe: Pipeline) -> None:
         """Refuse a pipeline that the adapter does not fit; move the adapter to the pipeline's device."""
-        schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-        check_adapter_fits(self.adapter, denoiser_of(pipe), schedule, fingerprint_of(pipe))
-        self.adapter.to(device_of(pipe))
+        from guidance.heads.adapter import check_adapter_fits
+        from guidance.models.denoiser import denoiser_of, device_of, fingerprint_of
+        from guidance.schedule import NoiseSchedule
 
-    @torch.no_grad()
+        schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+        check_adapter_fits(self.network, denoiser_of(pipe), schedule, fingerprint_of(pipe))
+        self.network.to(device_of(pipe))
+
     def direction(
         self,
         x_t: Float[Tensor, "b c y x"],
@@ -70,8 +93,17 @@ class AmortisedGuide:
             eps: Conditional prediction as noise.
             x0: Clean latents that it implies.
             t: Timesteps.
-
-        Returns:
-            float32, RMS 1 per sample.
         """
-        return unit_rms(self.adapter(x_t, eps, x0, t))
+        return self.network(x_t, eps, x0, t)
+
+    @property
+    def folder(self) -> str:
+        return str(self.adapter) if isinstance(self.adapter, str | Path) else ""
+
+    @property
+    def where(self) -> str:
+        return "none (reads latents and prediction)"
+
+    @property
+    def price(self) -> str:
+        return "about 1.00 unguided ones (it is predicted: no backward pass)"

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from einops import rearrange
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
-
-from guidance.guides.base import Strength, own_prompts
-from guidance.models.clip import Clip, resize
-from guidance.models.denoiser import denoiser_of, device_of, is_offloaded
-from guidance.models.types import Pipeline
+from guidance.guides.base import ScoringGuide, network_option, register_guide, scale_option
+from guidance.utils.config import option
 from guidance.utils.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from guidance.models.clip import Clip
+    from guidance.models.types import Pipeline
 
 #: ``through`` -> tap: the gradient stops at the x0 prediction, or continues through the denoiser to its input.
 TAPS = {"x0": "x0", "unet": "x0/unet"}
@@ -38,11 +38,12 @@ def spherical_distance(u: Float[Tensor, "... d"], v: Float[Tensor, "... d"]) -> 
     Reference:
         K. Crowson, "CLIP guided diffusion", 2021 (``spherical_dist_loss``); W. Kahan, 2006, for the stable angle.
 
+    >>> import torch
     >>> u, v = torch.eye(2)
     >>> round(spherical_distance(u, v).item(), 4), round(math.pi**2 / 8, 4)
     (1.2337, 1.2337)
     """
-    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)).square()
+    return 2 * (u - v).norm(dim=-1).atan2((u + v).norm(dim=-1)).square()
 
 
 def _minus_spherical(clip: Clip, u: Tensor, v: Tensor) -> Tensor:
@@ -60,7 +61,9 @@ SIMILARITIES: dict[str, Callable[[Clip, Tensor, Tensor], Tensor]] = {
 }
 
 
-class ClipGuide:
+@register_guide("clip")
+@dataclasses.dataclass(eq=False)
+class ClipGuide(ScoringGuide):
     """Push samples towards texts or images as CLIP sees them: the baseline of mid-block guidance.
 
     With ``u_j`` the embedding of cutout ``j`` of the decoded x0 prediction and ``v_k`` that of target ``k``::
@@ -71,11 +74,11 @@ class ClipGuide:
 
     The decoder and CLIP run in float32 whatever the pipeline's precision.
 
-    Args:
+    Attributes:
         clip: See :func:`guidance.models.clip.load_clip`; do not grade with the same network.
         guidance_scale: Strength; a negative one pushes away.
         texts: One or more texts, the same for all samples.  None, without ``images``: each sample's own prompt
-            (in our sampling loop only).
+            (our sampling loop knows it; elsewhere ``apply_guidance(pipe, guides, prompts=...)``).
         images: One or more images as targets, besides the texts.
         weights: One weight per target, texts first; a negative one pushes away.  None: 1 each.
         distance: "spherical" or "cosine".
@@ -85,7 +88,7 @@ class ClipGuide:
         min_size: Smallest cutout, as a fraction of the image's shorter side.
         decoder: Decodes latents instead of ``pipe.vae``, for example an ``AutoencoderTiny``.
         seed: Seed of the cutouts, which depend on it and on the timestep, not on the batch.
-        normalize, start, stop, every: See :class:`~guidance.guides.base.Strength`.
+        normalize, start, stop, every, space: See :class:`~guidance.guides.base.Guide`.
 
     Raises:
         UserError: If targets are empty, weights do not fit them, or a choice is unknown.
@@ -94,128 +97,184 @@ class ClipGuide:
         K. Crowson, "CLIP guided diffusion", 2021; Y. He et al., "Manifold Preserving Guided Diffusion", ICLR 2024.
     """
 
-    name = "clip"
+    clip: Any = network_option("testbed", "CLIP or SigLIP: testbed, a folder or a hub id; not the one that judges")
+    guidance_scale: float = scale_option()
+    _: dataclasses.KW_ONLY
+    texts: str | Sequence[str] | None = option(
+        None, "texts to approach; without texts and images each image's own prompt", kind=list[str] | None
+    )
+    images: Any = option(None, "image files to approach", kind=list[str] | None)
+    weights: float | Sequence[float] | None = option(
+        None, "one weight per text and image; negative pushes away; null: all 1", kind=list[float] | None
+    )
+    distance: Literal["spherical", "cosine"] = option("spherical", "distance of embeddings")
+    through: Literal["x0", "unet"] = option("x0", "stop the gradient at the prediction of x0, or carry it on")
+    cutouts: int = option(0, "random crops per image; 0 shows the whole image")
+    min_size: float = option(0.5, "smallest crop, as a fraction of the shorter side")
+    decoder: Any = network_option(
+        None, "folder or hub id of an AutoencoderTiny; null: the model's VAE", kind=str | None
+    )
+    seed: int = option(0, "seed of the cutouts")
 
-    def __init__(
-        self,
-        clip: Clip,
-        guidance_scale: float = 1.0,
-        *,
-        texts: str | Sequence[str] | None = None,
-        images: Image.Image | Sequence[Image.Image] | None = None,
-        weights: float | Sequence[float] | None = None,
-        distance: str = "spherical",
-        through: str = "x0",
-        cutouts: int = 0,
-        min_size: float = 0.5,
-        decoder: Any = None,
-        seed: int = 0,
-        normalize: str | None = "cfg",
-        start: float = 0.0,
-        stop: float = 1.0,
-        every: int = 1,
-    ) -> None:
-        if clip.dtype not in (torch.float32, torch.float64):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, choices in (("through", self.through, TAPS), ("distance", self.distance, SIMILARITIES)):
+            if value not in choices:
+                raise UserError(f"Expected a known value of {name}, got {value!r}.{nearest(value, choices)}")
+        if self.cutouts < 0 or not 0 < self.min_size <= 1 or self.seed < 0:
+            raise UserError(
+                f"Expected cutouts >= 0, 0 < min_size <= 1 and seed >= 0, got {self.cutouts}, {self.min_size} and "
+                f"{self.seed}."
+            )
+        self.factors  # noqa: B018
+        if not isinstance(self.clip, str):
+            self.load()
+
+    @property
+    def tap(self) -> str:
+        return TAPS[self.through]
+
+    def load(self) -> None:
+        """Load CLIP, and embed the targets."""
+        self.targets  # noqa: B018
+
+    @functools.cached_property
+    def embedder(self) -> Clip:
+        """The CLIP, loaded."""
+        from guidance.models.clip import load_clip
+
+        clip = load_clip(self.clip) if isinstance(self.clip, str) else self.clip
+        if str(clip.dtype) not in ("torch.float32", "torch.float64"):
             raise UserError(
                 f"Expected a CLIP in float32, got {clip.dtype}, whose gradients underflow; use load_clip(dtype=None)."
             )
-        for name, value, choices in (("through", through, TAPS), ("distance", distance, SIMILARITIES)):
-            if value not in choices:
-                raise UserError(f"Expected a known value of {name}, got {value!r}.{nearest(value, choices)}")
-        if cutouts < 0 or not 0 < min_size <= 1 or seed < 0:
-            raise UserError(
-                f"Expected cutouts >= 0, 0 < min_size <= 1 and seed >= 0, got {cutouts}, {min_size} and {seed}."
-            )
-        self.clip, self.tap = clip, TAPS[through]
-        self.strength = Strength(guidance_scale, normalize, start, stop, every)
-        self.similarity = functools.partial(SIMILARITIES[distance], clip)
-        self.cutouts, self.min_size, self.seed = cutouts, min_size, seed
-        self.decoder = decoder
-        self._source: Any = None  # the module that _decoder was made from
-        self._decoder: Any = None
-        self._text_cache: dict[str, Tensor] = {}
-        self.targets = self._embed_targets(_as_list(texts, str), _as_list(images, Image.Image))
-        self.weights = _weights(weights, None if self.targets is None else len(self.targets))
+        return clip
+
+    @property
+    def where(self) -> str:
+        return "the prediction of x0" + (", through the UNet" if self.through == "unet" else "")
+
+    @property
+    def price(self) -> str:
+        unet = " and the UNet" if self.through == "unet" else ""
+        return f"an unguided one, the decoder and CLIP, and backward through them{unet}"
 
     # ---- targets ----------------------------------------------------------------------------------------------
-    def _embed_targets(self, texts: list[str], images: list[Image.Image]) -> Float[Tensor, "k d"] | None:
-        """Embed the fixed targets, texts first; None if every sample's own prompt is its target."""
+    @functools.cached_property
+    def targets(self) -> Float[Tensor, "k d"] | None:
+        """Embeddings of the fixed targets, texts first; None if every sample's own prompt is its target."""
+        from guidance.utils.images import open_images
+
+        texts = _listed(self.texts, str)
         parts = [self._embed_texts(texts)] if texts else []
-        parts += [self.clip.embed_pil(images)] if images else []
-        return torch.cat(parts) if parts else None
+        parts += [self.embedder.embed_pil(images)] if (images := open_images(self.images)) else []
+        return _concatenated(parts) if parts else None
+
+    @functools.cached_property
+    def factors(self) -> list[float]:
+        """One finite weight per target; a sample's own prompt is one target."""
+        texts, images = _listed(self.texts, str), self.images
+        pictures = 0 if images is None else len(images) if isinstance(images, list | tuple) else 1
+        if images is not None and not pictures:
+            raise UserError("Expected one or more targets, got none; leave them out for each sample's own prompt.")
+        return _weights(self.weights, (len(texts) + pictures) or 1)
+
+    @functools.cached_property
+    def _known_texts(self) -> dict[str, Tensor]:
+        """Embeddings of the texts so far."""
+        return {}
 
     def _embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Embed texts, each once."""
         if not all(text.strip() for text in texts):
             raise UserError("Expected texts to guide towards, got an empty one; give every target some words.")
-        new = [text for text in dict.fromkeys(texts) if text not in self._text_cache]
+        new = [text for text in dict.fromkeys(texts) if text not in self._known_texts]
         if new:
-            cut_off = sum(self.clip.truncated(new))
-            if cut_off:
+            if cut_off := sum(self.embedder.truncated(new)):
                 warnings.warn(
-                    f"CLIP reads the first {self.clip.max_tokens} tokens only; {cut_off} of {len(new)} texts are "
+                    f"CLIP reads the first {self.embedder.max_tokens} tokens only; {cut_off} of {len(new)} texts are "
                     "longer and guide by their beginning.",
                     stacklevel=3,
                 )
-            self._text_cache.update(zip(new, self.clip.embed_texts(new), strict=True))
-        return torch.stack([self._text_cache[text].to(self.clip.device) for text in texts])
-
-    def _targets_of(self, batch: int) -> Float[Tensor, "b k d"] | Float[Tensor, "1 k d"]:
-        if self.targets is not None:
-            return self.targets.to(self.clip.device)[None]
-        return self._embed_texts(own_prompts(batch))[:, None]
+            self._known_texts.update(zip(new, self.embedder.embed_texts(new), strict=True))
+        return _concatenated([self._known_texts[text].to(self.embedder.device)[None] for text in texts])
 
     # ---- the protocol -----------------------------------------------------------------------------------------
-    def describe(self) -> dict[str, Any]:
-        """Describe the guide as a scorer, see :func:`~guidance.guides.base.describe_scorer`."""
-        return {"networks": [self.clip.fingerprint]}
+    @property
+    def needs_prompts(self) -> bool:
+        return self.targets is None
+
+    def networks(self) -> list[str]:
+        return [self.embedder.fingerprint]
+
+    def fingerprints(self) -> dict[str, Any]:
+        return {"clip_fingerprint": self.embedder.fingerprint}
 
     def prepare(self, pipe: Pipeline) -> None:
         """Check that the pipeline's latents can be decoded; freeze the decoder, and move it and CLIP to the device.
 
         A decoder in half precision is copied to float32 once; others are used as they are.
         """
-        source: Any = self.decoder if self.decoder is not None else getattr(pipe, "vae", None)
-        _check_decoder(source, pipe)
-        if source is not self._source:
-            half = source.dtype not in (torch.float32, torch.float64)
-            self._decoder = copy.deepcopy(source).float() if half else source
-            self._source = source
-        self._decoder.eval().requires_grad_(False)
-        if not is_offloaded(self._decoder):
-            self._decoder.to(device_of(pipe))
-        self.clip.to(device_of(pipe))
+        from guidance.models.denoiser import device_of, is_offloaded
 
-    def score(self, x0: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        self.load()
+        source: Any = self._given_decoder if self.decoder is not None else getattr(pipe, "vae", None)
+        _check_decoder(source, pipe)
+        if self._prepared.get("source") is not source:
+            half = str(source.dtype) not in ("torch.float32", "torch.float64")
+            self._prepared.update(source=source, decoder=copy.deepcopy(source).float() if half else source)
+        decoder = self._prepared["decoder"].eval().requires_grad_(False)
+        if not is_offloaded(decoder):
+            decoder.to(device_of(pipe))
+        self.embedder.to(device_of(pipe))
+
+    @functools.cached_property
+    def _prepared(self) -> dict[str, Any]:
+        """The decoder of the last pipeline, and the module that it was made from."""
+        return {}
+
+    @functools.cached_property
+    def _given_decoder(self) -> Any:
+        """The decoder that the option names."""
+        if not isinstance(self.decoder, str):
+            return self.decoder
+        from diffusers import AutoencoderTiny
+
+        return AutoencoderTiny.from_pretrained(self.decoder, use_safetensors=True)
+
+    def score(
+        self, x0: Float[Tensor, "b c y x"], t: Float[Tensor, " b"], prompts: Sequence[str] = ()
+    ) -> Float[Tensor, " b"]:
         """Score the similarity of predicted clean latents, as the denoiser scales them, to the targets."""
-        targets = self._targets_of(len(x0))
-        with torch.autocast(x0.device.type, enabled=False):
-            u = self._embed(self._decode(x0), t)
-            similarity = self.similarity(rearrange(u, "n b d -> n b 1 d"), targets)
-            weighted = similarity * similarity.new_tensor(self.weights)
-        return weighted.sum(-1).mean(0)
+        fixed = self.targets
+        targets = self._embed_texts(prompts)[:, None] if fixed is None else fixed.to(self.embedder.device)[None]
+        u = self._embed(self._decode(x0), t)
+        similarity = SIMILARITIES[self.distance](self.embedder, u[:, :, None], targets)
+        return (similarity * similarity.new_tensor(self.factors)).sum(-1).mean(0)
 
     def _decode(self, x0: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
         """Decode latents to images in -1..1, unclipped."""
-        config = self._decoder.config
-        z = x0.to(self._decoder.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        return self._decoder.decode(z, return_dict=False)[0]
+        decoder = self._prepared["decoder"]
+        z = x0.to(decoder.dtype) / decoder.config.scaling_factor + (decoder.config.get("shift_factor") or 0.0)
+        return decoder.decode(z, return_dict=False)[0]
 
     def _embed(self, images: Float[Tensor, "b 3 h w"], t: Float[Tensor, " b"]) -> Float[Tensor, "n b d"]:
         """Embed every cutout of every image, or the whole images."""
+        import numpy as np
+        import torch
+
+        clip = self.embedder
         if self.cutouts == 0:
-            return self.clip.embed_images(images)[None]
+            return clip.embed_images(images)[None]
         if not (t == t[0]).all():  # samples at several timesteps: each gets the cutouts of its own
             return torch.cat([self._embed(x[None], s[None]) for x, s in zip(images, t, strict=True)], 1)
         state = np.random.SeedSequence([self.seed, round(1000 * float(t[0]))]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> 1))
-        size, mode = self.clip.image_size, self.clip.preprocess.mode
-        views = cutouts(images, self.cutouts, generator, self.min_size, size=size, mode=mode)
-        u = self.clip.embed_images(rearrange(views, "n b c h w -> (n b) c h w"))
-        return rearrange(u, "(n b) d -> n b d", n=self.cutouts)
+        views = cutouts(images, self.cutouts, generator, self.min_size, size=clip.image_size, mode=clip.preprocess.mode)
+        return clip.embed_images(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
-def _as_list(value: Any, kind: type) -> list[Any]:
+def _listed(value: Any, kind: type) -> list[Any]:
     """Return one or several targets as a list, and None as an empty one."""
     if value is None:
         return []
@@ -225,9 +284,14 @@ def _as_list(value: Any, kind: type) -> list[Any]:
     return values
 
 
-def _weights(weights: float | Sequence[float] | None, targets: int | None) -> list[float]:
-    """Return one finite weight per target; a sample's own prompt is one target."""
-    number = 1 if targets is None else targets
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(list(parts))
+
+
+def _weights(weights: float | Sequence[float] | None, number: int) -> list[float]:
+    """Return one finite weight per target."""
     if weights is None:
         return [1.0] * number
     values = [float(w) for w in ([weights] if isinstance(weights, int | float) else weights)]
@@ -243,6 +307,8 @@ def _check_decoder(decoder: Any, pipe: Pipeline) -> None:
         raise UserError(
             f"Expected a pipeline with a VAE, got {type(pipe).__name__} without one; pass ClipGuide(decoder=...)."
         )
+    from guidance.models.denoiser import denoiser_of
+
     config, channels = decoder.config, denoiser_of(pipe).config.out_channels
     latent = config.get("latent_channels")
     if latent is None or channels not in (latent, 2 * latent):  # twice: with learned variances
@@ -291,6 +357,10 @@ def cutouts(
     Reference:
         K. Crowson, "CLIP guided diffusion" (notebooks and repository), 2021: ``MakeCutouts``.
     """
+    import torch
+
+    from guidance.models.clip import resize
+
     height, width = x.shape[-2:]
     short = min(height, width)
     cuts = []

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
-
-from guidance.guides.base import own_prompts
+from guidance.guides.base import network_option, register_guide, scale_option
 from guidance.guides.midblock import HeadGuide
-from guidance.heads.networks import Head
+from guidance.utils.config import option
 from guidance.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from guidance.heads.networks import Head
     from guidance.models.clip import Clip
 
 
+@register_guide("embedding")
+@dataclasses.dataclass(eq=False)
 class EmbeddingGuide(HeadGuide):
     """Push samples towards texts or images in CLIP's embedding space, as a head predicts it from the mid-block.
 
@@ -29,15 +32,14 @@ class EmbeddingGuide(HeadGuide):
     This is the mid-block form of GLIDE's noised CLIP: the head replaces an image tower trained on noised images, and
     the gradient passes only through the encoder half of the UNet.
 
-    Args:
-        head: A trained head of task "embedding".
+    Attributes:
+        head: A trained head of task "embedding", or its folder.
         clip: The CLIP whose embeddings it predicts, see :func:`guidance.models.clip.load_clip`; it embeds the targets.
         guidance_scale: Strength; a negative one pushes away.  With ``normalize="cfg"`` (default) the unit is the
             difference that classifier-free guidance extrapolates.
-        texts, images: One or more texts and (PIL) images, targets of every sample; None takes each sample's own
-            prompt, which is known only in our sampling loop.
-        normalize, every, space: See :class:`~guidance.guides.base.Strength`.
-        start, stop: Fractions of the steps; None takes the head's own range, in which it tells images apart.
+        texts, images: One or more texts and (PIL) images, targets of every sample; without any, each sample's own
+            prompt (our sampling loop knows it; elsewhere ``apply_guidance(pipe, guides, prompts=...)``).
+        normalize, start, stop, every, space: See :class:`~guidance.guides.base.Guide`.
 
     Raises:
         UserError: If the head has another task or was trained with another CLIP.
@@ -47,51 +49,79 @@ class EmbeddingGuide(HeadGuide):
         Models", ICML 2022, section 2.4.
     """
 
-    def __init__(
-        self,
-        head: Head,
-        clip: Clip,
-        guidance_scale: float = 1.0,
-        *,
-        texts: str | Sequence[str] | None = None,
-        images: Any = None,
-        normalize: str | None = "cfg",
-        start: float | None = None,
-        stop: float | None = None,
-        every: int = 1,
-        space: str = "eps",
-    ) -> None:
-        _check_clip(head, clip)
-        self.clip = clip
-        self.target = _embed_targets(clip, texts, images)
-        self._last_prompts: tuple[tuple[str, ...], Tensor] | None = None  # and their embeddings
-        super().__init__(
-            [head],
-            f"embedding:{head.config.clip}",
-            guidance_scale=guidance_scale,
-            normalize=normalize,
-            start=start,
-            stop=stop,
-            every=every,
-            space=space,
-        )
+    head: Any = network_option("runs/heads/testbed-clip", "folder of the head")
+    clip: Any = network_option("testbed", "the CLIP that the head was trained on: testbed, a folder or a hub id")
+    guidance_scale: float = scale_option()
+    _: dataclasses.KW_ONLY
+    texts: str | Sequence[str] | None = option(
+        None, "texts to approach; without texts and images each image's own prompt", kind=list[str] | None
+    )
+    images: Any = option(None, "image files to approach", kind=list[str] | None)
 
-    def describe(self) -> dict[str, Any]:
-        """Describe the guide as a scorer, with its CLIP."""
-        return {"networks": [*super().describe()["networks"], self.clip.fingerprint]}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_loaded:
+            self.load()
 
-    def score(self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    @property
+    def name(self) -> str:
+        return f"embedding:{self.heads[0].config.clip}"
+
+    def load(self) -> None:
+        """Load head and CLIP, and embed the targets."""
+        _check_clip(self.heads[0], self.embedder)
+        self.target  # noqa: B018
+
+    @functools.cached_property
+    def embedder(self) -> Clip:
+        """The CLIP, loaded."""
+        from guidance.models.clip import load_clip
+
+        return load_clip(self.clip) if isinstance(self.clip, str) else self.clip
+
+    @functools.cached_property
+    def target(self) -> Float[Tensor, "1 d"] | None:
+        """Mean of the targets' unit vectors, whose product is the mean cosine; None without a target."""
+        from guidance.utils.images import open_images
+
+        texts = [self.texts] if isinstance(self.texts, str) else self.texts
+        embeddings = [self.embedder.embed_texts(texts)] if texts else []
+        embeddings += [self.embedder.embed_pil(images)] if (images := open_images(self.images)) else []
+        if not embeddings:
+            return None
+        return sum(e.sum(0, keepdim=True) for e in embeddings) / sum(map(len, embeddings))
+
+    @functools.cached_property
+    def _of_prompts(self) -> dict[tuple[str, ...], Tensor]:
+        """Embeddings of the last prompts."""
+        return {}
+
+    @property
+    def needs_prompts(self) -> bool:
+        return self.target is None
+
+    def networks(self) -> list[str]:
+        return [*super().networks(), self.embedder.fingerprint]
+
+    def fingerprints(self) -> dict[str, Any]:
+        head, clip = self.networks()
+        return {"head_fingerprint": head, "clip_fingerprint": clip}
+
+    def score(
+        self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"], prompts: tuple[str, ...] = ()
+    ) -> Float[Tensor, " b"]:
         """Return ``logit_scale * cos``, in about -100..100."""
-        predicted = F.normalize(self.head(h, t), dim=1)
-        target = self._embed_prompts(len(h)) if self.target is None else self.target
-        return self.clip.logit_scale * (predicted * target.to(predicted)).sum(dim=1)
+        predicted = self.heads[0](h, t)
+        predicted = predicted / predicted.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        target = self._embed_prompts(prompts) if self.target is None else self.target
+        return self.embedder.logit_scale * (predicted * target.to(predicted)).sum(dim=1)
 
-    def _embed_prompts(self, batch: int) -> Float[Tensor, "b d"]:
+    def _embed_prompts(self, prompts: tuple[str, ...]) -> Float[Tensor, "b d"]:
         """Embed each sample's own prompt."""
-        prompts = own_prompts(batch)
-        if self._last_prompts is None or self._last_prompts[0] != prompts:
-            self._last_prompts = prompts, self.clip.embed_texts(prompts)
-        return self._last_prompts[1]
+        if prompts not in self._of_prompts:
+            self._of_prompts.clear()
+            self._of_prompts[prompts] = self.embedder.embed_texts(prompts)
+        return self._of_prompts[prompts]
 
 
 def _check_clip(head: Head, clip: Clip) -> None:
@@ -106,12 +136,3 @@ def _check_clip(head: Head, clip: Clip) -> None:
             f"Expected the CLIP whose embeddings the head predicts, '{config.clip}' ({config.clip_fingerprint}), got "
             f"'{clip.name}' ({clip.fingerprint}); load that one."
         )
-
-
-def _embed_targets(clip: Clip, texts: str | Sequence[str] | None, images: Any) -> Float[Tensor, "1 d"] | None:
-    """Return the mean of the targets' unit vectors, whose product is the mean cosine; None without a target."""
-    texts = [texts] if isinstance(texts, str) else texts
-    images = [images] if images is not None and not isinstance(images, Sequence) else images
-    embeddings = [] if texts is None else [clip.embed_texts(texts)]
-    embeddings += [] if images is None else [clip.embed_pil(images)]
-    return torch.cat(embeddings).mean(dim=0, keepdim=True) if embeddings else None

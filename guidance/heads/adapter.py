@@ -224,6 +224,7 @@ def check_adapter_fits(
     Raises:
         UserError: If latent channels, prediction type or number of timesteps differ.
     """
+    schedule.require_timesteps("an adapter")
     channels, wanted = latent_channels(unet), adapter.config.channels
     if channels != wanted:
         raise UserError(f"Expected latents of {wanted} channels, got {channels}{adapter.advise_training()}")

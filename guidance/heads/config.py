@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from torch import Tensor
-
 from guidance.heads.tasks import get_task
-from guidance.taps.features import split_taps
+from guidance.schedule import NUM_BINS
+from guidance.taps.hooks import split_taps
 from guidance.utils.errors import UserError
 
 FORMAT_VERSION = 1
-
-NUM_BINS = 10  # equal bins of the timesteps, for temperatures and metrics
 
 
 @dataclasses.dataclass
@@ -29,7 +26,7 @@ class HeadConfig:
         target: Dataset column the head predicts.
         task: Meaning of the outputs, a key of :data:`guidance.heads.tasks.TASKS`.
         labels: Names of the outputs ("1" ... "10" for ratings).
-        tap: Module whose output is read, or several joined by "+", see :func:`guidance.taps.features.join_maps`.
+        tap: Module whose output is read, or several joined by "+", see :func:`guidance.taps.hooks.join_maps`.
         tap_channels: Channels of each of several modules, in their order; empty for one.
         base_model, base_fingerprint: Name of the diffusion model, and
             :func:`guidance.models.denoiser.fingerprint` of its weights.
@@ -92,13 +89,3 @@ class HeadConfig:
     def channels(self) -> list[int]:
         """Channels of each module of the tap, in their order."""
         return self.tap_channels or [self.in_channels]
-
-
-def timestep_bins(t: Tensor, num_train_timesteps: int) -> Tensor:
-    """Return the index 0..NUM_BINS - 1 of the bin of each timestep.
-
-    >>> import torch
-    >>> timestep_bins(torch.tensor([0.0, 99.5, 100, 999]), 1000)
-    tensor([0, 0, 1, 9])
-    """
-    return (t * NUM_BINS / num_train_timesteps).long().clamp(0, NUM_BINS - 1)

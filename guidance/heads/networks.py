@@ -15,12 +15,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from guidance.heads.config import HeadConfig, timestep_bins
+from guidance.heads.config import HeadConfig
 from guidance.heads.folder import SavedModel
 from guidance.heads.hub import head_card
 from guidance.heads.tasks import get_task
-from guidance.schedule import NoiseSchedule
-from guidance.taps.features import split_taps, tap_channels
+from guidance.schedule import NoiseSchedule, timestep_bins
+from guidance.taps.hooks import split_taps, tap_channels
 from guidance.utils.errors import UserError, nearest
 
 
@@ -80,7 +80,8 @@ class Head(SavedModel):
         self.config = config
         self.register_buffer("feature_mean", torch.zeros(config.in_channels))
         self.register_buffer("feature_std", torch.ones(config.in_channels))
-        if get_task(config.task).standardized:
+        self.standardized = get_task(config.task).standardized
+        if self.standardized:
             self.register_buffer("output_mean", torch.zeros(config.outputs))
             self.register_buffer("output_std", torch.ones(config.outputs))
 
@@ -131,7 +132,7 @@ class Head(SavedModel):
         with torch.autocast(h.device.type, enabled=lower):
             # channels-last features can crash the backward of torch's CPU kernels
             out = self.outputs((h.to(dtype).contiguous() - mean) / std, t).to(dtype)
-        if get_task(self.config.task).standardized:
+        if self.standardized:
             return out * self.output_std + self.output_mean
         return out / self.temperature(t)[:, None] if self.config.temperature else out
 
@@ -312,6 +313,7 @@ def check_fits(head: Head, unet: nn.Module, schedule: NoiseSchedule, fingerprint
         UserError: If a tap, its channels, prediction type or number of timesteps differ.
     """
     config = head.config
+    schedule.require_timesteps("a head")
     found = tap_channels(unet, config.tap)
     for tap, wanted, channels in zip(split_taps(config.tap), config.channels, found, strict=True):
         if channels not in (None, wanted):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -50,11 +53,21 @@ def by_property(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Part
             f"Expected {type(pipe).__name__} without skip_guidance_layers, whose third prediction would be guided "
             "apart from the others; leave skip_guidance_layers out, or the guides."
         )
-    return Parts.of(2 if getattr(pipe, "do_classifier_free_guidance", False) else 1)
+    return Parts.of(2 if _is_classifier_free(pipe) else 1)
+
+
+def _is_classifier_free(pipe: Pipeline) -> bool:
+    """Ask the pipeline whose call is running."""
+    if not hasattr(pipe, "do_classifier_free_guidance"):
+        raise UserError(
+            f"Expected a pipeline that says whether its batch has two parts, got {type(pipe).__name__} without "
+            "do_classifier_free_guidance; say it: apply_guidance(pipe, guides, parts=2), or parts=1."
+        )
+    return bool(pipe.do_classifier_free_guidance)
 
 
 def _three(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
-    return Parts.of(3 if getattr(pipe, "do_classifier_free_guidance", False) else 1)
+    return Parts.of(3 if _is_classifier_free(pipe) else 1)
 
 
 def _three_by_value(pipe: Pipeline, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
@@ -116,13 +129,57 @@ def layout_of(pipe: Pipeline) -> Layout:
     Raises:
         UserError: If it is a class of diffusers whose layout is not known.
     """
+    return _layout_of_class(type(pipe))
+
+
+@functools.cache
+def _layout_of_class(cls: type) -> Layout:
     layouts = {f"{name}{task}Pipeline": layout for name, (layout, tasks) in FAMILIES.items() for task in tasks}
-    for cls in type(pipe).__mro__:
-        if cls.__name__ in layouts:
-            return layouts[cls.__name__]
-    if type(pipe).__module__.startswith("diffusers."):
+    for base in cls.__mro__:
+        if base.__name__ in layouts:
+            return layouts[base.__name__]
+    if cls.__module__.startswith("diffusers."):
         raise UserError(
-            f"Expected a pipeline whose batches are known, got {type(pipe).__name__}; supported are "
-            f"{', '.join(SUPPORTED)}."
+            f"Expected a pipeline whose batches are known, got {cls.__name__}; supported are {', '.join(SUPPORTED)}, "
+            "and in loops of your own apply_guidance(pipe, guides, parts=...)."
         )
     return by_property
+
+
+def parts_of(pipe: Pipeline, running: Pipeline | None, x: Tensor, arguments: Mapping[str, Any]) -> Parts:
+    """Return the parts of a batch of the denoiser.
+
+    Args:
+        pipe: The pipeline that is guided.
+        running: The pipeline whose call is running, which may be another one with the same denoiser; None in a loop of
+            one's own.
+        x, arguments: The denoiser's input, and its other arguments.
+
+    Raises:
+        UserError: If only a running pipeline could tell.
+    """
+    layout = layout_of(running or pipe)
+    if running is None and layout in (by_property, _three):
+        raise UserError(
+            "Expected the parts of the denoiser's batch in a loop of your own, got none; say apply_guidance(pipe, "
+            "guides, parts=2) for batches [unconditional, conditional], or parts=1 without classifier-free guidance."
+        )
+    return layout(running or pipe, x, arguments)
+
+
+def running_pipeline(denoiser: Any) -> Pipeline | None:
+    """Return the innermost pipeline with this denoiser whose ``__call__`` runs in this thread, None without one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__" and code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if getattr(owner, "scheduler", None) is not None and _has_denoiser(owner, denoiser):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+def _has_denoiser(owner: Any, denoiser: Any) -> bool:
+    parts = (getattr(owner, name, None) for name in ("unet", "transformer"))
+    return any(part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in parts)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from guidance.guides.base import Guide, ScoringGuide, describe_scorer
+from guidance.guides.midblock import MidBlockGuide
 from guidance.heads.networks import Head
 from guidance.runs.records import UNGUIDED
-from guidance.runs.specs import GuideSpec, MidBlockSpec
 from guidance.utils.errors import UserError
 
 
@@ -83,19 +83,22 @@ def midblock_arms(head: Head, scales: Sequence[float], *, head_path: str = "", *
         head: A trained head.
         scales: Guidance scales.
         head_path: Path of the head in the records.
-        **options: Other options of :class:`~guidance.runs.specs.MidBlockSpec`.
+        **options: Other options of :class:`~guidance.guides.midblock.MidBlockGuide`.
     """
-    spec = MidBlockSpec(head=head_path, **options)
-    spec.loaded = [head]
-    return guide_arms([spec], scales)
+    arms = guide_arms([MidBlockGuide(head, **options)], scales)
+    named = [tuple(d | {"head": head_path} for d in arm.descriptions) for arm in arms]
+    return [
+        dataclasses.replace(arm, descriptions=d, head=head_path if d else "")
+        for arm, d in zip(arms, named, strict=True)
+    ]
 
 
-def guide_arms(specs: Sequence[GuideSpec], scales: Sequence[float]) -> list[Arm]:
+def guide_arms(guides: Sequence[Guide], scales: Sequence[float]) -> list[Arm]:
     """Make the unguided arm and one per other scale, in which all guides act, each with its own factor of the scale."""
-    arms = []
+    arms, given = [], guides
     for scale in list_scales(scales):
-        guides = [spec.build(scale * spec.guidance_scale) for spec in specs] if scale else []
-        descriptions = [spec.describe(guide) for spec, guide in zip(specs, guides, strict=False)]
+        guides = [guide.at(scale) for guide in given] if scale else []
+        descriptions = [guide.describe() for guide in guides]
         head = next((d["head"] for d in descriptions if "head" in d), "")
         arms.append(Arm(arm_name(scale), tuple(guides), tuple(descriptions), head))
     return arms

@@ -64,6 +64,9 @@ class Record:
         steering: Options of steering and the guide that scores the particles; None: one sample per image.
         cfg: Options of :class:`guidance.sampling.cfg.ClassifierFree` besides the weight; None: none.
         start: Digest of the image from which sampling started, and the strength; None: noise.
+        steps: Solver steps taken; 0 in records of earlier versions.
+        gradients: Denoiser calls in which guides took a gradient or a direction.
+        pushes: Denoiser calls whose prediction was shifted, or solver steps whose latents were moved.
     """
 
     prompt_id: str
@@ -94,6 +97,9 @@ class Record:
     steering: dict[str, Any] | None = None
     cfg: dict[str, Any] | None = None
     start: dict[str, Any] | None = None
+    steps: int = 0
+    gradients: int = 0
+    pushes: int = 0
 
     @property
     def scale(self) -> float:

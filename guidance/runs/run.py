@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from guidance.apply.step import StepRecord
+from guidance.apply.values import GuidanceHandle
 from guidance.data.edits import EditPair, load_edit_pairs
 from guidance.data.prompts import Prompt, load_prompts
 from guidance.models.denoiser import fingerprint
@@ -123,16 +123,14 @@ class UnitSampler:
             texts = [arm.conditioning] * len(texts)
         if starts := [task.job.start for task in unit if task.job.start is not None]:
             options["start"] = begin_with(self.pipe, starts, sampling.strength)
-        latents, scores, skipped = _sample_arm(self.pipe, texts, seeds, arm, options)
+        latents, measured = _sample_arm(self.pipe, texts, seeds, arm, options)
         images = decode_latents(self.pipe, latents)  # on the CPU, so the clock includes all work of the device
         seconds = round((time.perf_counter() - start_time) / len(unit), 5)
-        return [
-            (
-                self._record(task, batch_size=len(unit), seconds=seconds, score=scores[i], nan_skipped=skipped[i]),
-                images[i],
-            )
-            for i, task in enumerate(unit)
-        ]
+        records = (
+            self._record(task, batch_size=len(unit), seconds=seconds, **facts)
+            for task, facts in zip(unit, measured, strict=True)
+        )
+        return list(zip(records, images, strict=True))
 
     def write(self, images: Sequence[tuple[Record, Any]], tasks: Sequence[Task]) -> None:
         """Write the images that belong to these tasks."""
@@ -193,7 +191,7 @@ def _per_sample_options(unit: Unit) -> dict[str, Any]:
     arms = [task.arm for task in unit]
     if len({arm.name for arm in arms}) == 1:
         return {}
-    scales = [arm.guides[0].strength.guidance_scale for arm in arms if arm.guides]
+    scales = [arm.guides[0].guidance_scale for arm in arms if arm.guides]
     weights = tuple(task.sampling.cfg_scale for task in unit)
     options: dict[str, Any] = {"cfg_scale": weights} if len(set(weights)) > 1 else {}
     return options | ({"guide_factors": [s / scales[0] for s in scales]} if scales else {})
@@ -216,38 +214,33 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
 
 def _sample_arm(
     pipe: Pipeline, texts: Sequence[str], seeds: Sequence[int], arm: Arm, options: dict[str, Any]
-) -> tuple[Tensor, list[float | None], list[int]]:
-    """Return the latents of a batch, and each sample's last score and number of skipped gradients."""
-    particles = 1 if arm.steering is None else arm.steering.particles
-    monitor = _GuidanceMonitor(len(texts) * particles)
-    options = options | {"guides": arm.guides, "callback": monitor}
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Return the latents of a batch, and what happened to each sample: fields of its record."""
+    handle = GuidanceHandle()
+    options = options | {"guides": arm.guides, "handle": handle}
     if arm.steering is None:
         latents = sample_latents(pipe, texts, seeds, **options)
-        return latents, monitor.scores, monitor.skipped
+        last = next((record.scores for record in reversed(handle.records) if record.scores), {})
+        scores = next(iter(last.values())).tolist() if last else [None] * len(texts)
+        return latents, _facts(handle, scores, _count_skipped(handle, len(texts)))
+    particles = arm.steering.particles
     steered = steer_latents(pipe, texts, seeds, arm.steering.guide, **arm.steering.options(), **options)
     assert steered.chosen is not None  # select="best"
-    best = steered.scores.gather(1, steered.chosen[:, None])[:, 0]
-    skipped = [max(group) for group in list_batches(monitor.skipped, particles)]
-    return steered.latents, [round(s, 6) for s in best.tolist()], skipped
+    best = steered.scores.gather(1, steered.chosen[:, None])[:, 0].tolist()
+    skipped = [max(group) for group in list_batches(_count_skipped(handle, len(texts) * particles), particles)]
+    return steered.latents, _facts(handle, best, skipped)
 
 
-class _GuidanceMonitor:
-    """Sampler callback that keeps each sample's last score and counts its skipped gradients."""
+def _count_skipped(handle: GuidanceHandle, batch: int) -> list[int]:
+    """Return for each sample the steps in which its gradient was not finite."""
+    masks = [record.finite for record in handle.records if record.finite is not None]
+    return sum((~mask).long() for mask in masks).tolist() if masks else [0] * batch
 
-    def __init__(self, batch: int) -> None:
-        self.scores: list[float | None] = [None] * batch
-        self.skipped = [0] * batch
-        self._last: StepRecord | None = None
 
-    def __call__(self, step: int, latents: Tensor, record: StepRecord | None) -> None:
-        if record is None or record is self._last:  # between gradients the last record is passed again
-            return
-        self._last = record
-        if record.scores:
-            self.scores = [round(s, 6) for s in next(iter(record.scores.values())).tolist()]
-        if record.skipped and record.grad_norm is not None:  # a skipped gradient was set to 0
-            norms = record.grad_norm.tolist()
-            self.skipped = [n + int(norm == 0) for n, norm in zip(self.skipped, norms, strict=True)]
+def _facts(handle: GuidanceHandle, scores: Sequence[float | None], skipped: Sequence[int]) -> list[dict[str, Any]]:
+    run = {"steps": handle.steps, "gradients": handle.gradients, "pushes": handle.pushes}
+    rounded = (None if score is None else round(score, 6) for score in scores)
+    return [{"score": score, "nan_skipped": n} | run for score, n in zip(rounded, skipped, strict=True)]
 
 
 def check_sampling(pipe: Pipeline, arms: Sequence[Arm], sampling: Sampling, batch_size: int = 1) -> None:

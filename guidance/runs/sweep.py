@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -13,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from guidance.guides.base import Guide
+from guidance.guides.midblock import MidBlockGuide
+from guidance.guides.registry import read_guide
 from guidance.runs.arms import Arm, arm_name, guide_arms, missing_head
 from guidance.runs.records import UNGUIDED
 from guidance.runs.run import Sampling
-from guidance.runs.specs import GuideSpec, MidBlockSpec, read_guide
-from guidance.sampling.loop import SCHEDULERS
-from guidance.utils.errors import UserError, nearest
+from guidance.sampling.loop import find_scheduler
+from guidance.utils.errors import UserError
 
 #: Options that may vary, in the order in which names mention them.
 AXES = ("scale", "guide", "head", "start", "stop", "cfg_scale", "num_steps", "scheduler", "strength")
@@ -41,7 +42,7 @@ class Cell:
     Attributes:
         name: The arm's name, which mentions the values that vary.
         scale: Guidance scale; 0 samples without guidance, and then guide, head, start and stop are empty.
-        guide: Guides that act together, see :func:`guidance.runs.specs.read_guide`; empty: the head.
+        guide: Guides that act together, see :func:`guidance.guides.registry.read_guide`; empty: the head.
         head: Folder of the head; None where there are guides.
         start, stop: Fractions of the steps; None takes the guide's own.
         cfg_scale, num_steps, scheduler, strength: See :class:`guidance.runs.run.Sampling`.
@@ -220,39 +221,35 @@ class ArmBuilder:
         head_options: Options of guidance by a head, for cells that name one.
     """
 
-    def __init__(self, head_options: MidBlockSpec | None = None) -> None:
-        self._head_options = head_options or MidBlockSpec()
-        self._specs: dict[tuple[tuple[str, ...], str | None], list[GuideSpec]] = {}
+    def __init__(self, head_options: MidBlockGuide | None = None) -> None:
+        self._head_options = head_options or MidBlockGuide()
+        self._guides: dict[tuple[tuple[str, ...], str | None], list[Guide]] = {}
 
     def build(self, cell: Cell) -> Arm:
         """Build the arm of a cell."""
-        arm = guide_arms(self.specs(cell), [cell.scale])[-1]
+        arm = guide_arms(self.guides(cell), [cell.scale])[-1]
         return dataclasses.replace(arm, name=cell.name)
 
-    def specs(self, cell: Cell) -> list[GuideSpec]:
+    def guides(self, cell: Cell) -> list[Guide]:
         """Return the guides of a cell, with its start and stop; none for scale 0."""
         if cell.scale == 0:
             return []
         key = cell.guide, cell.head
-        if key not in self._specs:
-            self._specs[key] = self._load(cell)
-        specs = [copy.copy(spec) for spec in self._specs[key]]  # copies share what is loaded
-        for spec in specs:
-            spec.start = spec.start if cell.start is None else cell.start
-            spec.stop = spec.stop if cell.stop is None else cell.stop
-        return specs
+        if key not in self._guides:
+            self._guides[key] = self._load(cell)
+        return [guide.within(cell.start, cell.stop) for guide in self._guides[key]]
 
-    def _load(self, cell: Cell) -> list[GuideSpec]:
-        specs: list[GuideSpec]
+    def _load(self, cell: Cell) -> list[Guide]:
+        guides: list[Guide]
         if cell.guide:
-            specs = [read_guide(text) for text in cell.guide]
+            guides = [read_guide(text) for text in cell.guide]
         elif cell.head:
-            specs = [dataclasses.replace(self._head_options, head=cell.head)]
+            guides = [dataclasses.replace(self._head_options, head=cell.head)]
         else:
             raise missing_head(cell.scale)
-        for spec in specs:
-            spec.build(1.0)  # loads the heavy parts, which copies then share
-        return specs
+        for guide in guides:
+            guide.load()  # copies share it
+        return guides
 
 
 def read_axes(given: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -293,8 +290,8 @@ def _read_value(name: str, value: Any) -> Any:
     kinds, expected = _TYPES[name]
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise UserError(f"Expected {expected} for '{name}', got {value!r}.")
-    if name == "scheduler" and value not in (None, *SCHEDULERS):
-        raise UserError(f"Expected a scheduler's name, got '{value}'.{nearest(value, SCHEDULERS)}")
+    if name == "scheduler" and value is not None:
+        find_scheduler(value)
     if float not in kinds or value is None:
         return value
     if not math.isfinite(value):

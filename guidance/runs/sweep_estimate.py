@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from guidance.guides.phases import FRESH
+from guidance.guides.base import FRESH
 from guidance.models.types import Pipeline
 from guidance.runs.arms import Arm
 from guidance.runs.records import Record, RecordStore, encode_png
@@ -67,7 +67,7 @@ def count_costs(
         done = sum(store is not None and store.has(cell.name, job.prompt.id, job.seed) for job in jobs)
         per_step = 1 if cell.cfg_scale == 1 else 2
         taken = steps_taken(cell.strength, cell.num_steps) if jobs[0].start else cell.num_steps
-        phases = [g.strength.phases(cell.num_steps, cell.num_steps - taken) for g in arms[cell.name].guides]
+        phases = [g.phases(cell.num_steps, cell.num_steps - taken) for g in arms[cell.name].guides]
         gradients = sum(FRESH in kinds for kinds in zip(*phases, strict=True))
         costs.append(CellCost(cell, len(jobs), done, taken, per_step * taken, gradients))
     return costs

@@ -4,34 +4,48 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidance.apply.apply import apply_guidance
-from guidance.apply.forward import cfg_parts
-from guidance.apply.scoring import scoring
-from guidance.apply.step import StepRecord
-from guidance.guides.base import Guide, run_factors, run_prompts
+from guidance.apply.observers import StepScorer
+from guidance.apply.values import GuidanceHandle, Observer, StepRecord
+from guidance.guides.base import Guide
 from guidance.models.conditions import encode_prompts, last
 from guidance.models.denoiser import device_of
 from guidance.models.types import Pipeline
 from guidance.sampling.cfg import ClassifierFree
 from guidance.sampling.start import FromNoise, Start
-from guidance.utils.errors import UserError, nearest
+from guidance.schedule import NoiseSchedule, StepPlan
+from guidance.utils.errors import UserError, first_line, nearest
 
-SCHEDULERS: dict[str, Any] = {
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler": EulerDiscreteScheduler,
-    "ddpm": DDPMScheduler,
+#: Short names of schedulers; every scheduler of diffusers is known by its class name too.
+SCHEDULERS: dict[str, str] = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++-singlestep": "DPMSolverSinglestepScheduler",
+    "dpm++-sde": "DPMSolverSDEScheduler",
+    "deis": "DEISMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2-a": "KDPM2AncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "sa": "SASolverScheduler",
+    "tcd": "TCDScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
 
 #: ``callback(step, latents, record)``; the record holds scores and gradient norms per sample, None if unguided.
@@ -39,11 +53,33 @@ SCHEDULERS: dict[str, Any] = {
 Callback = Callable[[int, Tensor, StepRecord | None], Tensor | None]
 
 
+def find_scheduler(name: str) -> Any:
+    """Return the class of a scheduler by its short or class name."""
+    cls_name = SCHEDULERS.get(name, name)
+    if not cls_name.endswith("Scheduler") or not hasattr(diffusers, cls_name):
+        known = [*SCHEDULERS, *(n for n in dir(diffusers) if n.endswith("Scheduler"))]
+        raise UserError(f"Expected a scheduler's name, got '{name}'.{nearest(name, known)}")
+    return getattr(diffusers, cls_name)
+
+
 def build_scheduler(name: str, like: Any) -> Any:
-    """Build a scheduler of :data:`SCHEDULERS` with the noise schedule of another one; it never clips latents."""
-    if name not in SCHEDULERS:
-        raise UserError(f"Expected a scheduler's name, got '{name}'.{nearest(name, SCHEDULERS)}")
-    return SCHEDULERS[name].from_config(like.config, clip_sample=False)
+    """Build a scheduler, by short or class name, with the noise schedule of another one; it never clips latents.
+
+    Raises:
+        UserError: If there is no scheduler of this name, it needs a package that is not there, or is for other models.
+    """
+    cls = find_scheduler(name)
+    try:
+        scheduler = cls.from_config(like.config, clip_sample=False)
+    except ImportError as error:
+        raise UserError(f"Expected the packages of {cls.__name__}, got none: {first_line(error)}") from error
+    wanted, got = (NoiseSchedule.from_scheduler(s) for s in (like, scheduler))
+    if (wanted.kind, wanted.prediction_type) != (got.kind, got.prediction_type):
+        raise UserError(
+            f"Expected a scheduler for a model of kind {wanted.kind} that predicts {wanted.prediction_type}, got "
+            f"{cls.__name__} for {got.kind} and {got.prediction_type}; use for example scheduler='dpm++'."
+        )
+    return scheduler
 
 
 @contextmanager
@@ -74,6 +110,8 @@ def sample_latents(
     guide_prompts: Sequence[str] | None = None,
     guide_factors: Sequence[float] | None = None,
     callback: Callback | None = None,
+    observe: Sequence[Observer] = (),
+    handle: GuidanceHandle | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "b c y x"]:
     """Sample latents for prompts, one seed each.
@@ -88,7 +126,7 @@ def sample_latents(
         cfg_scale: Classifier-free guidance weight ``w``: ``eps_uncond + w (eps_cond - eps_uncond)``; 1 is off.
             Or one per sample, none of them 1; or a :class:`~guidance.sampling.cfg.ClassifierFree`.
         negative_prompt: Prompt of the unconditional part.
-        scheduler: Key of :data:`SCHEDULERS`; None keeps the pipeline's.
+        scheduler: Short or class name, see :data:`SCHEDULERS`; None keeps the pipeline's.
         eta: DDIM's noise (Song et al. 2021, equation 16): 0 is deterministic, 1 draws as much as DDPM.
         start: :class:`~guidance.sampling.start.FromImage` or :class:`~guidance.sampling.start.FromMask`;
             None starts from noise.
@@ -96,6 +134,8 @@ def sample_latents(
         guide_prompts: Prompts for guides that follow each sample's prompt; None: ``prompts``.
         guide_factors: Factors of the guides' scales, one per sample; None: 1.
         callback: Called after every step, see :data:`Callback`.
+        observe: Observers of the denoiser's calls, see :func:`guidance.apply_guidance`.
+        handle: Receives what happened, see :class:`~guidance.apply.values.GuidanceHandle`.
         progress: Show a progress bar over the steps.
 
     Returns:
@@ -107,35 +147,39 @@ def sample_latents(
     if len(prompts) != len(seeds):
         raise UserError(f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds.")
     cfg = ClassifierFree.of(cfg_scale)
-    watch = scoring(pipe, cfg.modulate, len(prompts)) if cfg.modulate else nullcontext()
-    with using_scheduler(pipe, scheduler), watch as scorer, apply_guidance(pipe, guides) as handle:
-        conditions = encode_prompts(pipe, prompts, negative_prompt, classifier_free=cfg.scale != 1)
-        pipe.scheduler.set_timesteps(num_steps, device=device_of(pipe))
-        generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
-        extra = step_options(pipe.scheduler, generators, eta)
-        run = (start or FromNoise()).begin(pipe, initial_noise(pipe, generators), num_steps)
-        x, skipped = run.x, len(pipe.scheduler.timesteps) - len(run.timesteps)
-        parts = 1 if cfg.scale == 1 else 2
-        tokens = cfg_parts.set(parts), run_prompts.set(tuple(guide_prompts or prompts))
-        factors = run_factors.set(None if guide_factors is None else tuple(guide_factors))
-        try:
+    guide_prompts = tuple(guide_prompts or prompts)
+    parts = 1 if cfg.scale == 1 else 2
+    with using_scheduler(pipe, scheduler):
+        scorer = None
+        if cfg.modulate is not None:
+            cfg.modulate.prepare(pipe)
+            scorer = StepScorer(cfg.modulate, guide_prompts)
+        watching = [*observe, *([] if scorer is None else [scorer])]
+        given: dict[str, Any] = {"prompts": guide_prompts, "factors": guide_factors, "observe": watching}
+        with apply_guidance(pipe, guides, parts=parts, **given) as own:
+            conditions = encode_prompts(pipe, prompts, negative_prompt, classifier_free=parts == 2)
+            pipe.scheduler.set_timesteps(num_steps, device=device_of(pipe))
+            plan = StepPlan.of(pipe.scheduler)
+            generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+            extra = step_options(pipe.scheduler, generators, eta)
+            run = (start or FromNoise()).begin(pipe, initial_noise(pipe, generators), num_steps)
+            x, steps = run.x, 0
             for i, t in enumerate(tqdm(run.timesteps, disable=not progress, desc="sample", leave=False)):
-                fraction = (skipped + i) / (skipped + len(run.timesteps))
-                needed = 1 if cfg.weight(fraction) == 1 and not guides and scorer is None else parts
-                x_in = run.model_input(pipe.scheduler.scale_model_input(torch.cat([x] * needed), t))
+                scaled = pipe.scheduler.scale_model_input(x, t)
+                place = plan.locate(pipe.scheduler, t)
+                fraction, steps = place.number / place.total, steps + int(place.first)
+                needed = 1 if cfg.weight(fraction) == 1 and not guides and not watching else parts
+                x_in = run.model_input(torch.cat([scaled] * needed))
                 output = pipe.unet(x_in, t, **last(conditions, needed * len(prompts)), return_dict=False)[0]
-                scores = None if scorer is None else scorer.take()[0]
                 if needed == 2:
                     uncond, cond = output.chunk(2)
-                    output = cfg.combine(uncond, cond, fraction, scores)
+                    output = cfg.combine(uncond, cond, fraction, None if scorer is None else scorer.scores)
                 x = run.after_step(pipe.scheduler.step(output, t, x, return_dict=False, **extra)[0], i)
                 if callback is not None:
-                    other = callback(i, x, handle.records[-1] if handle.records else None)
+                    other = callback(i, x, own.records[-1] if own.records else None)
                     x = x if other is None else other
-        finally:
-            cfg_parts.reset(tokens[0])
-            run_prompts.reset(tokens[1])
-            run_factors.reset(factors)
+        if handle is not None:
+            vars(handle).update(vars(own) | {"steps": steps})
     return x
 
 

@@ -27,8 +27,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from guidance.apply.scoring import scoring
-from guidance.apply.step import StepRecord
+from guidance.apply.observers import StepScorer
+from guidance.apply.values import StepRecord
 from guidance.guides.base import Guide, ScoringGuide
 from guidance.models.types import Pipeline
 from guidance.sampling.loop import Callback, check_resampling, sample_latents, takes_eta, using_scheduler
@@ -207,14 +207,15 @@ def steer_latents(
         eta = float(takes_eta(pipe.scheduler)) if eta is None else eta
         if particles > 1 and threshold > 0:
             check_copies(pipe, options.get("guides", ()), eta)
+        guide.prepare(pipe)
     index = torch.arange(len(seeds)).repeat_interleave(particles)
-    with scoring(pipe, guide, len(index)) as scorer:
-        population = Population(seeds, particles, lam, potential, threshold)
-        watch = _Steering(scorer, population, resample_every, callback)
-        options |= {"start": None if start is None else start.at(index), "scheduler": scheduler, "eta": eta}
-        options["guide_prompts"] = guide_prompts and [guide_prompts[i] for i in index]
-        copies = [s for seed in seeds for s in particle_seeds(seed, particles)]
-        x = sample_latents(pipe, [prompts[i] for i in index], copies, callback=watch, **options)
+    guide_prompts = [(guide_prompts or prompts)[i] for i in index]
+    scorer = StepScorer(guide, guide_prompts)
+    watch = _Steering(scorer, Population(seeds, particles, lam, potential, threshold), resample_every, callback)
+    options |= {"start": None if start is None else start.at(index), "scheduler": scheduler, "eta": eta}
+    options |= {"guide_prompts": guide_prompts, "observe": [*options.get("observe", ()), scorer]}
+    copies = [s for seed in seeds for s in particle_seeds(seed, particles)]
+    x = sample_latents(pipe, [prompts[i] for i in index], copies, callback=watch, **options)
     return watch.result(x, select)
 
 
@@ -237,13 +238,14 @@ def best_of_n(
 class _Steering:
     """Sampler callback that weighs the particles after each step and continues with the copies."""
 
-    def __init__(self, scorer: Any, population: Population, every: int, callback: Any) -> None:
+    def __init__(self, scorer: StepScorer, population: Population, every: int, callback: Any) -> None:
         self.scorer, self.population, self.every, self.callback = scorer, population, every, callback
         self.scores = torch.full(population.log_weights.shape, torch.nan)
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, step: int, x: Tensor, record: StepRecord | None) -> Tensor:
-        scores, index, used, total = self.scorer.take()
+        scores, index, used, total = self.scorer.scores, self.scorer.step, self.scorer.used, self.scorer.total
+        assert scores is not None
         groups, n = self.scores.shape
         scores, ancestors = scores.reshape(groups, n), torch.arange(n).expand(groups, n)
         self.scores = scores if index in used else self.scores
@@ -275,7 +277,7 @@ class _Steering:
 def check_copies(pipe: Pipeline, guides: Sequence[Guide], eta: float) -> None:
     """Refuse a sampler that is deterministic, or that remembers earlier steps as guides with ``every`` do."""
     check_resampling(pipe, eta)
-    if rare := [g.name for g in guides if g.strength.every > 1]:
+    if rare := [g.name for g in guides if g.every > 1]:
         raise UserError(f"Expected guides with every=1, got more for {rare[0]}; every copy needs its own gradient.")
 
 

@@ -23,8 +23,7 @@ from guidance.models.inputs import build_inputs
 from guidance.models.pipelines import DENOISER, source_of
 from guidance.models.presets import PRESETS, RANDOM, TINY
 from guidance.models.random_weights import build_denoiser
-from guidance.taps.features import MID_BLOCK, Grid, read_output
-from guidance.taps.hooks import watch
+from guidance.taps.hooks import MID_BLOCK, Grid, read_output, watch
 from guidance.utils.errors import UserError
 
 

@@ -10,13 +10,11 @@ several processes record the bytes that one does.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -24,12 +22,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from guidance.apply.apply import apply_guidance
-from guidance.apply.forward import cfg_parts
+from guidance.apply.guided import unit_rms
+from guidance.apply.values import Observation
 from guidance.data.cache import (
     FORMAT_VERSION,
     MANIFEST,
@@ -39,16 +37,15 @@ from guidance.data.cache import (
     has_shard,
     shard_name,
 )
-from guidance.guides.base import Guide, Strength, unit_rms
+from guidance.guides.base import Guide
 from guidance.guides.midblock import MidBlockGuide
 from guidance.heads.adapter import Adapter, direction_loss
-from guidance.heads.config import NUM_BINS, timestep_bins
 from guidance.heads.networks import load_head
 from guidance.heads.objectives import Target
-from guidance.models.denoiser import device_of, fingerprint
+from guidance.models.denoiser import fingerprint
 from guidance.models.types import Pipeline
 from guidance.sampling.loop import sample_latents, using_scheduler
-from guidance.schedule import NoiseSchedule
+from guidance.schedule import NUM_BINS, timestep_bins
 from guidance.training.loop import FitResult, Stage, batch_indices, fit, world
 from guidance.utils.errors import UserError, nearest
 from guidance.utils.io import atomic_dir, read_json, write_json
@@ -60,15 +57,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 
 _STATISTICS_ROWS = 2048
-
-
-@contextmanager
-def recording(pipe: Pipeline, teacher: Sequence[Guide], recorder: PairRecorder) -> Iterator[None]:
-    """Record every denoiser call in the ``with`` block."""
-    guides: list[Any] = [*teacher, recorder]
-    with apply_guidance(pipe, guides):
-        pipe.unet.forward = recorder.wrap(pipe.unet.forward)  # apply_guidance takes both off again
-        yield
 
 
 @runtime_checkable
@@ -121,12 +109,12 @@ class SampledStates:
             )
         steps = int(rng.choice(choices))
         kept = rng.choice(guided[steps], calls, replace=False).tolist()
-        recorder = PairRecorder(rng.choice(self.scales, n).tolist(), kept)
+        recorder, factors = PairRecorder(kept), rng.choice(self.scales, n).tolist()
         texts = [self.prompts[split][i] for i in rng.integers(len(self.prompts[split]), size=n)]
         seeds = rng.integers(2**48, size=n).tolist()
         options: dict[str, Any] = {"num_steps": steps, "cfg_scale": float(rng.choice(self.cfg_scales))}
-        with recording(pipe, teacher, recorder):
-            sample_latents(pipe, texts, seeds, scheduler=self.scheduler, **options)
+        options |= {"guides": teacher, "guide_factors": factors, "observe": [recorder]}
+        sample_latents(pipe, texts, seeds, scheduler=self.scheduler, **options)
         return recorder
 
 
@@ -167,17 +155,13 @@ class NoisedLatents:
         text = encoder.text([caption or "" for caption in captions])
         total = encoder.schedule.num_train_timesteps
         times = total - 1 - rng.choice(guided_steps(teacher, total), calls, replace=False)
-        recorder = PairRecorder([1.0] * n)
+        recorder = PairRecorder()
         generator = torch.Generator().manual_seed(int(rng.integers(2**48)))
-        token = cfg_parts.set(1)
-        try:
-            with using_scheduler(pipe, None), recording(pipe, teacher, recorder):
-                for t in torch.from_numpy(np.sort(times)[::-1].copy()):
-                    eps = torch.randn(x0.shape, generator=generator).to(x0)
-                    x_t = encoder.schedule.add_noise(x0, eps, t).to(unet.dtype)
-                    unet(x_t, t.to(unet.device), **text, return_dict=False)
-        finally:
-            cfg_parts.reset(token)
+        with using_scheduler(pipe, None), apply_guidance(pipe, teacher, parts=1, observe=[recorder]):
+            for t in torch.from_numpy(np.sort(times)[::-1].copy()):
+                eps = torch.randn(x0.shape, generator=generator).to(x0)
+                x_t = encoder.schedule.add_noise(x0, eps, t).to(unet.dtype)
+                unet(x_t, t.to(unet.device), **text, return_dict=False)
         return recorder
 
 
@@ -331,67 +315,39 @@ _FLOAT16 = 6e4  # largest value of pairs, which are saved in half precision
 
 
 class PairRecorder:
-    """A guide with a zero direction that records the denoiser's inputs and the shift of the other guides.
-
-    Each sample continues with its own multiple of the teacher's shift, 0 and negative ones included, so that the
-    recorded states are those an adapter meets at any scale.
+    """An observer that records what an adapter would be given, and the direction in which the teacher pushes.
 
     Args:
-        scales: Multiple of the shift for each sample, (b,).
         calls: Denoiser calls to record; None for all.
     """
 
-    name, tap, strength = "record", "direct", Strength()
+    taps: Sequence[str] = ()
 
-    def __init__(self, scales: Sequence[float], calls: Collection[int] | None = None) -> None:
-        self.scales = rearrange(torch.tensor(scales, dtype=torch.float32), "b -> b 1 1 1")
+    def __init__(self, calls: Collection[int] | None = None) -> None:
         self.kept, self.calls = calls, 0
         self.pairs: list[Tensor] = []
         self.times: list[Tensor] = []
 
-    def prepare(self, pipe: Pipeline) -> None:
-        """Read the noise schedule."""
-        self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-        self.scales = self.scales.to(device_of(pipe))
-
-    def direction(self, x_t: Tensor, eps: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """Store what an adapter would be given; return a zero direction."""
-        self.seen = x_t, eps, x0, t
-        return torch.zeros_like(x_t)
-
-    def wrap(self, guided: Callable[..., Any]) -> Callable[..., Any]:
-        """Record the shift of each call of a guided denoiser, and rescale it per sample."""
-
-        @functools.wraps(guided)
-        def forward(sample: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-            output = guided(sample, timestep, *args, **kwargs)[0]
-            x_t, eps, x0, t = self.seen
-            channels, parts = x_t.shape[1], len(output) // len(x_t)
-            shifted = self.schedule.to_eps(output[-len(x_t) :, :channels].to(x_t.dtype), x_t, t)
-            shift = shifted - eps  # the conditional part is the last, and all are shifted alike
-            if self.kept is None or self.calls in self.kept:
-                self._keep(torch.cat([x_t, eps, x0, unit_rms(-shift)], 1), t)
-            self.calls += 1
-            factor = rearrange(self.schedule.shift_factor(t).to(shift.dtype), "b -> b 1 1 1")
-            output = output.clone()
-            output[:, :channels] += ((self.scales - 1) * factor * shift).repeat(parts, 1, 1, 1).to(output.dtype)
-            return (output,)
-
-        return forward
-
-    def _keep(self, rows: Tensor, t: Tensor) -> None:
+    def __call__(self, seen: Observation) -> None:
+        """Record a call."""
+        wanted = self.kept is None or self.calls in self.kept
+        self.calls += 1
+        if not wanted:
+            return
+        direction = torch.zeros_like(seen.eps) if seen.shift is None else unit_rms(-seen.shift)
+        rows = torch.cat([seen.latents, seen.eps, seen.x0, direction], 1)
         if not rows.isfinite().all():
             raise UserError(
-                f"Expected finite predictions, got others at timestep {float(t[0]):g}; run the model in float32, or "
-                "check its weights."
+                f"Expected finite predictions, got others at timestep {float(seen.t[0]):g}; run the model in float32, "
+                "or check its weights."
             )
         self.pairs.append(rows.clamp(-_FLOAT16, _FLOAT16).to("cpu", torch.float16))
-        self.times.append(t.float().cpu())
+        self.times.append(seen.t.float().cpu())
 
 
 def guided_steps(teacher: Sequence[Guide], num_steps: int) -> list[int]:
     """Return the indices of the sampling steps in which any of the teacher's guides pushes."""
-    return [i for i in range(num_steps) if any(g.strength.active(i / num_steps) for g in teacher)]
+    return [i for i in range(num_steps) if any(g.active(i / num_steps) for g in teacher)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guidance.heads.config import NUM_BINS, HeadConfig, timestep_bins
+from guidance.heads.config import HeadConfig
 from guidance.heads.tasks import get_task
+from guidance.schedule import NUM_BINS, timestep_bins
 from guidance.utils.io import atomic_path
 
 #: The lower end of the 95% interval of the skill must reach this for a bin to count as useful.

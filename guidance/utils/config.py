@@ -36,7 +36,7 @@ class ConfigError(UserError):
 
 
 # ---- declaring ----------------------------------------------------------------------------------------------------
-def option(default: Any, help: str, *, identity: bool = True) -> Any:
+def option(default: Any, help: str, *, identity: bool = True, **metadata: Any) -> Any:
     """Return a dataclass field that carries its help text.
 
     Args:
@@ -44,8 +44,9 @@ def option(default: Any, help: str, *, identity: bool = True) -> Any:
             function is called for every config (a factory); `dataclasses.MISSING` makes the value mandatory.
         help: One phrase with units, range, and what None means; shown by `--help`.
         identity: Whether another value makes another output, see `incidental_options`.
+        **metadata: Further metadata of the field.
     """
-    metadata = {"help": help, "identity": identity}
+    metadata |= {"help": help, "identity": identity}
     if default is dataclasses.MISSING:
         return dataclasses.field(default=_REQUIRED, metadata=metadata)
     if isinstance(default, type | types.FunctionType):

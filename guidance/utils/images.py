@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,3 +174,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_float(images: NDArray[np.uint8], device: torch.device | str = "cpu") -> Float[Tensor, "b 3 h w"]:
     """Convert uint8 RGB images (b, h, w, 3) to floats in -1..1, channels first."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def open_images(images: Any) -> list[Image.Image]:
+    """Return one or several images, or paths of them, as RGB images; None as an empty list.
+
+    Raises:
+        UserError: If there is no file at a path.
+    """
+    if images is None:
+        return []
+    opened = []
+    for image in [images] if isinstance(images, str | Path | Image.Image) else images:
+        if isinstance(image, str | Path) and not Path(image).is_file():
+            raise UserError(f"Expected an image file at '{image}', found none; check the path.")
+        opened.append(to_rgb(Image.open(image) if isinstance(image, str | Path) else image))
+    return opened
