@@ -52,10 +52,9 @@ class Server:
             os.kill(self.process.pid, how)
             self.process.communicate(timeout=20)
 
-    def call(self, name: str, body: object, **headers: str) -> tuple[int, dict[str, Any]]:
-        status, text, _ = self.fetch(
-            f"api/{name}", json.dumps(body).encode(), {"Content-Type": "application/json"} | headers
-        )
+    def call(self, body: object, **headers: str) -> tuple[int, dict[str, Any]]:
+        headers = {"Content-Type": "application/json"} | headers
+        status, text, _ = self.fetch("answer", json.dumps(body).encode(), headers)
         return status, json.loads(text)
 
     def fetch(self, path: str, data: bytes | None = None, headers: Any = ()) -> tuple[int, bytes, Any]:
@@ -192,10 +191,10 @@ def check_report(run: Path, chosen: list[str]) -> None:
 
 
 def vote_by_program(server: Server, rater: str, n: int) -> None:
-    _, state = server.call("join", {"rater": rater})
+    _, state = server.call({"rater": rater})
     for _ in range(n):
         said = {"rater": rater, "trial": state["trial"]["id"], "answers": {"looks": "tie"}, "seconds": 1}
-        status, state = server.call("vote", said)
+        status, state = server.call(said)
         assert status == 200
 
 
@@ -307,19 +306,19 @@ def test_who_is_let_in_and_what_is_served(shared: tuple[Server, Path]) -> None:
     assert not re.search(rb"https?://", page + server.fetch("page.js", headers=inside)[1])
     # a page of another name that the browser resolves to this machine, a form of another page, too much
     assert server.fetch("", headers=inside | {"Host": "evil.example"})[0] == 400
-    assert server.fetch("api/join", b"rater=eve", inside)[0] == 415
-    assert server.call("join", {"rater": "x" * 5000}, **inside)[0] == 413
-    assert server.call("join", ["eve"], **inside)[0] == 400 and server.call("vote", {}, **inside)[0] == 400
+    assert server.fetch("answer", b"rater=eve", inside)[0] == 415
+    assert server.call({"rater": "x" * 5000}, **inside)[0] == 413
+    assert server.call(["eve"], **inside)[0] == 400 and server.call({"answers": {}}, **inside)[0] == 400
     secret = (run / "preference/main/secret").read_bytes()
     paths = ["records.jsonl", "image/records.jsonl", "image/..%2f..%2frecords.jsonl", "image/%2e%2e/secret.png"]
     paths += ["../preference/main/secret", "page.py", f"image/{'0' * 32}.png", "image/images/unguided/0.png"]
     for path in paths:
         status, body, _ = server.fetch(path, headers=inside)
         assert status == 404 and secret not in body and b"unguided" not in body, path
-    status, state = server.call("join", {"rater": "eve"}, **inside)
+    status, state = server.call({"rater": "eve"}, **inside)
     assert status == 200
     forged = {"rater": "mallory", "trial": state["trial"]["id"], "answers": {"looks": "left", "fits": "left"}}
-    assert server.call("vote", forged, **inside)[0] == 409
+    assert server.call(forged, **inside)[0] == 409
     status, image, headers = server.fetch(state["trial"]["left"], headers=inside)
     assert status == 200 and image.startswith(b"\x89PNG")
     assert not {k.lower() for k in headers} & {"etag", "last-modified"}

@@ -1,4 +1,4 @@
-"""Options of a preference study and of its commands."""
+"""Options of a preference study and of its commands; the first line of a command's class describes it in its help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from guidance.utils.config import option
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError
 
 QUESTIONS = {"looks": "Which image looks better?", "fits": "Which image fits the prompt better?"}
 
@@ -26,59 +26,44 @@ class Plan:
     checks: float = option(0.05, "attention checks, per pair: an image beside a damaged copy of it")
 
     def __post_init__(self) -> None:
-        for name in ("shared", "repeats", "checks"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"Expected {name} as a share in 0..1, got {getattr(self, name)}.")
+        shares = {name: getattr(self, name) for name in ("shared", "repeats", "checks")}
+        if not all(0 <= share <= 1 for share in shares.values()):
+            raise UserError(f"Expected shares in 0..1, got {shares}.")
         if self.per_rater is not None and self.per_rater < 1:
             raise UserError(f"Expected per_rater of at least 1, got {self.per_rater}; null asks every pair.")
-        if unknown := [question for question in self.questions if question not in QUESTIONS]:
-            raise UserError(f"Unknown question '{unknown[0]}'.{nearest(unknown[0], QUESTIONS)}")
-        if not 0 < len(self.questions) == len(set(self.questions)):
-            raise UserError(f"Expected one or both of {', '.join(QUESTIONS)}, got {self.questions}.")
+        if sorted(self.questions) not in (["looks"], ["fits"], ["fits", "looks"]):
+            raise UserError(f"Expected one or both of {', '.join(QUESTIONS)} as questions, got {self.questions}.")
 
 
 @dataclasses.dataclass
 class StudyOptions(Plan):
-    """Identity of a study, the same for all its servers and machines.
+    """Options that identify a study, the same for all its servers and machines."""
 
-    Attributes:
-        target: Votes to collect for each pair of arms.
-    """
-
-    target: int = 0
-
-
-@dataclasses.dataclass
-class Crowd:
-    """Simulated raters, who follow a quality of the images with noise."""
-
-    raters: int = option(8, "simulated raters")
-    noise: float = option(1.0, "scale of their logistic noise, in units of the quality")
-    tie: float = option(0.3, "half-width of the band of utilities that is a tie, in the same unit")
-    position: float = option(0.0, "utility of the left position, in the same unit")
-    random_raters: float = option(0.0, "share of raters who answer at random")
-    skip: float = option(0.01, "share of pairs skipped")
-
-    def __post_init__(self) -> None:
-        shares = 0 <= self.random_raters <= 1 and 0 <= self.skip < 1
-        if not (self.raters >= 1 and self.noise > 0 and self.tie >= 0 and shares):
-            raise UserError(
-                "Expected raters from 1, noise above 0, tie from 0, random_raters in 0..1, skip in [0, 1), got "
-                f"{self.raters}, {self.noise}, {self.tie}, {self.random_raters} and {self.skip}."
-            )
-
-    @property
-    def careless(self) -> int:
-        """Number of raters who answer at random; they come first."""
-        return round(self.random_raters * self.raters)
+    target: int = 0  # votes to collect for each pair of arms
 
 
 @dataclasses.dataclass
 class FolderConfig:
-    """Options of every command."""
+    """Write every line of a study's votes to one file, for 'merge', and the current votes to a table."""
 
     folders: list[str] = option([], "run with records, or plain folders; words without '=' are added")
     study: str = option("main", "name of the study; a run may have several")
+
+
+@dataclasses.dataclass
+class MergeConfig(FolderConfig):
+    """Add the votes of other machines to a study."""
+
+    files: list[str] = option([], "files of votes, or folders of such files; words after the first are added")
+
+
+@dataclasses.dataclass
+class ReportConfig(FolderConfig):
+    """Write the report of a study."""
+
+    evaluation: str | None = option(None, "folder of eval.images' results; null: RUN/eval")
+    attention: float = option(0.7, "share of attention checks that a rater must pass to be counted; 0: all raters are")
+    join: bool = option(True, "insert the section into the report.html of the evaluation, too")
 
 
 @dataclasses.dataclass
@@ -96,7 +81,7 @@ class StudyConfig(Plan, FolderConfig):
 
 @dataclasses.dataclass
 class ServeConfig(StudyConfig):
-    """Options of ``serve``."""
+    """Serve the page until Ctrl-C."""
 
     host: str = option("127.0.0.1", "address to listen on; any but this machine's own requires a token")
     port: int = option(7860, "port; 0 takes a free one")
@@ -104,28 +89,28 @@ class ServeConfig(StudyConfig):
 
 
 @dataclasses.dataclass
-class ReportConfig(FolderConfig):
-    """Options of ``report``."""
-
-    evaluation: str | None = option(None, "folder of eval.images' results; null: RUN/eval")
-    attention: float = option(0.7, "share of attention checks that a rater must pass to be counted; 0: all raters are")
-    join: bool = option(True, "insert the section into the report.html of the evaluation, too")
-
-
-@dataclasses.dataclass
-class MergeConfig(FolderConfig):
-    """Options of ``merge``."""
-
-    files: list[str] = option([], "files of votes, or folders of such files; words after the first are added")
-
-
-@dataclasses.dataclass
-class SimulateConfig(StudyConfig, Crowd):
-    """Options of ``simulate``."""
+class SimulateConfig(StudyConfig):
+    """Let simulated raters vote, and check how often the intervals cover the true rate."""
 
     study: str = option("simulated", "name of the study; one with people's votes is refused")
     studies: int = option(0, "simulated studies for the coverage of the intervals; 1000 takes half a minute")
+    raters: int = option(8, "simulated raters")
+    noise: float = option(1.0, "scale of their logistic noise, in units of the quality")
+    tie: float = option(0.3, "half-width of the band of utilities that is a tie, in the same unit")
+    position: float = option(0.0, "utility of the left position, in the same unit")
+    random_raters: float = option(0.0, "share of raters who answer at random")
+    skip: float = option(0.01, "share of pairs skipped")
 
     def __post_init__(self) -> None:
-        Plan.__post_init__(self)
-        Crowd.__post_init__(self)
+        super().__post_init__()
+        shares = 0 <= self.random_raters <= 1 and 0 <= self.skip < 1
+        if not (self.raters >= 1 and self.noise > 0 and self.tie >= 0 and shares):
+            raise UserError(
+                "Expected raters from 1, noise above 0, tie from 0, random_raters in 0..1, skip in [0, 1), got "
+                f"{self.raters}, {self.noise}, {self.tie}, {self.random_raters} and {self.skip}."
+            )
+
+    @property
+    def careless(self) -> int:
+        """Number of raters who answer at random; they come first."""
+        return round(self.random_raters * self.raters)

@@ -6,26 +6,44 @@ minus the position bias; a small utility is a tie.  Without ties and biases this
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import expit
 
-from eval.preference.config import Crowd
-from eval.preference.pairs import Item, Key, Trial, queue
-from eval.preference.stats import clustered_interval
-from eval.preference.study import Study
-from eval.preference.votes import VoteStore
+from eval.preference.analysis import clustered_interval, read_evaluation
+from eval.preference.config import SimulateConfig
+from eval.preference.study import Key, Study, Trial, open_study, queue
+from eval.preference.votes import VoteStore, current_votes, read_lines
 from eval.stats.paired import wilson
 from eval.stats.tables import markdown
+from guidance.utils.errors import UserError
 
 _ATTENTIVE = 0.97  # share of attention checks that an attentive rater passes
 
 
+def simulate(config: SimulateConfig) -> None:
+    """Let simulated raters vote, and check how often the intervals cover the true rate."""
+    study = open_study(config)
+    if not all(vote.simulated for vote in current_votes(read_lines(study.folder))):
+        raise UserError(f"Expected a study without people's votes, got '{study.folder}'; name another: study=.")
+    rows, _ = read_evaluation(Path(config.folders[0]) / "eval")
+    source, quality = image_qualities(study, rows, config.seed)
+    gains = [quality[second] - quality[first] for first, second in (item.keys for item in study.items)]
+    stored = simulate_votes(study, gains, config)
+    print(f"{stored} answers by {config.raters} simulated raters who follow {source}, in {study.folder}")
+    for first, second in study.comparisons:
+        asked = [d for d, item in zip(gains, study.items, strict=True) if (item.first, item.second) == (first, second)]
+        print(f"true rate of '{second}' over '{first}': {100 * true_rate(asked, config):.1f}%")
+    if config.studies:
+        print(f"\n{coverage_table(asked, config)}")
+
+
 def prefer(
-    difference: ArrayLike, swapped: ArrayLike, crowd: Crowd, rng: np.random.Generator, careless: ArrayLike = False
+    difference: ArrayLike, swapped: ArrayLike, crowd: SimulateConfig, rng: np.random.Generator, careless: ArrayLike
 ) -> np.ndarray:
     """Draw votes: 1 for the second image, 0.5 for a tie, 0 for the first."""
     mean = np.where(careless, 0.0, difference) + np.where(swapped, crowd.position, -crowd.position)
@@ -33,105 +51,88 @@ def prefer(
     return np.where(np.abs(utility) < crowd.tie, 0.5, (utility > 0).astype(float))
 
 
-def true_rate(differences: ArrayLike, crowd: Crowd) -> float:
+def true_rate(gains: ArrayLike, crowd: SimulateConfig) -> float:
     """Return the expected rate of votes on these pairs, the sides being drawn at random."""
-    share = crowd.careless / crowd.raters
-    total = 0.0
-    for d, weight in ((np.asarray(differences, np.float64), 1 - share), (np.zeros(1), share)):
-        for side in (-crowd.position, crowd.position):
-            for band in (-crowd.tie, crowd.tie):
-                total += weight / 4 * float(np.mean(1 / (1 + np.exp(-(d + side + band) / crowd.noise))))
-    return total
+    offsets = np.add.outer([-crowd.position, crowd.position], [-crowd.tie, crowd.tie])
+    attentive, careless = (
+        expit(np.add.outer(offsets, np.asarray(d, np.float64)) / crowd.noise).mean() for d in (gains, [0])
+    )
+    return float(attentive + (careless - attentive) * crowd.careless / crowd.raters)
 
 
-def image_qualities(study: Study, rows: Sequence[Mapping[str, Any]], seed: int) -> tuple[str, dict[Key, float]]:
+def image_qualities(study: Study, rows: pd.DataFrame, seed: int) -> tuple[str, dict[Key, float]]:
     """Return the name and the values of the quality that simulated raters follow.
 
     It is the truth score of evaluated rows, or else random, rising by half a standard deviation from arm to arm.
     """
-    truth = {(str(r["arm"]), str(r["prompt_id"]), int(r["seed"])): r.get("truth") for r in rows}
-    values = {key: truth.get(key) for key in study.digests}
-    known = {key: float(value) for key, value in values.items() if value is not None}
-    if len(known) == len(values):
-        return "the truth score of the evaluation", known
-    rng = np.random.default_rng(seed)
-    mean = {arm: 0.5 * i for i, arm in enumerate(study.arms)}
-    return "a quality drawn at random", {key: float(rng.normal(mean[key[0]])) for key in values}
+    if "truth" in rows:
+        truth = rows.set_index(["arm", "prompt_id", "seed"]).truth.dropna().to_dict()
+        if truth.keys() >= study.images.keys():
+            return "the truth score of the evaluation", truth
+    rng, level = np.random.default_rng(seed), {arm: 0.5 * i for i, arm in enumerate(study.arms)}
+    return "a quality drawn at random", {key: float(rng.normal(level[key[0]])) for key in study.images}
 
 
-def quality_difference(quality: Mapping[Key, float], item: Item) -> float:
-    """Return the second image's quality less the first's."""
-    first, second = item.keys
-    return quality[second] - quality[first]
+def simulate_votes(study: Study, gains: Sequence[float], crowd: SimulateConfig) -> int:
+    """Let a crowd answer its queues through the store that the page uses; return the number of new answers.
 
-
-def simulate_votes(study: Study, store: VoteStore, quality: Mapping[Key, float], crowd: Crowd, seed: int) -> int:
-    """Let a crowd answer its queues through the store that the page uses; returns the number of new answers."""
-    stored = 0
+    Args:
+        study: The study.
+        gains: Quality of the second image less that of the first, of each pair of the study.
+        crowd: Model of the raters.
+    """
+    store, stored = VoteStore(study.folder), 0
     for number in range(crowd.raters):
         rater, careless = f"simulated-{number:03d}", number < crowd.careless
         for trial in queue(len(study.items), study.options, rater):
-            rng = np.random.default_rng([seed, number, trial.index])
-            difference = quality_difference(quality, study.items[trial.item])
-            answers = {q: _answer(trial, difference, crowd, rng, careless) for q in study.options.questions}
-            stored += store.append(study.vote(rater, trial, answers, simulated=True)) is not None
+            rng = np.random.default_rng([crowd.seed, number, trial.index])
+            chosen = {q: _answer(trial, gains[trial.item], crowd, rng, careless) for q in study.options.questions}
+            stored += store.append(study.vote(rater, trial, chosen, simulated=True))
     return stored
 
 
 def check_coverage(
-    differences: ArrayLike, crowd: Crowd, *, prompts: int, per_prompt: int, studies: int = 1000, seed: int = 0
-) -> dict[str, list[tuple[bool, float]]]:
-    """Simulate studies, and tell whether each interval holds the true rate.
+    gains: ArrayLike, crowd: SimulateConfig, *, prompts: int, per_prompt: int, studies: int = 1000
+) -> dict[str, tuple[float, float]]:
+    """Simulate studies, and count how often each interval holds the true rate.
 
     Args:
-        differences: Of quality between the images of each pair, in the population that prompts are drawn from.
-        crowd: Model of the raters; their number does not matter.
-        prompts: Prompts per study.
-        per_prompt: Raters per prompt.
+        gains: Differences of quality of pairs, the population that prompts are drawn from.
+        crowd: Model of the raters.
+        prompts, per_prompt: Prompts of a study, and raters of each.
         studies: Number of studies.
-        seed: Random seed.
 
     Returns:
-        By interval, "votes" (Wilson's, votes as independent) and "prompts" (clusters): whether it holds the rate, and
-        its width, for each study.
+        By interval, "votes" (Wilson's, votes as independent) and "prompts" (clusters): the share of studies in which it
+        holds the rate, and its mean width.
     """
-    rng = np.random.default_rng(seed)
-    crowd = dataclasses.replace(crowd, raters=max(per_prompt, crowd.raters))
-    truth, clusters = true_rate(differences, crowd), np.repeat(np.arange(prompts), per_prompt)
-    results: dict[str, list[tuple[bool, float]]] = {"votes": [], "prompts": []}
+    rng, truth = np.random.default_rng(crowd.seed), true_rate(gains, crowd)
+    clusters, results = np.repeat(np.arange(prompts), per_prompt), []
     for _ in range(studies):
-        d = rng.choice(np.asarray(differences), prompts)[clusters]
+        d = rng.choice(np.asarray(gains), prompts)[clusters]
         careless = rng.random(len(d)) < crowd.careless / crowd.raters
         y = prefer(d, rng.random(len(d)) < 0.5, crowd, rng, careless)
-        both = {"votes": wilson(float(y.sum()), len(y)), "prompts": clustered_interval(y, clusters.tolist())}
-        for name, (low, high) in both.items():
-            results[name].append((low <= truth <= high, high - low))
-    return results
+        results.append((wilson(float(y.sum()), len(y)), clustered_interval(y, clusters.tolist())))
+    low, high = np.moveaxis(np.array(results), 2, 0)  # each: study, kind of interval
+    found = zip(((low <= truth) & (truth <= high)).mean(0).tolist(), (high - low).mean(0).tolist(), strict=True)
+    return dict(zip(("votes", "prompts"), found, strict=True))
 
 
-def coverage_table(differences: ArrayLike, crowd: Crowd, *, studies: int, seed: int) -> str:
-    """Check the coverage for few and many prompts and raters; returns a table in Markdown."""
-    rows = []
+def coverage_table(gains: ArrayLike, crowd: SimulateConfig) -> str:
+    """Check the coverage for few and many prompts and raters; return a table in Markdown."""
+    columns = ("prompts", "raters a prompt", "true rate", "interval", "covers in", "mean width")
+    rows, truth = [], f"{100 * true_rate(gains, crowd):.1f}%"
     for prompts, per_prompt in ((20, 5), (100, 1), (100, 3), (100, 8), (500, 1)):
-        results = check_coverage(differences, crowd, prompts=prompts, per_prompt=per_prompt, studies=studies, seed=seed)
-        truth = true_rate(differences, dataclasses.replace(crowd, raters=max(per_prompt, crowd.raters)))
-        for name, found in results.items():
-            covered, width = np.array(found).T
-            low, high = wilson(covered.sum(), studies)
-            rows.append(
-                {
-                    "prompts": str(prompts),
-                    "raters a prompt": str(per_prompt),
-                    "true rate": f"{100 * truth:.1f}%",
-                    "interval": name,
-                    "covers in": f"{100 * covered.mean():.1f}% [{100 * low:.1f}, {100 * high:.1f}]",
-                    "mean width": f"{100 * width.mean():.1f} points",
-                }
-            )
+        found = check_coverage(gains, crowd, prompts=prompts, per_prompt=per_prompt, studies=crowd.studies)
+        for name, (covered, width) in found.items():
+            low, high = wilson(round(covered * crowd.studies), crowd.studies)
+            held = f"{100 * covered:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+            cells = (str(prompts), str(per_prompt), truth, name, held, f"{100 * width:.1f} points")
+            rows.append(dict(zip(columns, cells, strict=True)))
     return markdown(rows)
 
 
-def _answer(trial: Trial, difference: float, crowd: Crowd, rng: np.random.Generator, careless: bool) -> str:
+def _answer(trial: Trial, difference: float, crowd: SimulateConfig, rng: np.random.Generator, careless: bool) -> str:
     if rng.random() < crowd.skip and trial.kind != "check":
         return "skip"
     if trial.kind == "check":

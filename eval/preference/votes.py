@@ -8,45 +8,29 @@ never changed: an undo is a line, too.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 from guidance.utils.errors import UserError
 from guidance.utils.io import append_bytes, atomic_path
 
 CHOICES = ("left", "right", "tie", "skip")
 
-PATTERN = "votes-*.jsonl"
-
 
 @dataclasses.dataclass(frozen=True)
 class Vote:
-    """A rater's answers to one trial, or their undoing.
+    """A rater's answers to one trial, or their undoing; for most fields see `Trial` and `Item` of a study."""
 
-    Attributes:
-        id: Unique id of this line.
-        time: Seconds since 1970, strictly increasing over the lines of a rater.
-        study: Id of the study.
-        rater: Name or anonymous id.
-        trial, kind, swapped: See :class:`eval.preference.pairs.Trial`.
-        prompt_id, seed, first, second: See :class:`eval.preference.pairs.Item`.
-        answers: Question -> "left", "right", "tie" or "skip"; None undoes the trial's earlier line.
-        seconds: Between the pair's appearance and the vote.
-        simulated: Whether the rater is simulated.
-    """
-
-    id: str
-    time: float
-    study: str
-    rater: str
+    id: str  # of this line
+    time: float  # seconds since 1970, strictly increasing over the lines of a process
+    study: str  # id of the study
+    rater: str  # name or anonymous id
     trial: int
     kind: str
     prompt_id: str
@@ -54,8 +38,8 @@ class Vote:
     first: str
     second: str
     swapped: bool
-    answers: dict[str, str] | None
-    seconds: float | None = None
+    answers: dict[str, str] | None  # question -> one of CHOICES; None undoes the trial's earlier line
+    seconds: float | None = None  # between the pair's appearance and the vote
     simulated: bool = False
 
     def preferred(self, question: str) -> float | None:
@@ -67,73 +51,74 @@ class Vote:
 
 
 class VoteStore:
-    """The votes of a study's folder, and the file that this process appends to.
+    """The votes of a study's folder, and the file that this process appends to; thread-safe."""
 
-    Args:
-        folder: Folder of ``votes-*.jsonl``; created with the first vote.
-
-    Raises:
-        UserError: If a line other than a torn last one cannot be read.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path) -> None:
         name = "".join(c if c.isalnum() else "-" for c in platform.node())[:40]
-        self.path = self.folder / f"votes-{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._lock = threading.RLock()
-        self._latest: dict[str, float] = {}
+        self.path = folder / f"votes-{name}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        self._lock = threading.Lock()
+        self._latest = 0.0
         self._current: dict[str, dict[int, Vote]] = {}
-        for vote in read_lines(self.folder):
+        for vote in read_lines(folder):
             self._index(vote)
 
     def votes_of(self, rater: str) -> dict[int, Vote]:
-        """Return a rater's current votes by trial."""
+        """Return a rater's current votes by trial, the last one last."""
         with self._lock:
             return dict(self._current.get(rater, {}))
 
-    def count(self) -> int:
-        """Count the votes of all raters, without repeats, checks and skipped pairs."""
-        with self._lock:
-            return sum(count_votes(votes.values()) for votes in self._current.values())
-
-    def has_people(self) -> bool:
-        """Tell whether any vote is not simulated."""
-        with self._lock:
-            return any(not v.simulated for votes in self._current.values() for v in votes.values())
-
-    def append(self, vote: Vote) -> Vote | None:
-        """Store a vote on the disk, unless its trial has one (an undo: unless it has none).
-
-        Returns:
-            The vote with its id and time; None if it was not stored.
-
-        Raises:
-            OSError: If it could not be stored; the file is unchanged.
-        """
+    def append(self, vote: Vote) -> bool:
+        """Store a vote, unless its trial has one (an undo: unless it has none), and tell whether it was stored."""
         with self._lock:
             if (vote.trial in self._current.get(vote.rater, {})) == (vote.answers is not None):
-                return None
-            now = max(time.time(), self._latest.get(vote.rater, 0.0) + 1e-3)
-            vote = dataclasses.replace(vote, id=uuid.uuid4().hex, time=round(now, 3))
-            _append_line(self.path, _line(vote))
+                return False
+            now = round(max(time.time(), self._latest + 1e-3), 3)
+            vote = dataclasses.replace(vote, id=uuid.uuid4().hex, time=now)
+            is_new = not self.path.exists()
+            append_bytes(self.path, _line(vote))
+            if is_new:  # the directory entry must survive a power cut, too
+                parent = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(parent)
+                os.close(parent)
             self._index(vote)
-        return vote
+        return True
 
     def _index(self, vote: Vote) -> None:
-        self._latest[vote.rater] = max(vote.time, self._latest.get(vote.rater, 0.0))
+        self._latest = max(vote.time, self._latest)
         votes = self._current.setdefault(vote.rater, {})
-        if vote.answers is None:
-            votes.pop(vote.trial, None)
-        else:
+        votes.pop(vote.trial, None)
+        if vote.answers is not None:
             votes[vote.trial] = vote
 
 
-def read_lines(folder: str | os.PathLike[str]) -> list[Vote]:
+def read_lines(folder: Path) -> list[Vote]:
     """Read the distinct lines of all files of votes in a folder, in the order of time."""
-    found: dict[str, Vote] = {}
-    for file in sorted(Path(folder).glob(PATTERN)):
-        found |= {vote.id: vote for vote in read_file(file)}
+    found = {vote.id: vote for file in sorted(folder.glob("votes-*.jsonl")) for vote in read_file(file)}
     return sorted(found.values(), key=lambda vote: (vote.time, vote.id))
+
+
+def read_file(file: Path) -> list[Vote]:
+    """Read the lines of a file but a torn last one."""
+    if not file.is_file():
+        raise UserError(f"Expected a file of votes at '{file}', found none; check the path.")
+    votes = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            vote = Vote(**json.loads(line))
+            valid = vote.answers is None or {*vote.answers.values()} <= {*CHOICES}
+        except (ValueError, TypeError, AttributeError):
+            valid = False
+        if not valid:
+            among = ", ".join(CHOICES)
+            raise UserError(f"Expected a vote with answers among {among} in line {number} of '{file}'; remove it.")
+        votes.append(vote)
+    return votes
+
+
+def write_lines(path: Path, votes: Iterable[Vote]) -> None:
+    """Write votes to a file, replacing it."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"".join(map(_line, votes)))
 
 
 def current_votes(lines: Iterable[Vote]) -> list[Vote]:
@@ -147,89 +132,13 @@ def count_votes(votes: Iterable[Vote]) -> int:
     return sum(v.kind == "pair" and bool({*(v.answers or {}).values()} - {"skip"}) for v in votes)
 
 
-def check_votes(votes: Sequence[Vote], study: str, path: Path) -> None:
-    """Check that there are votes, all of one study.
-
-    Raises:
-        UserError: If not.
-    """
-    if not votes:
-        raise UserError(f"Expected votes in '{path}', found none; let raters vote, or name another path.")
-    if others := {vote.study for vote in votes} - {study}:
-        raise UserError(
-            f"Expected votes of the study {study} in '{path}', got some of {', '.join(sorted(others))}; studies differ "
-            "in images or options."
-        )
-
-
-def read_file(file: Path) -> list[Vote]:
-    """Read the complete lines of a file.
-
-    Raises:
-        UserError: If there is no such file, or a line is not a vote.
-    """
-    try:
-        lines = file.read_bytes().splitlines(keepends=True)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"Expected a file of votes at '{file}', found none; check the path.") from None
-    return [_parse(line, f"line {i} of '{file}'") for i, line in enumerate(lines, start=1) if line.endswith(b"\n")]
-
-
-def merge_votes(folder: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], study: str) -> int:
-    """Add the votes of other files to a folder, except those it already has.
-
-    Args:
-        folder: Folder of the study.
-        files: Files of votes, or folders of such files.
-        study: Id of the study.
-
-    Returns:
-        Number of lines added.
-
-    Raises:
-        UserError: If a file holds no votes, or those of another study.
-    """
-    existing = {vote.id for vote in read_lines(folder)}
-    new: dict[str, Vote] = {}
-    for file in map(Path, files):
-        lines = read_lines(file) if file.is_dir() else read_file(file)
-        check_votes(lines, study, file)
-        new |= {vote.id: vote for vote in lines if vote.id not in existing}
-    if new:
-        digest = hashlib.sha256("".join(new).encode()).hexdigest()[:12]
-        write_lines(Path(folder) / f"votes-merged-{digest}.jsonl", new.values())
-    return len(new)
-
-
-def write_lines(path: Path, votes: Iterable[Vote]) -> None:
-    """Write votes to a file, replacing it."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(b"".join(map(_line, votes)))
+def check_votes(votes: Collection[Vote], study: str, path: Path) -> None:
+    """Refuse no votes, and those of another study."""
+    if {vote.study for vote in votes} != {study}:
+        found = f"some of {', '.join(sorted({vote.study for vote in votes} - {study}))}" if votes else "none"
+        fix = "let raters vote, or name another path; studies differ in images or options"
+        raise UserError(f"Expected votes of the study {study} in '{path}', found {found}; {fix}.")
 
 
 def _line(vote: Vote) -> bytes:
     return json.dumps(dataclasses.asdict(vote), allow_nan=False).encode() + b"\n"
-
-
-def _append_line(path: Path, line: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    append_bytes(path, line)
-    if is_new:  # the directory entry must survive a power cut, too
-        parent = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)
-
-
-def _parse(line: bytes, where: str) -> Vote:
-    try:
-        values: Any = json.loads(line)
-        vote = Vote(**values)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"Expected a vote, but {where} cannot be read; remove that line.") from error
-    known = isinstance(vote.answers, dict) and all(choice in CHOICES for choice in vote.answers.values())
-    if vote.answers is not None and not known:
-        raise UserError(f"Expected answers among {', '.join(CHOICES)}, but {where} has others; remove it.")
-    return vote

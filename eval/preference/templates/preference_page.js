@@ -3,77 +3,70 @@
 
 const find = (selector) => document.querySelector(selector);
 const fieldsets = [...document.querySelectorAll("fieldset")];
+const zoomed = find("#zoomed");
 const NAME = "preference-rater";
 let state = null; // as the server last told it
 let answers = {}; // to the questions of the pair that is shown
 let busy = false; // an answer is on its way, or the images are
 let shownAt = 0;
 
+const nextQuestion = () => fieldsets.find((set) => !answers[set.dataset.question]);
+
 function notice(text) {
-  find("#notice").textContent = text || "";
+  find("#notice").textContent = text;
   find("#notice").hidden = !text;
 }
 
 function show(name) {
   for (const part of ["welcome", "rating", "finished"]) find(`#${part}`).hidden = part !== name;
+  if (name === "welcome") find("#name").focus();
 }
 
 // Ask the server; without a connection again and again, since every call may be repeated.
-async function call(name, body) {
+async function call(body) {
+  const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   for (let wait = 500; ; wait = Math.min(2 * wait, 5000)) {
-    let response;
-    try {
-      response = await fetch(`api/${name}`, {
-        method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
-      });
-      if (response.status < 500 || response.status === 507) {
-        const said = await response.json().catch(() => ({ error: "You are not let in: open the address you were given." }));
-        if (response.ok) return said;
-        const error = new Error(said.error);
-        error.status = response.status;
-        throw error;
-      }
-    } catch (error) {
-      if (error.status) throw error;
+    const response = await fetch("answer", request).catch(() => null);
+    if (response && (response.status < 500 || response.status === 507)) {
+      const refused = { error: "You are not let in: open the address you were given." };
+      const said = await response.json().catch(() => refused);
+      if (response.ok) return said;
+      throw Object.assign(new Error(said.error), { status: response.status });
     }
     notice("No connection to the server. Your answer is kept here; trying again …");
     await new Promise((resolve) => setTimeout(resolve, wait));
   }
 }
 
-async function ask(name, body) {
+async function ask(body) {
   if (busy) return;
   busy = true;
   refresh();
   try {
-    state = await call(name, body);
+    state = await call(body);
     notice("");
     busy = false;
     await showState();
   } catch (error) {
     busy = false;
     notice(error.message);
-    if (error.status === 409) setTimeout(() => ask("state", { rater: body.rater }), 1500);
-    else if (name === "vote") answers = {};
-    if (name === "join" || name === "state") show("welcome");
+    answers = {};
+    if (error.status === 409) setTimeout(ask, 1500, { rater: body.rater });
+    else if (!body.trial) show("welcome");
     refresh();
   }
 }
 
-function loaded(image, url) {
-  return new Promise((resolve, reject) => {
-    image.onload = () => {
-      image.classList.toggle("pixelated", image.naturalWidth <= 128);
-      resolve();
-    };
-    image.onerror = reject;
-    image.src = url;
-  });
+async function load(side) {
+  const image = find(`#${side}`);
+  image.src = state.trial[side];
+  await image.decode();
+  image.classList.toggle("pixelated", image.naturalWidth <= 128);
 }
 
 async function showState() {
   answers = {};
-  closeZoom();
+  zoomed.close();
   localStorage.setItem(NAME, state.rater);
   if (!state.trial) return finish();
   show("rating");
@@ -81,17 +74,15 @@ async function showState() {
   const lost = state.lost ? ` · ${state.lost} left out: an image is gone` : "";
   find("#progress").textContent = `${state.done + 1} of ${state.total}${lost}`;
   find("#leave").textContent = state.rater;
-  find("#bar").setAttribute("aria-valuemax", state.total);
-  find("#bar").setAttribute("aria-valuenow", state.done);
-  find("#bar span").style.width = `${(100 * state.done) / Math.max(1, state.total)}%`;
+  find("#bar").max = state.total;
+  find("#bar").value = state.done;
   busy = true; // no answer to images that are not there yet
   find("#pair").classList.add("loading");
   refresh();
-  const trial = state.trial;
   try {
-    await Promise.all(["left", "right"].map((side) => loaded(find(`#${side}`), trial[side])));
+    await Promise.all(["left", "right"].map(load));
   } catch {
-    setTimeout(() => { busy = false; ask("state", { rater: state.rater }); }, 800);
+    setTimeout(() => { busy = false; ask({ rater: state.rater }); }, 800);
     return;
   }
   find("#pair").classList.remove("loading");
@@ -114,38 +105,27 @@ function finish() {
 
 // Show what has been chosen, which question is next, and what can be pressed.
 function refresh() {
-  const next = fieldsets.find((set) => !answers[set.dataset.question]);
   for (const set of fieldsets) {
-    set.classList.toggle("active", set === next);
+    set.disabled = busy;
+    set.classList.toggle("active", set === nextQuestion());
     for (const button of set.querySelectorAll("button")) {
       button.classList.toggle("chosen", answers[set.dataset.question] === button.dataset.choice);
-      button.disabled = busy;
     }
-  }
-  const last = fieldsets.length === 1 ? answers[fieldsets[0].dataset.question] : null;
-  for (const picture of document.querySelectorAll(".picture")) {
-    picture.classList.toggle("chosen", picture.dataset.zoom === last);
   }
   find("#skip").disabled = busy;
   find("#undo").disabled = busy || !(state && (state.last || Object.keys(answers).length));
 }
 
 function choose(question, choice) {
-  if (busy || !state || !state.trial || !question) return;
+  if (busy || !state || !state.trial) return;
   answers[question] = choice;
-  if (fieldsets.some((set) => !answers[set.dataset.question])) return refresh();
-  send();
-}
-
-function send() {
+  if (nextQuestion()) return refresh();
   const seconds = (performance.now() - shownAt) / 1000;
-  ask("vote", { rater: state.rater, trial: state.trial.id, answers: { ...answers }, seconds });
+  ask({ rater: state.rater, trial: state.trial.id, answers, seconds });
 }
 
 function skip() {
-  if (busy || !state || !state.trial) return;
-  for (const set of fieldsets) answers[set.dataset.question] = "skip";
-  send();
+  for (const set of fieldsets) choose(set.dataset.question, "skip");
 }
 
 function undo() {
@@ -153,30 +133,21 @@ function undo() {
   if (Object.keys(answers).length) {
     answers = {};
     refresh();
-  } else if (state.last) ask("undo", { rater: state.rater, trial: state.last });
+  } else if (state.last) ask({ rater: state.rater, trial: state.last, answers: null });
 }
 
 function zoom(side) {
   const source = find(`#${side}`);
-  const image = find("#zoomed img");
-  image.src = source.src;
-  image.className = source.className;
-  image.alt = source.alt;
-  find("#zoomed").dataset.side = side;
-  const names = matchMedia("(max-width: 40rem) and (orientation: portrait)").matches ? ["Upper", "Lower"] : ["Left", "Right"];
-  find("#zoomed span").textContent = names[side === "left" ? 0 : 1];
-  find("#zoomed").hidden = false;
-  find("#zoomed").focus();
-}
-
-function closeZoom() {
-  find("#zoomed").hidden = true;
+  const stacked = matchMedia("(max-width: 40rem) and (orientation: portrait)").matches;
+  const names = stacked ? { left: "Upper", right: "Lower" } : { left: "Left", right: "Right" };
+  Object.assign(find("#zoomed img"), { src: source.src, className: source.className, alt: source.alt });
+  find("#zoomed span").textContent = names[side];
+  zoomed.dataset.side = side;
+  if (!zoomed.open) zoomed.showModal();
 }
 
 function nextZoom() {
-  if (find("#rating").hidden) return;
-  const open = !find("#zoomed").hidden;
-  zoom(open && find("#zoomed").dataset.side === "left" ? "right" : "left");
+  if (!find("#rating").hidden) zoom(zoomed.open && zoomed.dataset.side === "left" ? "right" : "left");
 }
 
 function another() {
@@ -184,43 +155,35 @@ function another() {
   state = null;
   find("#name").value = "";
   show("welcome");
-  find("#name").focus();
 }
 
-const KEYS = { ArrowLeft: "left", ArrowRight: "right", ArrowDown: "tie", t: "tie" };
+const answerNext = (choice) => nextQuestion() && choose(nextQuestion().dataset.question, choice);
+const KEYS = {
+  arrowleft: () => answerNext("left"), arrowright: () => answerNext("right"), arrowdown: () => answerNext("tie"),
+  t: () => answerNext("tie"), s: skip, u: undo, backspace: undo, z: nextZoom,
+};
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || !find("#welcome").hidden) return;
-  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  const next = fieldsets.find((set) => !answers[set.dataset.question]);
-  if (KEYS[key]) choose(next && next.dataset.question, KEYS[key]);
-  else if (key === "s") skip();
-  else if (key === "u" || key === "Backspace") undo();
-  else if (key === "z") nextZoom();
-  else if (key === "Escape") closeZoom();
-  else return;
+  const action = KEYS[event.key.toLowerCase()];
+  if (!action || event.ctrlKey || event.metaKey || event.altKey || event.repeat || !find("#welcome").hidden) return;
+  action();
   event.preventDefault();
 });
-for (const set of fieldsets) {
-  for (const button of set.querySelectorAll("button")) {
-    button.addEventListener("click", () => choose(set.dataset.question, button.dataset.choice));
-  }
+for (const button of document.querySelectorAll("[data-choice]")) {
+  button.addEventListener("click", () => choose(button.closest("fieldset").dataset.question, button.dataset.choice));
 }
 for (const picture of document.querySelectorAll(".picture")) {
   picture.addEventListener("click", () => zoom(picture.dataset.zoom));
 }
 find("#join").addEventListener("submit", (event) => {
   event.preventDefault();
-  ask("join", { rater: find("#name").value.trim() });
+  ask({ rater: find("#name").value.trim() });
 });
 for (const [id, action] of Object.entries({
-  undo, skip, zoom: nextZoom, zoomed: closeZoom, "undo-last": undo, another, leave: another,
+  undo, skip, zoom: nextZoom, zoomed: () => zoomed.close(), "undo-last": undo, another, leave: another,
 })) find(`#${id}`).addEventListener("click", action);
 
 find("#questions").classList.toggle("several", fieldsets.length > 1);
 if (fieldsets.length > 1) document.documentElement.style.setProperty("--more", "6rem");
 const known = localStorage.getItem(NAME);
-if (known) ask("state", { rater: known });
-else {
-  show("welcome");
-  find("#name").focus();
-}
+if (known) ask({ rater: known });
+else show("welcome");
