@@ -1,10 +1,8 @@
 """Analysis of a study's votes: preference rates, biases, agreement, strengths of arms, metrics that agree with people.
 
-Votes on one prompt are not independent, whoever casts them: if guidance helps one prompt and not the next, five
-raters of twenty prompts say less than one rater of a hundred.  The main interval has prompts as clusters;
-``python -m eval.preference simulate studies=1000`` shows how often each one covers the true rate.
-
-The functions read a table of the answers to one question, see `answer_table`.
+Votes on one prompt are not independent, whoever casts them: if guidance helps one prompt and not the next, five raters
+of twenty prompts say less than one rater of a hundred.  The main interval has prompts as clusters; `simulate` counts
+how often it covers the true rate.  The functions read a table of answers to one question, see `answer_table`.
 """
 
 from __future__ import annotations
@@ -26,18 +24,13 @@ from scipy.stats import t as student
 
 from eval.preference.config import QUESTIONS, FolderConfig
 from eval.preference.study import Key, Study, load_study, queue
-from eval.preference.votes import Vote, check_votes, count_votes, current_votes, read_lines, write_lines
+from eval.preference.votes import Vote, count_votes, current_votes, read_lines, write_lines
 from eval.stats.paired import prompt_numbers, wilson
 from guidance.utils.io import atomic_path, read_json
 
 _NONE = (math.nan, math.nan)
-
 _MIN_CHECKS = 3  # before a rater can fail
-
 _MIN_PROMPTS = 8  # of a category that gets a row
-
-_PRIOR = 0.5  # tie votes added to each pair of arms that was asked
-
 _PAIR = ["first", "second", "prompt_id", "seed"]  # columns that identify a pair of images
 
 
@@ -63,9 +56,8 @@ def analyse(
         attention: Share of attention checks that a rater must pass to be counted, if there were three or more.
         files: Image -> file, to count the pairs whose images are gone.
     """
-    lines = read_lines(study.folder)
+    lines = read_lines(study.folder, study.id)
     cast = current_votes(lines)
-    check_votes(cast, study.id, study.folder)
     names = dict.fromkeys(vote.rater for vote in cast)
     raters = [_rater(study, name, [vote for vote in cast if vote.rater == name], attention) for name in names]
     failed = [rater["name"] for rater in raters if rater["left_out"]]
@@ -100,21 +92,16 @@ def analyse(
 def answer_table(votes: Iterable[Vote]) -> pd.DataFrame:
     """Tabulate votes, a row an answer: their fields, question, choice, and preferred (see `Vote.preferred`)."""
     columns = [*(field.name for field in dataclasses.fields(Vote)), "question", "choice", "preferred"]
-    rows = [
-        [*vote.__dict__.values(), question, choice, vote.preferred(question)]
-        for vote in votes
-        for question, choice in (vote.answers or {}).items()
-    ]
-    table = pd.DataFrame(rows, columns=columns).drop(columns="answers")
-    return table.astype({"preferred": float, "seconds": float})
+    answers = [(vote, *answer) for vote in votes for answer in (vote.answers or {}).items()]
+    rows = [[*vote.__dict__.values(), question, choice, vote.preferred(question)] for vote, question, choice in answers]
+    return pd.DataFrame(rows, columns=columns).drop(columns="answers").astype({"preferred": float, "seconds": float})
 
 
 def preference_rate(answers: pd.DataFrame, first: str, second: str) -> dict[str, Any]:
     """Estimate how often the second of two arms is preferred, from the answers on first showings of their pairs.
 
-    Ties are halves in the ``rate``.  Its 95% intervals have prompts as clusters (``interval``), votes as independent
-    (``vote_interval``, Wilson's), and raters as clusters, for the rate of other raters (``rater_interval``, None below
-    three).
+    Ties count half.  The 95% intervals have prompts as clusters, votes as independent (``vote_interval``), and raters
+    as clusters, for the rate of other raters (``rater_interval``, None below three).
     """
     shown = answers[(answers.kind == "pair") & (answers["first"] == first) & (answers.second == second)]
     counted = shown.dropna(subset="preferred")
@@ -123,6 +110,7 @@ def preference_rate(answers: pd.DataFrame, first: str, second: str) -> dict[str,
     return {
         "first": first,
         "second": second,
+        "votes": n,
         "wins": wins,
         "ties": ties,
         "losses": losses,
@@ -140,14 +128,12 @@ def preference_rate(answers: pd.DataFrame, first: str, second: str) -> dict[str,
 def clustered_interval(y: np.ndarray, clusters: Iterable[Hashable]) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share of votes (1, 0.5 or 0) at their effective number.
 
-    The variance of the mean is that of sums over clusters; the number of independent votes that would have the same
-    variance goes into Wilson's formula, with Student's quantile for the number of clusters.  Ties count half, and
-    reduce the variance accordingly.
+    The number of independent votes that would have the variance of sums over clusters goes into Wilson's formula, with
+    Student's quantile for the number of clusters.  Ties reduce the variance accordingly.
 
     Reference:
         Korn and Graubard 1998, Confidence intervals for proportions with small expected number of positive counts
-        estimated from survey data; Dean and Pagano 2015, Evaluating confidence interval methods for binomial
-        proportions in clustered surveys.
+        estimated from survey data; Dean and Pagano 2015, on intervals of proportions in clustered surveys.
     """
     p, groups = float(np.mean(y)), len({*clusters})
     if groups < 2:
@@ -171,10 +157,7 @@ def design_effect(y: np.ndarray, clusters: Iterable[Hashable]) -> float:
 
 
 def position_bias(answers: pd.DataFrame) -> dict[str, Any]:
-    """Count the answers for the left image and all decided ones, with the share's Wilson interval.
-
-    Sides are drawn at random, so that without a bias the share is a half whichever arm is better.
-    """
+    """Count the answers for the left image, which is either arm's at random, and all decided ones."""
     choices = list(answers.choice[answers.kind != "check"])
     left, n = choices.count("left"), choices.count("left") + choices.count("right")
     return {"left": left, "decided": n, "interval": wilson(left, n) if n else _NONE}
@@ -194,12 +177,7 @@ def agreement(answers: pd.DataFrame, *, within: bool = False) -> dict[str, Any]:
 
 
 def krippendorff_alpha(units: Sequence[Sequence[float]]) -> float:
-    """Measure agreement on an interval scale (0, 0.5 for a tie, 1), corrected for chance; NaN if all values are equal.
-
-    1: full agreement, 0: as if drawn at random.  Units with one value do not count.
-
-    Reference:
-        Krippendorff 2011, Computing Krippendorff's alpha-reliability.
+    """Measure agreement on an interval scale (0, 0.5 for a tie, 1): 1 is full, 0 that of chance (Krippendorff 2011).
 
     >>> krippendorff_alpha([[0, 0], [1, 1], [1, 1]]), krippendorff_alpha([[0, 1], [1, 0]])
     (1.0, -0.5)
@@ -214,13 +192,10 @@ def krippendorff_alpha(units: Sequence[Sequence[float]]) -> float:
 
 
 def bradley_terry(answers: pd.DataFrame, arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Fit strengths to the answers on all pairs of arms that these connect with the first arm, the reference.
+    """Fit strengths (Bradley and Terry 1952) of all arms that answers connect with the first one, the reference.
 
     Ties count half; half a tie is added to each pair of arms that was asked, so that the strength of an arm that always
     won is finite.  Intervals (95%) are by the sandwich formula with prompts as clusters.
-
-    Reference:
-        Bradley and Terry 1952, Rank analysis of incomplete block designs.
     """
     counted = answers[answers.kind == "pair"].dropna(subset="preferred")
     edges = [[arms.index(arm) for arm in counted[side]] for side in ("first", "second")]
@@ -233,7 +208,7 @@ def bradley_terry(answers: pd.DataFrame, arms: Sequence[str]) -> list[dict[str, 
     asked = counted.drop_duplicates(["first", "second"]).assign(preferred=0.5)
     pairs, n = pd.concat([counted, asked]), len(counted)
     x = np.stack([(pairs.second == arm) * 1.0 - (pairs["first"] == arm) for arm in names], axis=1)[:, 1:]
-    y, weight = pairs.preferred.to_numpy(), np.repeat([1.0, _PRIOR], [n, len(asked)])[:, None]
+    y, weight = pairs.preferred.to_numpy(), np.repeat([1.0, 0.5], [n, len(asked)])[:, None]
     beta = np.zeros(len(names) - 1)
     for _ in range(50):  # Newton's method on a concave likelihood, with steps of at most 2
         p = expit(x @ beta)
@@ -255,20 +230,19 @@ def metric_agreement(
 ) -> list[dict[str, Any]]:
     """Compare the majority's choice on each pair with metrics, where both have one; see `read_evaluation`."""
     counted = answers[answers.kind == "pair"].dropna(subset="preferred")
-    leaning = counted.assign(lean=counted.preferred - 0.5).groupby(_PAIR, sort=False).lean.sum().reset_index()
+    lean = counted.assign(lean=counted.preferred - 0.5).groupby(_PAIR, sort=False).lean.sum().reset_index()
     found = []
-    for (first, second), pairs in leaning.groupby(["first", "second"], sort=False):
-        for metric, (title, better) in metrics.items():
-            values = rows.set_index(["arm", "prompt_id", "seed"])[metric]
-            low, high = (
-                values.reindex(pd.MultiIndex.from_frame(pairs[[side, "prompt_id", "seed"]])).to_numpy(float)
-                for side in ("first", "second")
-            )
-            both = (high - low) * (-1 if better == "lower" else 1) * pairs.lean.to_numpy()
-            k, n = int((both > 0).sum()), int((both > 0).sum() + (both < 0).sum())
-            share, ends = (k / n, wilson(k, n)) if n else (math.nan, _NONE)
-            about = {"metric": metric, "title": title, "first": first, "second": second}
-            found.append(about | {"pairs": n, "agree": k, "share": share, "interval": ends})
+    for metric, (title, better) in metrics.items():
+        values = rows.set_index(["arm", "prompt_id", "seed"])[metric]
+        low, high = (
+            values.reindex(pd.MultiIndex.from_frame(lean[[side, "prompt_id", "seed"]])).to_numpy(float)
+            for side in ("first", "second")
+        )
+        lean["same"] = (high - low) * (-1 if better == "lower" else 1) * lean.lean
+        for (first, second), same in lean.groupby(["first", "second"], sort=False).same:
+            k, n = int((same > 0).sum()), int((same > 0).sum() + (same < 0).sum())
+            row = {"metric": metric, "title": title, "first": first, "second": second, "pairs": n, "agree": k}
+            found.append(row | {"share": k / n if n else math.nan, "interval": wilson(k, n) if n else _NONE})
     return found
 
 

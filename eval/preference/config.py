@@ -24,22 +24,17 @@ class Plan:
     shared: float = option(0.2, "share of them that every rater is asked, so that raters can be compared")
     repeats: float = option(0.05, "pairs asked twice, per pair; they measure a rater's consistency")
     checks: float = option(0.05, "attention checks, per pair: an image beside a damaged copy of it")
+    target: int = option(0, "votes to collect for each pair of arms; 0: as many as detect= and power= need")
 
     def __post_init__(self) -> None:
         shares = {name: getattr(self, name) for name in ("shared", "repeats", "checks")}
         if not all(0 <= share <= 1 for share in shares.values()):
             raise UserError(f"Expected shares in 0..1, got {shares}.")
-        if self.per_rater is not None and self.per_rater < 1:
-            raise UserError(f"Expected per_rater of at least 1, got {self.per_rater}; null asks every pair.")
+        if self.target < 0 or (self.per_rater is not None and self.per_rater < 1):
+            got = f"{self.per_rater} and {self.target}"
+            raise UserError(f"Expected per_rater from 1 (null asks every pair) and target from 0, got {got}.")
         if sorted(self.questions) not in (["looks"], ["fits"], ["fits", "looks"]):
             raise UserError(f"Expected one or both of {', '.join(QUESTIONS)} as questions, got {self.questions}.")
-
-
-@dataclasses.dataclass
-class StudyOptions(Plan):
-    """Options that identify a study, the same for all its servers and machines."""
-
-    target: int = 0  # votes to collect for each pair of arms
 
 
 @dataclasses.dataclass

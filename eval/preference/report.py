@@ -17,7 +17,6 @@ from guidance.utils.errors import UserError
 from guidance.utils.io import atomic_path, write_json
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
 _SECTION = re.compile(r'<section id="preference">.*?</section>\n*', re.S)
 
 
@@ -33,26 +32,21 @@ def report(config: ReportConfig) -> None:
     _write(study.folder / "preference.html", _render("preference_report.html.j2", results))
     page = evaluation / "report.html"
     if config.join and page.is_file():
-        _write(page, join_report(page.read_text(encoding="utf-8"), results))
+        text = _SECTION.sub("", page.read_text(encoding="utf-8"))
+        mark = next((mark for mark in ('<section id="cost">', "</main>") if mark in text), "")
+        section = _render("preference_section.html.j2", results) + "\n\n"
+        _write(page, text.replace(mark, section + mark, 1) if mark else text)
     print(f"{results['votes_cast']} votes by {len(results['raters'])} raters, {results['votes_counted']} counted.")
     for question in results["questions"].values():
         print(f"\n{question['text']}", *map(headline, question["rates"]), sep="\n")
     print(f"\nreport: {study.folder / 'preference.html'}")
 
 
-def join_report(page: str, results: Mapping[str, Any]) -> str:
-    """Insert the section of this study into a report's HTML before its costs, replacing an earlier one."""
-    text = _SECTION.sub("", page)
-    mark = next((mark for mark in ('<section id="cost">', "</main>") if mark in text), None)
-    return text.replace(mark, f"{_render('preference_section.html.j2', results)}\n\n{mark}", 1) if mark else page
-
-
 def headline(rate: Mapping[str, Any]) -> str:
     """Summarise the votes on two arms in a sentence."""
     first, second, (low, high) = rate["first"], rate["second"], rate["interval"]
-    n = rate["wins"] + rate["ties"] + rate["losses"]
-    share = f"{percent(rate['rate'], rate['interval'])} of {n} votes, ties counted half"
-    if n == 0:
+    share = f"{percent(rate['rate'], rate['interval'])} of {rate['votes']} votes, ties counted half"
+    if rate["votes"] == 0:
         return f"No votes on “{second}” against “{first}”."
     if low > 0.5:
         return f"“{second}” is preferred to “{first}”: {share}."
@@ -61,38 +55,9 @@ def headline(rate: Mapping[str, Any]) -> str:
     return f"Neither “{second}” nor “{first}” is shown to be preferred: {share} for the former."
 
 
-def caveats(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List what a reader must know before believing the numbers, as (kind, sentence)."""
-    listed = [("pairing", note) for note in results["notes"]]
-    if results["pairs_lost"]:
-        lost = f"{results['pairs_lost']} of {results['pairs']}"
-        listed.append(("images gone", f"Of {lost} pairs an image is gone by now; they are no longer asked."))
-    if results["simulated"]:
-        answers = f"{results['simulated']} of {results['answers_cast']} answers"
-        listed.append(("simulated", f"{answers} are a program's, not people's."))
-    if results["raters_left_out"]:
-        names = ", ".join(results["raters_left_out"])
-        listed.append(("left out", f"Raters who failed attention checks are not counted: {names}."))
-    for i, question in enumerate(results["questions"].values()):
-        rates = question["rates"]
-        low, high = question["position"]["interval"]
-        if low > 0.5 or high < 0.5:
-            lean = f"“{question['text']}”: raters lean to the {'left' if low > 0.5 else 'right'} image"
-            listed.append(("position", f"{lean}, whatever it is; random sides make it noise."))
-        short = sum(r["wins"] + r["ties"] + r["losses"] < results["target"] for r in rates)
-        if short and i == 0:
-            text = f"{short} of {len(rates)} pairs of arms have fewer votes than {results['target']}."
-            warning = "Stopping as soon as a result looks clear makes false ones more frequent."
-            listed.append(("few votes", f"{text} {warning}"))
-        if narrow := [r["second"] for r in rates if 0 < r["prompts"] < 20]:
-            listed.append(("prompts", f"Votes on fewer than 20 prompts (“{narrow[0]}”) say little about others."))
-    return listed
-
-
 def _render(template: str, results: Mapping[str, Any]) -> str:
-    formats = {"number": number, "percent": percent, "interval": interval, "missing": MISSING}
-    plots = {"headline": headline, "forest": _forest, "caveats": caveats(results)}
-    return open_template(template, _TEMPLATES).render(**results, **plots, **formats)
+    helpers = {"headline": headline, "forest": _forest, "percent": percent, "interval": interval, "missing": MISSING}
+    return open_template(template, _TEMPLATES).render(**results, **helpers, number=number)
 
 
 def _forest(rates: Sequence[Mapping[str, Any]], salt: str) -> str:

@@ -46,11 +46,7 @@ from guidance.utils.images import to_rgb
 from guidance.utils.io import atomic_path
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
 _MAX_NAME, _MAX_BODY = 60, 4096
-
-_BLOCKS = 12  # blocks per side of a damaged copy
-
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -80,7 +76,15 @@ def serve(config: ServeConfig) -> None:
         token = desk.keyed("token") if config.token or not local else None  # the same after a restart
         name = platform.node() if address in ("0.0.0.0", "::") else config.host
         query = f"?token={token}" if token else ""
-        print(_describe(study))
+        target, pairs, compared = study.options.target, len(study.items), study.comparisons
+        total, each = target * len(compared), min(study.options.per_rater or pairs, pairs)
+        print(
+            f"{pairs} pairs of images, {len(compared)} pairs of arms: "
+            f"{'; '.join(f'{second} against {first}' for first, second in compared)}\n"
+            f"{target} independent votes per pair of arms show the preference rate of interest (detect=, power=), "
+            f"{total} in all: {-(-total // each)} raters of {each} pairs. Ties, and several votes per prompt, raise "
+            f"it.\n{count_votes(current_votes(read_lines(study.folder)))} votes so far, in {study.folder}"
+        )
         print(f"Open http://{f'[{name}]' if ':' in name else name}:{port}/{query}   (Ctrl-C stops)", flush=True)
         # on loopback this keeps other pages of the browser out
         hosts = ["localhost", "127.0.0.1", "::1", "[::1]", config.host] if local else ["*"]
@@ -100,7 +104,12 @@ class Desk:
 
     def __init__(self, study: Study, files: Mapping[Key, Path]) -> None:
         self.study, self.files, self.store = study, files, VoteStore(study.folder)
-        self._secret = _read_secret(study.folder / "secret")
+        secret = study.folder / "secret"  # key of the ids and the token
+        if not secret.exists():
+            with atomic_path(secret) as temporary:
+                temporary.touch(0o600)
+                temporary.write_bytes(secrets.token_bytes(32))
+        self._secret = secret.read_bytes()
         self._served: dict[str, tuple[Key, bool]] = {}  # id of an image that was given out -> image, damaged or not
         self._broken: set[Key] = set()  # files that exist, but have changed
         self._queue = functools.lru_cache(256)(functools.partial(queue, len(study.items), study.options))
@@ -244,28 +253,6 @@ def build_app(desk: Desk, token: str | None = None, hosts: Sequence[str] = ("*",
     return Starlette(routes=routes, middleware=middleware)
 
 
-def _describe(study: Study) -> str:
-    """Describe in a few lines what is asked and how many votes it takes."""
-    target, pairs = study.options.target, len(study.items)
-    compared = [f"{second} against {first}" for first, second in study.comparisons]
-    total, each = target * len(compared), min(study.options.per_rater or pairs, pairs)
-    return (
-        f"{pairs} pairs of images, {len(compared)} pairs of arms: {'; '.join(compared)}\n"
-        f"{target} independent votes per pair of arms show the preference rate of interest (detect=, power=), "
-        f"{total} in all: {-(-total // each)} raters of {each} pairs. Ties, and several votes per prompt, raise it.\n"
-        f"{count_votes(current_votes(read_lines(study.folder)))} votes so far, in {study.folder}"
-    )
-
-
-def _read_secret(file: Path) -> bytes:
-    """Return the key of the ids and the token; it is made at the first call."""
-    if not file.exists():
-        with atomic_path(file) as temporary:
-            temporary.touch(0o600)
-            temporary.write_bytes(secrets.token_bytes(32))
-    return file.read_bytes()
-
-
 def _check_name(name: object) -> str:
     text = " ".join(unicodedata.normalize("NFC", name).split()) if isinstance(name, str) else ""
     if not text or len(text) > _MAX_NAME or not text.isprintable():
@@ -276,7 +263,7 @@ def _check_name(name: object) -> str:
 def _damage(pixels: np.ndarray) -> np.ndarray:
     """Reduce an image to coarse blocks with noise, which no attentive rater prefers."""
     h, w = pixels.shape[:2]
-    small = Image.fromarray(pixels).resize((_BLOCKS, _BLOCKS), Image.Resampling.BOX)
+    small = Image.fromarray(pixels).resize((12, 12), Image.Resampling.BOX)
     coarse = np.asarray(small.resize((w, h), Image.Resampling.NEAREST), np.int16)
     noise = np.random.default_rng(0).integers(-90, 91, (h, w, 1), dtype=np.int16)
     return (coarse + noise).clip(0, 255).astype(np.uint8)

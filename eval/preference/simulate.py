@@ -16,7 +16,7 @@ from scipy.special import expit
 
 from eval.preference.analysis import clustered_interval, read_evaluation
 from eval.preference.config import SimulateConfig
-from eval.preference.study import Key, Study, Trial, open_study, queue
+from eval.preference.study import Key, Study, open_study, queue
 from eval.preference.votes import VoteStore, current_votes, read_lines
 from eval.stats.paired import wilson
 from eval.stats.tables import markdown
@@ -61,10 +61,7 @@ def true_rate(gains: ArrayLike, crowd: SimulateConfig) -> float:
 
 
 def image_qualities(study: Study, rows: pd.DataFrame, seed: int) -> tuple[str, dict[Key, float]]:
-    """Return the name and the values of the quality that simulated raters follow.
-
-    It is the truth score of evaluated rows, or else random, rising by half a standard deviation from arm to arm.
-    """
+    """Return the quality that simulated raters follow: the truth score of evaluated rows, or else a random one."""
     if "truth" in rows:
         truth = rows.set_index(["arm", "prompt_id", "seed"]).truth.dropna().to_dict()
         if truth.keys() >= study.images.keys():
@@ -76,35 +73,35 @@ def image_qualities(study: Study, rows: pd.DataFrame, seed: int) -> tuple[str, d
 def simulate_votes(study: Study, gains: Sequence[float], crowd: SimulateConfig) -> int:
     """Let a crowd answer its queues through the store that the page uses; return the number of new answers.
 
-    Args:
-        study: The study.
-        gains: Quality of the second image less that of the first, of each pair of the study.
-        crowd: Model of the raters.
+    `gains` are the qualities of the second images less those of the first, pair by pair.
     """
     store, stored = VoteStore(study.folder), 0
     for number in range(crowd.raters):
         rater, careless = f"simulated-{number:03d}", number < crowd.careless
         for trial in queue(len(study.items), study.options, rater):
-            rng = np.random.default_rng([crowd.seed, number, trial.index])
-            chosen = {q: _answer(trial, gains[trial.item], crowd, rng, careless) for q in study.options.questions}
-            stored += store.append(study.vote(rater, trial, chosen, simulated=True))
+            rng, answers = np.random.default_rng([crowd.seed, number, trial.index]), {}
+            for question in study.options.questions:
+                if rng.random() < crowd.skip and trial.kind != "check":
+                    answers[question] = "skip"
+                    continue
+                if trial.kind == "check":
+                    value = float(rng.random() > (0.5 if careless else _ATTENTIVE))
+                else:
+                    value = float(prefer(gains[trial.item], trial.swapped, crowd, rng, careless))
+                decided = "left" if (value == 1) == trial.swapped else "right"
+                answers[question] = "tie" if value == 0.5 else decided
+            stored += store.append(study.vote(rater, trial, answers, simulated=True))
     return stored
 
 
 def check_coverage(
     gains: ArrayLike, crowd: SimulateConfig, *, prompts: int, per_prompt: int, studies: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """Simulate studies, and count how often each interval holds the true rate.
-
-    Args:
-        gains: Differences of quality of pairs, the population that prompts are drawn from.
-        crowd: Model of the raters.
-        prompts, per_prompt: Prompts of a study, and raters of each.
-        studies: Number of studies.
+    """Simulate studies of prompts drawn from a population of `gains`, each with so many raters per prompt.
 
     Returns:
         By interval, "votes" (Wilson's, votes as independent) and "prompts" (clusters): the share of studies in which it
-        holds the rate, and its mean width.
+        holds the true rate, and its mean width.
     """
     rng, truth = np.random.default_rng(crowd.seed), true_rate(gains, crowd)
     clusters, results = np.repeat(np.arange(prompts), per_prompt), []
@@ -130,13 +127,3 @@ def coverage_table(gains: ArrayLike, crowd: SimulateConfig) -> str:
             cells = (str(prompts), str(per_prompt), truth, name, held, f"{100 * width:.1f} points")
             rows.append(dict(zip(columns, cells, strict=True)))
     return markdown(rows)
-
-
-def _answer(trial: Trial, difference: float, crowd: SimulateConfig, rng: np.random.Generator, careless: bool) -> str:
-    if rng.random() < crowd.skip and trial.kind != "check":
-        return "skip"
-    if trial.kind == "check":
-        value = float(rng.random() > (0.5 if careless else _ATTENTIVE))
-    else:
-        value = float(prefer(difference, trial.swapped, crowd, rng, careless))
-    return "tie" if value == 0.5 else "left" if (value == 1) == trial.swapped else "right"

@@ -22,14 +22,13 @@ from typing import Any
 import numpy as np
 
 from eval.comparison.arms import load_arms
-from eval.preference.config import FolderConfig, MergeConfig, Plan, StudyConfig, StudyOptions
-from eval.preference.votes import Vote, check_votes, read_file, read_lines, write_lines
+from eval.preference.config import FolderConfig, MergeConfig, Plan, StudyConfig
+from eval.preference.votes import Vote, read_lines, write_lines
 from guidance.utils.config import list_differences
 from guidance.utils.errors import UserError, nearest
 from guidance.utils.io import read_json, write_json
 
 Key = tuple[str, str, int]  # arm, prompt id, seed of an image
-
 _GAP = 5  # trials between a pair and its repeat, at least
 
 
@@ -65,7 +64,7 @@ class Study:
     """Description of a study; the baseline is the first arm."""
 
     folder: Path
-    options: StudyOptions
+    options: Plan
     arms: dict[str, float | None]  # guidance scales, where they are recorded
     items: list[Item]
     images: dict[Key, tuple[str, int, str]]  # first digits of the file's SHA-256, number of its folder, path in that
@@ -130,12 +129,19 @@ def votes_needed(rate: float, power: float = 0.8) -> int:
 
 def open_study(config: StudyConfig) -> Study:
     """Make the study of the options, or continue it; refuse other options or arms than it was made with."""
-    plan = {field.name: getattr(config, field.name) for field in dataclasses.fields(Plan)}
-    options = StudyOptions(**plan, target=votes_needed(config.detect, config.power))
+    options = Plan(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Plan)})
+    options.target = options.target or votes_needed(config.detect, config.power)
     file = _study_file(config)
     if file.exists():
         study = load_study(config)
-        _check_same(study, options, config)
+        baseline, *others = study.arms
+        arms = [arm for arm in others if not config.arms or arm in config.arms]
+        arms += [arm for arm in config.arms if arm not in study.arms]
+        there = study.options.__dict__ | {"baseline": baseline, "arms": others}
+        here = options.__dict__ | {"baseline": config.baseline or baseline, "arms": arms}
+        if different := "; ".join(list_differences(there, here)):
+            made = f"Expected the options that the study in '{study.folder}' was made with, got others: {different}"
+            raise UserError(f"{made}; leave them as they were, or start another study: study=NAME.")
         return study
     study = _new_study(file.parent, options, config)
     find_images(config.folders, study)
@@ -153,7 +159,7 @@ def load_study(config: FolderConfig) -> Study:
         raise UserError(f"Expected a study of preferences in '{file.parent}', found none.{hint}")
     values = read_json(file)
     try:
-        options, items = StudyOptions(**values["options"]), [Item(**item) for item in values["items"]]
+        options, items = Plan(**values["options"]), [Item(**item) for item in values["items"]]
         images = {(arm, prompt_id, seed): tuple(image) for arm, prompt_id, seed, *image in values["images"]}
         return Study(file.parent, options, values["arms"], items, images, values["notes"])
     except (KeyError, TypeError, ValueError) as error:
@@ -180,9 +186,7 @@ def merge(config: MergeConfig) -> None:
         raise UserError("Expected files of votes to merge, got none; name them after the run.")
     existing, new = {vote.id for vote in read_lines(study.folder)}, dict[str, Vote]()
     for file in files:
-        lines = read_lines(file) if file.is_dir() else read_file(file)
-        check_votes(lines, study.id, file)
-        new |= {vote.id: vote for vote in lines if vote.id not in existing}
+        new |= {vote.id: vote for vote in read_lines(file, study.id) if vote.id not in existing}
     if new:
         digest = hashlib.sha256("".join(new).encode()).hexdigest()[:12]
         write_lines(study.folder / f"votes-merged-{digest}.jsonl", new.values())
@@ -197,7 +201,7 @@ def _study_file(config: FolderConfig) -> Path:
     return Path(config.folders[0], "preference", config.study, "study.json")
 
 
-def _new_study(folder: Path, options: StudyOptions, config: StudyConfig) -> Study:
+def _new_study(folder: Path, options: Plan, config: StudyConfig) -> Study:
     loading = {name: getattr(config, name) for name in ("baseline", "vary", "prompts", "exclude")}
     arms = load_arms(config.folders, only=config.arms, **loading)
     records = {name: images[0].record for name, images in arms.images.items()}
@@ -226,17 +230,3 @@ def _new_study(folder: Path, options: StudyOptions, config: StudyConfig) -> Stud
     if not arms.audited:
         notes.append("Images are paired by name only: nothing is recorded of noise, model, scheduler and steps.")
     return Study(folder, options, scales, items, images, notes)
-
-
-def _check_same(study: Study, options: StudyOptions, config: StudyConfig) -> None:
-    different = list_differences(study.options.__dict__, options.__dict__)
-    baseline, *others = study.arms
-    if config.arms and {*config.arms} - {baseline} != {*others}:
-        different.append(f"arms: {', '.join(study.arms)} there, {', '.join(config.arms)} here")
-    if config.baseline not in (None, "", baseline):
-        different.append(f"baseline: {baseline} there, {config.baseline} here")
-    if different:
-        raise UserError(
-            f"Expected the options that the study in '{study.folder}' was made with, got others: "
-            f"{'; '.join(different)}; leave them as they were, or start another study: study=NAME."
-        )

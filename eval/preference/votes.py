@@ -14,7 +14,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from guidance.utils.errors import UserError
@@ -91,28 +91,30 @@ class VoteStore:
             votes[vote.trial] = vote
 
 
-def read_lines(folder: Path) -> list[Vote]:
-    """Read the distinct lines of all files of votes in a folder, in the order of time."""
-    found = {vote.id: vote for file in sorted(folder.glob("votes-*.jsonl")) for vote in read_file(file)}
+def read_lines(path: Path, study: str | None = None) -> list[Vote]:
+    """Read the lines of a file, or the distinct ones of a folder's `votes-*.jsonl`, in the order of time.
+
+    A torn last line is left out.  With the id of a study, no votes, and those of another study, are refused.
+    """
+    if not path.exists():
+        raise UserError(f"Expected a file of votes at '{path}', found none; check the path.")
+    found: dict[str, Vote] = {}
+    for file in path.glob("votes-*.jsonl") if path.is_dir() else [path]:
+        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                vote = Vote(**json.loads(line))
+                valid = vote.answers is None or {*vote.answers.values()} <= {*CHOICES}
+            except (ValueError, TypeError, AttributeError):
+                valid = False
+            if not valid:
+                among = ", ".join(CHOICES)
+                raise UserError(f"Expected a vote with answers among {among} in line {number} of '{file}'; remove it.")
+            found[vote.id] = vote
+    others = ", ".join(sorted({vote.study for vote in found.values()} - {study}))
+    if study and (others or not found):
+        fix = "let raters vote, or name another path; studies differ in images or options"
+        raise UserError(f"Expected votes of the study {study} in '{path}', found {others or 'none'}; {fix}.")
     return sorted(found.values(), key=lambda vote: (vote.time, vote.id))
-
-
-def read_file(file: Path) -> list[Vote]:
-    """Read the lines of a file but a torn last one."""
-    if not file.is_file():
-        raise UserError(f"Expected a file of votes at '{file}', found none; check the path.")
-    votes = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            vote = Vote(**json.loads(line))
-            valid = vote.answers is None or {*vote.answers.values()} <= {*CHOICES}
-        except (ValueError, TypeError, AttributeError):
-            valid = False
-        if not valid:
-            among = ", ".join(CHOICES)
-            raise UserError(f"Expected a vote with answers among {among} in line {number} of '{file}'; remove it.")
-        votes.append(vote)
-    return votes
 
 
 def write_lines(path: Path, votes: Iterable[Vote]) -> None:
@@ -130,14 +132,6 @@ def current_votes(lines: Iterable[Vote]) -> list[Vote]:
 def count_votes(votes: Iterable[Vote]) -> int:
     """Count the votes on pairs, without repeats, checks and pairs skipped in every question."""
     return sum(v.kind == "pair" and bool({*(v.answers or {}).values()} - {"skip"}) for v in votes)
-
-
-def check_votes(votes: Collection[Vote], study: str, path: Path) -> None:
-    """Refuse no votes, and those of another study."""
-    if {vote.study for vote in votes} != {study}:
-        found = f"some of {', '.join(sorted({vote.study for vote in votes} - {study}))}" if votes else "none"
-        fix = "let raters vote, or name another path; studies differ in images or options"
-        raise UserError(f"Expected votes of the study {study} in '{path}', found {found}; {fix}.")
 
 
 def _line(vote: Vote) -> bytes:
