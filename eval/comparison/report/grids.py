@@ -3,72 +3,38 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from eval.comparison.report.text import metric_decimals, number
 from eval.comparison.results import ArmSummary, Comparison, ImageMetric
 
-_BUDGET = 3_000_000  # characters for all images of a report, which must stay below 5 MB
+BUDGET = 3_000_000  # characters for all images of a report, which must stay below 5 MB
 
 _SMALL = 96  # pixels: images up to this side are embedded losslessly and shown enlarged
 
 _STEPS = ((192, 82), (192, 65), (160, 55), (128, 45), (96, 35), (64, 25))  # side and quality, tried in turn
 
-_SHOWN_METRICS = 4
-
-Key = tuple[Any, Any]  # prompt id and seed
+Rows = Mapping[str, Mapping[str, Any]]  # arm -> row of the comparison
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image of a grid, or a placeholder.
-
-    Attributes:
-        arm: Its arm.
-        uri: Data URI; "" if the file cannot be read.
-        file: Name of the file, for the placeholder.
-        pixelated: Enlarge it without smoothing.
-        values: Lines such as "CLIP score 24.3 (+0.2)".
-    """
-
-    arm: str
-    uri: str
-    file: str
-    pixelated: bool
-    values: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class GridRow:
-    """One prompt and seed: a picture for each arm."""
-
-    prompt: str
-    seed: str
-    change: str
-    pictures: list[Picture]
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """Rows chosen by one rule, and a sentence that states it."""
+class Grid(NamedTuple):
+    """Pairs of one prompt and seed chosen by one rule, a sentence that states it, and the change of each."""
 
     title: str
     chosen: str
-    rows: list[GridRow]
+    pairs: list[tuple[Rows, float | None]]
 
 
 def image_grids(
     comparison: Comparison, metric: ImageMetric | None, arm: ArmSummary | None, *, rows: int = 6, seed: int = 0
 ) -> list[Grid]:
-    """Choose the best, the worst and random pairs, and read their images.
+    """Choose the best, the worst and random pairs; none is among both the best and the worst.
 
     Args:
         comparison: The comparison.
@@ -77,110 +43,35 @@ def image_grids(
         rows: Maximum of each grid.
         seed: Of the random pairs.
     """
-    images = {(row.get("arm"), row.get("prompt_id"), row.get("seed")): row for row in comparison.rows}
-    keys: list[Key] = list(dict.fromkeys((row.get("prompt_id"), row.get("seed")) for row in comparison.rows))
-    changes = _changes(images, keys, comparison.baseline, metric, arm)
-    choices = _choose(keys, changes, metric, arm, rows, seed)
-    shown = sum(len(chosen) for _, _, chosen in choices) * len(comparison.arms)
-    return [
-        Grid(title, text, [_row(comparison, images, key, metric, changes.get(key), shown) for key in chosen])
-        for title, text, chosen in choices
-    ]
-
-
-def _changes(
-    images: Mapping[Any, Mapping[str, Any]],
-    keys: Sequence[Key],
-    baseline: str,
-    metric: ImageMetric | None,
-    arm: ArmSummary | None,
-) -> dict[Key, float]:
-    """Return the change of the metric for each pair with a value on both sides."""
-    if metric is None or arm is None:
-        return {}
-    found = {}
-    for key in keys:
-        before = finite(images.get((baseline, *key), {}).get(metric.key))
-        after = finite(images.get((arm.name, *key), {}).get(metric.key))
-        if before is not None and after is not None:
-            found[key] = after - before
-    return found
-
-
-def _choose(
-    keys: Sequence[Key],
-    changes: Mapping[Key, float],
-    metric: ImageMetric | None,
-    arm: ArmSummary | None,
-    rows: int,
-    seed: int,
-) -> list[tuple[str, str, list[Key]]]:
-    """Return title, sentence and pairs of each grid; no pair is among both the best and the worst."""
-    choices: list[tuple[str, str, list[Key]]] = []
-    if metric is not None and arm is not None and len(changes) > 1:
+    found: dict[Any, dict[str, Mapping[str, Any]]] = {}
+    for row in comparison.rows:
+        found.setdefault((row.get("prompt_id"), row.get("seed")), {})[str(row.get("arm"))] = row
+    pairs: list[Rows] = list(found.values())
+    changes = [_change(pair, comparison.baseline, metric, arm) for pair in pairs]
+    known = [(i, change) for i, change in enumerate(changes) if change is not None]
+    choices: list[tuple[str, str, list[int]]] = []
+    if metric is not None and arm is not None and len(known) > 1:
         sign = -1 if metric.better == "lower" else 1
-        order = sorted(changes, key=lambda key: -sign * changes[key])  # stable: equal changes keep their order
+        order = [i for i, change in sorted(known, key=lambda pair: -sign * pair[1])]  # stable
         n = min(rows, len(order) // 2)
         by = f"by the change of {metric.title} from the baseline to “{arm.name}”"
+        text = f"{n} of {len(order)} pairs, chosen {by}: extremes, not typical pairs."
         first, last = ("Best", "Worst") if metric.better else ("Largest increase", "Largest decrease")
-        for title, chosen in ((first, order[:n]), (last, order[: -n - 1 : -1])):
-            text = f"{n} of {len(changes)} pairs, chosen {by}: extremes, not typical pairs."
-            choices.append((title, text, chosen))
-    if keys:
-        n = min(rows, len(keys))
-        drawn = sorted(np.random.default_rng(seed).choice(len(keys), n, replace=False).tolist())
-        text = f"{n} of {len(keys)} pairs, drawn at random (seed {seed}) without a look at any value."
-        choices.append(("Random", text, [keys[i] for i in drawn]))
-    return choices
+        choices += [(first, text, order[:n]), (last, text, order[: -n - 1 : -1])]
+    if pairs:
+        n = min(rows, len(pairs))
+        drawn = sorted(np.random.default_rng(seed).choice(len(pairs), n, replace=False).tolist())
+        text = f"{n} of {len(pairs)} pairs, drawn at random (seed {seed}) without a look at any value."
+        choices.append(("Random", text, drawn))
+    return [Grid(title, text, [(pairs[i], changes[i]) for i in chosen]) for title, text, chosen in choices]
 
 
-def _row(
-    comparison: Comparison,
-    images: Mapping[Any, Mapping[str, Any]],
-    key: Key,
-    metric: ImageMetric | None,
-    change: float | None,
-    shown: int,
-) -> GridRow:
-    base = images.get((comparison.baseline, *key), {})
-    pictures = []
-    for arm in comparison.arms:
-        row = images.get((arm.name, *key), {})
-        path = row.get("image")
-        uri, small = thumbnail(path, _BUDGET // max(shown, 1)) if path else ("", False)
-        file = Path(path).name if path else "no image"
-        values = _values(comparison, metric, row, None if arm.name == comparison.baseline else base)
-        pictures.append(Picture(arm.name, uri, file, small, values))
-    text = ""
-    if metric is not None and change is not None:
-        text = f"{_short(metric)} {number(change, _image_decimals(comparison, metric), signed=True)}"
-    prompt = next((row["prompt"] for a in comparison.arms if (row := images.get((a.name, *key), {})).get("prompt")), "")
-    return GridRow(str(prompt), str(key[1]), text, pictures)
-
-
-def _values(
-    comparison: Comparison, first: ImageMetric | None, row: Mapping[str, Any], base: Mapping[str, Any] | None
-) -> list[str]:
-    """Return a line for each metric of an image, with its change unless it is the baseline's."""
-    metrics = sorted(comparison.image_metrics, key=lambda m: m != first)
-    lines = []
-    for metric in [m for m in metrics if m.key in row][:_SHOWN_METRICS]:
-        digits = _image_decimals(comparison, metric)
-        value, before = finite(row[metric.key]), finite(base.get(metric.key)) if base else None
-        lines.append(f"{_short(metric)} {number(value, digits)}")
-        if value is not None and before is not None:
-            lines[-1] += f" ({number(value - before, digits, signed=True)})"
-    return lines
-
-
-def _image_decimals(comparison: Comparison, metric: ImageMetric) -> int:
-    """Choose one decimal less than for means: single images spread more widely."""
-    digits = metric_decimals(comparison, metric.key)
-    return max(digits - 1, min(digits, 1))
-
-
-def _short(metric: ImageMetric) -> str:
-    return metric.title.split(" (")[0]
+def _change(pair: Rows, baseline: str, metric: ImageMetric | None, arm: ArmSummary | None) -> float | None:
+    """Return the change of the metric from the baseline to the arm; None without a value on both sides."""
+    if metric is None or arm is None:
+        return None
+    before, after = (finite(pair.get(name, {}).get(metric.key)) for name in (baseline, arm.name))
+    return None if before is None or after is None else after - before
 
 
 def finite(value: Any) -> float | None:
@@ -188,7 +79,7 @@ def finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def thumbnail(path: str | Path, limit: int) -> tuple[str, bool]:
+def thumbnail(path: str | Path | None, limit: int) -> tuple[str, bool]:
     """Read an image as a data URI of at most 192 pixels a side.
 
     Args:
@@ -199,7 +90,7 @@ def thumbnail(path: str | Path, limit: int) -> tuple[str, bool]:
         The URI, "" if the file is missing, truncated or no image; and whether it is small, to be shown enlarged.
     """
     try:
-        if not Path(path).is_file():
+        if not path or not Path(path).is_file():
             return "", False
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -207,10 +98,8 @@ def thumbnail(path: str | Path, limit: int) -> tuple[str, bool]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return "", False
     small = max(image.size) <= _SMALL
-    if small:
-        uri = _encode(image, lossless=True)
-        if len(uri) <= limit:
-            return uri, True
+    if small and len(uri := _encode(image, lossless=True)) <= limit:
+        return uri, True
     for side, quality in _STEPS:
         reduced = image.copy()
         reduced.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -6,18 +6,17 @@ and a content security policy forbids whatever would still try to load or run.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from eval.comparison.report import text
-from eval.comparison.report.grids import image_grids
+from eval.comparison.report import grids, text
 from eval.comparison.report.plots import breakdown_forests, forests, legend, tradeoffs
-from eval.comparison.results import ArmSummary, Comparison
+from eval.comparison.results import Comparison
 from guidance.utils.io import atomic_path
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -32,7 +31,7 @@ def open_template(name: str, folder: Path = _TEMPLATES) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": Markup, "number": text.number}
+    environment.filters |= {"svg": Markup, "number": text.number, "interval": text.interval}
     return environment.get_template(name)
 
 
@@ -62,54 +61,24 @@ def render(
     """
     metric = text.primary_metric(comparison, sort_by)
     focus = text.focus_arm(comparison, arm)
-    headline, *qualifications = text.headline(comparison)
+    parts = dict.fromkeys(part.by for part in comparison.breakdowns)
+    images = grids.image_grids(comparison, metric, focus, rows=rows, seed=seed)
+    shown = sum(len(grid.pairs) for grid in images) * len(comparison.arms)
     return open_template("report.html.j2").render(
         c=comparison,
-        headline=headline,
-        qualifications=qualifications,
-        tables=text.headline_tables(comparison),
+        text=text,
+        decimals=functools.partial(text.metric_decimals, comparison),
+        headline=text.headline(comparison),
+        tables=text.divide_columns(comparison),
         legend=legend(comparison),
         tradeoffs=tradeoffs(comparison),
         forests=forests(comparison),
-        breakdowns=_breakdowns(comparison, focus),
+        parts={by: breakdown_forests(comparison, by, focus) if focus else [] for by in parts},
         focus=focus,
-        grids=image_grids(comparison, metric, focus, rows=rows, seed=seed),
-        ratios={a.name: text.time_ratio(comparison, a.name) for a in comparison.arms},
-        provenance=_readable(comparison.provenance),
+        grids=images,
+        metric=metric,
+        metrics=sorted(comparison.image_metrics, key=lambda m: m != metric),
+        finite=grids.finite,
+        thumbnail=functools.partial(grids.thumbnail, limit=grids.BUDGET // max(shown, 1)),
         missing=text.MISSING,
     )
-
-
-def _breakdowns(comparison: Comparison, focus: ArmSummary | None) -> list[dict[str, Any]]:
-    """Return, for each column that divides the prompts, the plots of one arm and a table of all arms."""
-    found = []
-    titles = {metric.key: metric.title for metric in comparison.image_metrics}
-    for by in dict.fromkeys(b.by for b in comparison.breakdowns):
-        rows = []
-        for part in (b for b in comparison.breakdowns if b.by == by):
-            digits = text.metric_decimals(comparison, part.metric)
-            rows.append(
-                {
-                    "value": part.value or text.MISSING,
-                    "metric": titles.get(part.metric, part.metric),
-                    "arm": part.arm,
-                    "n": part.n_prompts,
-                    "difference": text.number(part.difference, digits, signed=True),
-                    "interval": text.interval(part.interval, digits),
-                }
-            )
-        plots = breakdown_forests(comparison, by, focus) if focus else []
-        found.append({"by": by, "rows": rows, "plots": plots})
-    return found
-
-
-def _readable(value: Any) -> Any:
-    """Prepare provenance for the page: mappings stay, lists of plain values become one line, the rest text."""
-    if isinstance(value, Mapping):
-        return {str(key): _readable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        entries = [_readable(entry) for entry in value]
-        if any(isinstance(entry, Mapping) for entry in entries):
-            return {str(i + 1): entry for i, entry in enumerate(entries)}
-        return ", ".join(entries) or text.MISSING
-    return text.MISSING if value is None or value == "" else str(value)

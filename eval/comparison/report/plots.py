@@ -5,19 +5,18 @@ Besides its colour each series has its own marker and line style, for readers wh
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eval.comparison.image_metrics import IMAGE_METRICS
 from eval.comparison.report.svg import INK, RULE, SERIES, SOFT, plain, svg_axes
 from eval.comparison.report.text import is_plain_cfg
-from eval.comparison.results import ArmSummary, Breakdown, Comparison, ImageMetric, SetMetric
+from eval.comparison.results import ArmSummary, Comparison, ImageMetric, SetMetric
 from eval.comparison.set_metrics import SET_METRICS
 
 Point = tuple[float, float]
@@ -26,14 +25,10 @@ _MARKERS, _LINES = "o^DvPX<", ("-", (0, (6, 2)), "-.")
 
 _LABEL = 22  # letters in a line of a forest's labels
 
-_CHARACTER = 5.0  # width of a letter of a point's label, in points
-
-#: Places of a label around its point, in points, in order of preference.
-_OFFSETS = tuple(zip((5, 5, -5, -5, 0, 0, 14, 14, -14, -14), (4, -10, 4, -10, 8, -14, 12, -18, 12, -18), strict=True))
+_SIDES = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1)])  # of a point, in order of preference
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """A figure: its SVG element and its caption."""
 
     svg: str
@@ -44,25 +39,19 @@ def series_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """Choose line and marker of each series; the baseline is a star, plain CFG a dashed grey square."""
     styles: dict[str, dict[str, Any]] = {}
     numbers = itertools.count()
-    line: Any
     for arm in comparison.arms:
         if arm.series in styles:
             continue
+        style: tuple[Any, ...]
         if arm.name == comparison.baseline:
-            color, marker, size, line, width = INK, "*", 10.0, "none", 1.5
+            style = INK, "*", 10.0, "none", 1.5
         elif is_plain_cfg(arm):
-            color, marker, size, line, width = SOFT, "s", 4.5, (0, (2, 2)), 1.2
+            style = SOFT, "s", 4.5, (0, (2, 2)), 1.2
         else:
-            i = next(numbers)
-            color, marker, size, width = SERIES[i % len(SERIES)], _MARKERS[i % len(_MARKERS)], 5.5, 1.5
-            line = _LINES[i // len(SERIES) % len(_LINES)]
-        styles[arm.series] = {
-            "color": color,
-            "marker": marker,
-            "markersize": size,
-            "linestyle": line,
-            "linewidth": width,
-        }
+            line, colour = divmod(i := next(numbers), len(SERIES))
+            style = SERIES[colour], _MARKERS[i % len(_MARKERS)], 5.5, _LINES[line % len(_LINES)], 1.5
+        keys = ("color", "marker", "markersize", "linestyle", "linewidth")
+        styles[arm.series] = dict(zip(keys, style, strict=True))
     return styles
 
 
@@ -81,27 +70,23 @@ def tradeoffs(comparison: Comparison) -> list[Plot]:
     """Plot the first set distance against each image metric with a direction, and every declared trade-off."""
     declared = {m.key: m.tradeoff for m in IMAGE_METRICS} | {m.key: m.tradeoff for m in SET_METRICS}
     distances = {m.key for m in SET_METRICS if m.distance}
-    images = [m for m in comparison.image_metrics if m.better]
-    sets = {m.key: m for m in comparison.set_metrics}
-    first = [m for m in comparison.set_metrics if m.key in distances][:1]
+    images, sets = [m for m in comparison.image_metrics if m.better], comparison.set_metrics
+    metrics: list[ImageMetric | SetMetric] = [*images, *sets]
+    first = [m for m in sets if m.key in distances][:1]
     pairs: list[tuple[ImageMetric | SetMetric, SetMetric]] = [(x, y) for y in first for x in images]
-    metrics: list[ImageMetric | SetMetric] = [*images, *sets.values()]
-    for metric in metrics:
-        partner = sets.get(declared.get(metric.key, ""))
-        if partner is not None and (metric, partner) not in pairs:
-            pairs.append((metric, partner))
+    pairs += [(x, y) for x in metrics for y in sets if y.key == declared.get(x.key) and (x, y) not in pairs]
     return [plot for x, y in pairs if (plot := _tradeoff(comparison, x, y)) is not None]
 
 
 def curves(comparison: Comparison) -> dict[str, list[ArmSummary]]:
     """Sort the arms of each series by the value it sweeps, with the baseline among them."""
-    base = next((arm for arm in comparison.arms if arm.name == comparison.baseline), None)
+    base = [arm for arm in comparison.arms if arm.name == comparison.baseline]
     found: dict[str, list[ArmSummary]] = {}
     for arm in comparison.arms:
-        if arm is not base:
-            found.setdefault(arm.series, [base] if base else []).append(arm)
+        if arm not in base:
+            found.setdefault(arm.series, base.copy()).append(arm)
     for arms in found.values():
-        by_cfg = not any(arm.scale for arm in arms if arm is not base)
+        by_cfg = not any(arm.scale for arm in arms if arm not in base)
         arms.sort(key=lambda arm: (arm.cfg_scale if by_cfg else arm.scale) or 0)
     return found
 
@@ -111,37 +96,25 @@ def _tradeoff(comparison: Comparison, x: ImageMetric | SetMetric, y: SetMetric) 
     known = {k: (a, b) for k, (a, b) in points.items() if a is not None and b is not None and math.isfinite(a + b)}
     if len(known) < 2:
         return None
-    styles = series_styles(comparison)
-    labels: list[tuple[str, Point]] = []
-    paths: list[list[Point]] = []
-    with svg_axes(3.5, 3.0, f"tradeoff {x.key} {y.key}", f"{y.title} against {x.title}") as (axes, svg):
-        for series, arms in curves(comparison).items():
-            paths.append([known[arm.name] for arm in arms if arm.name in known])
-            axes.plot(*zip(*paths[-1], strict=True), **styles[series] | {"marker": ""})
-        for arm in (arm for arm in comparison.arms if arm.name in known):
-            spread = _spread(comparison, x, arm.name)
-            if spread is not None:
-                axes.errorbar(
-                    *known[arm.name], xerr=spread, color=styles[arm.series]["color"], elinewidth=0.6, alpha=0.7
-                )
-            axes.plot(*known[arm.name], **styles[arm.series] | {"linestyle": "none"})
-            labels.append((_point_label(comparison, arm), known[arm.name]))
+    styles, title = series_styles(comparison), f"{y.title} against {x.title}"
+    arms = [arm for arm in comparison.arms if arm.name in known]
+    with svg_axes(3.5, 3.0, f"tradeoff {x.key} {y.key}", title) as (axes, svg):
+        paths = {s: [known[arm.name] for arm in of if arm.name in known] for s, of in curves(comparison).items()}
+        for series, path in paths.items():
+            axes.plot(*zip(*path, strict=True), **styles[series] | {"marker": ""})
+        for arm in arms:
+            point, style = known[arm.name], styles[arm.series]
+            if (delta := comparison.delta(x.key, arm.name)) and np.isfinite(delta.paired.interval).all():
+                spread = [[abs(end - delta.paired.mean_diff)] for end in delta.paired.interval]
+                axes.errorbar(*point, xerr=spread, color=style["color"], elinewidth=0.6, alpha=0.7)
+            axes.plot(*point, **style | {"linestyle": "none"})
         axes.set(xlabel=_axis_label(x), ylabel=_axis_label(y))
         axes.margins(0.12)
         axes.locator_params(nbins=5)
         axes.figure.draw_without_rendering()  # fixes the transform that the labels are placed with
         axes.figure.set_layout_engine("none")
-        _place_labels(axes, labels, paths)
-    return Plot(svg[0], f"{y.title} against {x.title}")
-
-
-def _spread(comparison: Comparison, metric: ImageMetric | SetMetric, arm: str) -> list[list[float]] | None:
-    """Return the lengths of an error bar to both sides: of the paired difference, around the mean."""
-    delta = comparison.delta(metric.key, arm)
-    if delta is None:
-        return None
-    low, high = (abs(end - delta.paired.mean_diff) for end in delta.paired.interval)
-    return [[low], [high]] if math.isfinite(low + high) else None
+        _label_points(axes, [(_point_label(comparison, arm), known[arm.name]) for arm in arms], paths.values())
+    return Plot(svg[0], title)
 
 
 def _point_label(comparison: Comparison, arm: ArmSummary) -> str:
@@ -156,75 +129,47 @@ def _axis_label(metric: ImageMetric | SetMetric) -> str:
     return plain(metric.title, 38) + (f" ({metric.better} is better)" if metric.better else "")
 
 
-def _place_labels(axes: Any, labels: Sequence[tuple[str, Point]], paths: Sequence[Sequence[Point]]) -> None:
-    """Place each label beside its point, where it covers least of other labels, points and lines."""
-    scale = 72 / axes.figure.dpi
-    frame = axes.get_window_extent()
-    places = [tuple(axes.transData.transform(point) * scale) for _, point in labels]
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
-    for ends in (axes.transData.transform(pair) * scale for path in paths for pair in itertools.pairwise(path)):
-        steps = np.linspace(ends[0], ends[1], int(np.ptp(ends, axis=0).max() / 3) + 2)
-        taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in steps.tolist()]
-    inside = (frame.x0 * scale, frame.y0 * scale, frame.x1 * scale + 8, frame.y1 * scale + 8)
-    for (text, point), (x, y) in zip(labels, places, strict=True):
-        boxes = [_label_box(text, x + dx, y + dy, dx) for dx, dy in _OFFSETS]
-        costs = [sum(_overlap(box, other) for other in taken) + _outside(box, inside) for box in boxes]
-        best = min(range(len(boxes)), key=costs.__getitem__)
-        dx, dy = _OFFSETS[best]
-        side = "left" if dx > 0 else "right" if dx < 0 else "center"
-        arrow = {"arrowstyle": "-", "color": RULE, "linewidth": 0.7, "shrinkB": 3} if abs(dx) > 9 else None
-        axes.annotate(text, point, (dx, dy), textcoords="offset points", ha=side, fontsize=7.5, arrowprops=arrow)
-        taken.append(boxes[best])
-
-
-def _label_box(text: str, x: float, y: float, dx: float) -> tuple[float, float, float, float]:
-    width = _CHARACTER * len(text)
-    left = x if dx > 0 else x - width if dx < 0 else x - width / 2
-    return left, y, left + width, y + 7
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _outside(box: tuple[float, ...], frame: tuple[float, ...]) -> float:
-    return 20 * sum(max(0.0, d) for d in (frame[0] - box[0], frame[1] - box[1], box[2] - frame[2], box[3] - frame[3]))
+def _label_points(axes: Any, labels: Sequence[tuple[str, Point]], paths: Iterable[Sequence[Point]]) -> None:
+    """Write each label on the side of its point where it is farthest from points, lines, labels and the frame."""
+    points = 72 / axes.figure.dpi
+    lines = [axes.transData.transform(path) for path in (*paths, *([point, point] for _, point in labels))]
+    lines.append(axes.transAxes.transform([(0, 0), (0, 1), (1.04, 1), (1.04, 0), (0, 0)]))
+    ends = [pair for line in lines for pair in itertools.pairwise(line * points)]
+    taken = np.concatenate([np.linspace(a, b, 50) for a, b in ends])
+    for (text, point), place in zip(labels, axes.transData.transform([p for _, p in labels]) * points, strict=True):
+        half = np.array([2.3 * len(text), 4.0])  # of the label's width and height
+        moves = [side * (half + gap) for gap in (4, 13) for side in _SIDES]
+        room = [(np.abs(taken - place - move) - half).max(1).min() for move in moves]
+        move = moves[int(np.argmax(np.minimum(room, 1.5)))]
+        arrow = {"arrowstyle": "-", "color": RULE, "linewidth": 0.7, "shrinkB": 3} if abs(move[1]) > 8 else None
+        options = {"ha": "center", "va": "center", "fontsize": 7.5, "arrowprops": arrow}
+        axes.annotate(text, point, move, textcoords="offset points", **options)
+        box = np.stack(np.meshgrid(np.linspace(-1, 1, 9), (-1, 0, 1)), -1).reshape(-1, 2)
+        taken = np.concatenate([taken, place + move + half * box])
 
 
 def forests(comparison: Comparison) -> list[Plot]:
     """Plot paired differences in sd of the baseline, with intervals, a panel for each image metric."""
-    plots = []
-    styles = series_styles(comparison)
+    plots, styles = [], series_styles(comparison)
     for metric in comparison.image_metrics:
         rows = []
         for arm in comparison.arms:
-            delta = comparison.delta(metric.key, arm.name)
-            if delta is not None and math.isfinite(delta.paired.effect_size):
+            if delta := comparison.delta(metric.key, arm.name):
                 style = styles[arm.series] | ({"markerfacecolor": "none"} if arm.name in metric.circular else {})
-                rows.append((_wrapped(arm.name), delta.paired.effect_size, delta.paired.effect_interval, style))
-        if rows:
-            label = f"Paired differences in {metric.title} by arm"
-            svg = _forest(rows, f"forest {metric.key}", label, f"sd of the baseline{_arrow(metric)}")
-            plots.append(Plot(svg, metric.title))
+                rows.append((arm.name, delta.paired.effect_size, delta.paired.effect_interval, style))
+        plots += _forest(metric, rows, f"forest {metric.key}", "by arm", "sd of the baseline")
     return plots
 
 
 def breakdown_forests(comparison: Comparison, by: str, arm: ArmSummary) -> list[Plot]:
     """Plot paired differences of one arm on each part of the prompts, a panel for each metric with a direction."""
-    plots = []
-    style = series_styles(comparison)[arm.series]
+    plots, style = [], series_styles(comparison)[arm.series]
     for metric in (m for m in comparison.image_metrics if m.better):
         parts = [b for b in comparison.breakdowns if (b.by, b.metric, b.arm) == (by, metric.key, arm.name)]
-        rows = [(_part(b), b.difference, b.interval, style) for b in parts if math.isfinite(b.difference)]
-        if rows:
-            label = f"Paired differences in {metric.title} by {by}, arm {arm.name}"
-            svg = _forest(rows, f"{by} {metric.key}", label, f"difference{_arrow(metric)}")
-            plots.append(Plot(svg, metric.title))
+        names = [f"{plain(part.value, 32) or 'none'} (n={part.n_prompts})" for part in parts]
+        rows = [(name, b.difference, b.interval, style) for name, b in zip(names, parts, strict=True)]
+        plots += _forest(metric, rows, f"{by} {metric.key}", f"by {by}, arm {arm.name}", "difference")
     return plots
-
-
-def _part(part: Breakdown) -> str:
-    return _wrapped(f"{plain(part.value, 32) or 'none'} (n={part.n_prompts})")
 
 
 def _wrapped(text: str) -> str:
@@ -236,25 +181,27 @@ def _wrapped(text: str) -> str:
     return f"{shown[:cut].rstrip()}\n{plain(shown[cut:], _LABEL)}"
 
 
-def _arrow(metric: ImageMetric) -> str:
-    return {"higher": "  (better →)", "lower": "  (← better)"}.get(metric.better, "")
-
-
 def _forest(
-    rows: Sequence[tuple[str, float, tuple[float, float], dict[str, Any]]], salt: str, label: str, x: str
-) -> str:
-    height = 0.36 if any("\n" in row[0] for row in rows) else 0.25
+    metric: ImageMetric, rows: Sequence[tuple[str, float, Point, dict[str, Any]]], salt: str, rest: str, unit: str
+) -> list[Plot]:
+    """Plot rows of label, value, ends of its interval and style; nothing where no value is finite."""
+    rows = [row for row in rows if math.isfinite(row[1])]
+    if not rows:
+        return []
+    labels = [_wrapped(row[0]) for row in rows]
+    height = 0.36 if "\n" in "".join(labels) else 0.25
+    label = f"Paired differences in {metric.title} {rest}"
     with svg_axes(3.5, 0.62 + height * len(rows), salt, label) as (axes, svg):
         axes.axvline(0, color=INK, linewidth=0.8)
         for i, (_, value, ends, style) in enumerate(rows):
-            low, high = (abs(end - value) if math.isfinite(end) else 0.0 for end in ends)
+            sides = [[abs(end - value) if math.isfinite(end) else 0.0] for end in ends]
             point = {"linestyle": "none", "elinewidth": 1.4, "markersize": min(style["markersize"], 5.5)}
-            axes.errorbar(value, i, xerr=[[low], [high]], **style | point)
-        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+            axes.errorbar(value, i, xerr=sides, **style | point)
+        axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(x)
+        axes.set_xlabel(unit + {"higher": "  (better →)", "lower": "  (← better)"}.get(metric.better, ""))
         axes.margins(x=0.08)
         axes.locator_params(axis="x", nbins=6)
-    return svg[0]
+    return [Plot(svg[0], metric.title)]

@@ -20,7 +20,7 @@ PLAIN_CFG = "plain cfg"
 _WIDTHS = {"image": 2, "set": 1, "cost": 1}  # of columns
 _MAX_WIDTH = 7  # of a table, so that it can be printed
 
-_VERDICTS = {"better": "▲ ", "worse": "▼ ", "different": "● ", "": ""}
+MARKS = {"better": "▲ ", "worse": "▼ ", "different": "● ", "": ""}
 
 
 def number(value: float | None, decimals: int, *, signed: bool = False) -> str:
@@ -66,10 +66,18 @@ def decimals_for(steps: Sequence[float | None]) -> int:
 
 
 def metric_decimals(comparison: Comparison, metric: str) -> int:
-    """Choose the decimals of an image metric, the same for all arms."""
+    """Choose the decimals of a metric, the same for all arms."""
+    if values := [v.value / 10 for v in comparison.set_values if v.metric == metric]:
+        return decimals_for(values)
     deltas = [d.paired for d in comparison.deltas if d.metric == metric]
     widths = [(d.interval[1] - d.interval[0]) / 2 for d in deltas]
     return decimals_for([w for w in widths if w > 0] or [d.mean_a / 10 for d in deltas])
+
+
+def image_decimals(comparison: Comparison, metric: str) -> int:
+    """Choose one decimal less than for means: single images spread more widely."""
+    digits = metric_decimals(comparison, metric)
+    return max(digits - 1, min(digits, 1))
 
 
 def is_plain_cfg(arm: ArmSummary) -> bool:
@@ -77,10 +85,10 @@ def is_plain_cfg(arm: ArmSummary) -> bool:
     return arm.series.strip().lower() == PLAIN_CFG
 
 
-def verdict(delta: Delta, better: Better) -> str:
-    """Classify a delta: "better", "worse", "different" (if no direction is better), or "" if not significant."""
-    low, high = delta.paired.interval
-    if not (low > 0 or high < 0) or not delta.p_holm <= LEVEL:  # written so that NaN shows nothing
+def verdict(found: Delta | SetValue, better: Better) -> str:
+    """Classify a change: "better", "worse", "different" (if no direction is better), or "" if not significant."""
+    low, high = found.paired.interval if isinstance(found, Delta) else 2 * (found.difference or 0.0,)
+    if not (low > 0 or high < 0) or found.p_holm is None or not found.p_holm <= LEVEL:  # so that NaN shows nothing
         return ""
     if not better:
         return "different"
@@ -197,79 +205,18 @@ def time_ratio(comparison: Comparison, arm: str) -> float | None:
     return value / base if value is not None and base and math.isfinite(value / base) else None
 
 
-def headline_tables(comparison: Comparison) -> list[dict[str, Any]]:
-    """Lay out the results as tables that fit a page: columns, and a row for each arm, the baseline first.
-
-    A cell is a list of lines: the value first, then its comparison with the baseline.
-    """
-    arms = sorted(comparison.arms, key=lambda arm: arm.name != comparison.baseline)
-    columns: list[dict[str, Any]] = []
-    for metric in comparison.image_metrics:
-        columns.append(_column("image", metric, [_image_cell(comparison, metric, arm.name) for arm in arms]))
-    for set_metric in comparison.set_metrics:
-        cells = [_set_cell(comparison, set_metric, arm.name) for arm in arms]
-        columns.append(_column("set", set_metric, cells))
-    seconds = [[number(arm.seconds, 3), *_times(comparison, arm)] for arm in arms]
-    columns.append({"kind": "cost", "title": "Seconds per image", "better": "lower", "cells": seconds})
-    blocks: list[list[dict[str, Any]]] = [[]]
+def divide_columns(comparison: Comparison) -> list[list[tuple[str, ImageMetric | SetMetric | None]]]:
+    """Divide the columns of results, as kind and metric, among tables that fit a page."""
+    columns: list[tuple[str, ImageMetric | SetMetric | None]] = [("image", m) for m in comparison.image_metrics]
+    columns += [*(("set", m) for m in comparison.set_metrics), ("cost", None)]
+    tables: list[list[tuple[str, ImageMetric | SetMetric | None]]] = [[]]
     for column in columns:
-        if sum(_WIDTHS[c["kind"]] for c in [*blocks[-1], column]) > _MAX_WIDTH:
-            blocks.append([])
-        blocks[-1].append(column)
-    return [
-        {
-            "columns": block,
-            "rows": [{"arm": arm.name, "cells": [c["cells"][i] for c in block]} for i, arm in enumerate(arms)],
-        }
-        for block in blocks
-    ]
+        if sum(_WIDTHS[kind] for kind, _ in (*tables[-1], column)) > _MAX_WIDTH:
+            tables.append([])
+        tables[-1].append(column)
+    return tables
 
 
-def _column(kind: str, metric: ImageMetric | SetMetric, cells: list[list[str]]) -> dict[str, Any]:
-    return {"kind": kind, "title": metric.title, "better": metric.better, "cells": cells}
-
-
-def _image_cell(comparison: Comparison, metric: ImageMetric, arm: str) -> list[str]:
-    digits = metric_decimals(comparison, metric.key)
-    lines = [number(comparison.mean(metric.key, arm), digits)]
-    if (delta := comparison.delta(metric.key, arm)) is None:
-        return lines
-    mark = _VERDICTS[verdict(delta, metric.better)]
-    change = number(delta.paired.mean_diff, digits, signed=True)
-    effect = number(delta.paired.effect_size, 2, signed=True)
-    share = percent(*improved(delta, metric.better))
-    lines.append(f"{mark}{change} {interval(delta.paired.interval, digits)}")
-    lines.append(f"{effect} sd · {share} · {p_value(delta.p_holm)}")
-    notes = ["circular"] if arm in metric.circular else []
-    notes += [f"{delta.excluded} images excluded"] if delta.excluded else []
-    return [*lines, ", ".join(notes)] if notes else lines
-
-
-def _set_cell(comparison: Comparison, metric: SetMetric, arm: str) -> list[str]:
-    found = comparison.set_value(metric.key, arm)
-    if found is None:
-        return [MISSING]
-    values = [s.value for s in comparison.set_values if s.metric == metric.key]
-    digits = decimals_for([v / 10 for v in values])
-    lines = [number(found.value, digits)]
-    if found.difference is not None:
-        lines.append(f"{_set_mark(found, metric.better)}{number(found.difference, digits, signed=True)}")
-    if found.p is not None or found.p_holm is not None:
-        lines.append(p_value(found.p_holm if found.p_holm is not None else found.p))
-    if len(found.blocks) > 1:
-        mean, sd = float(np.mean(found.blocks)), float(np.std(found.blocks, ddof=1))
-        lines.append(f"{number(mean, digits)} ± {number(sd, digits)} ({len(found.blocks)} blocks)")
-    return lines
-
-
-def _set_mark(found: SetValue, better: Better) -> str:
-    if found.difference is None or found.p_holm is None or not found.p_holm <= LEVEL:
-        return ""
-    if not better:
-        return _VERDICTS["different"]
-    return _VERDICTS["better" if (found.difference > 0) == (better == "higher") else "worse"]
-
-
-def _times(comparison: Comparison, arm: ArmSummary) -> list[str]:
-    ratio = time_ratio(comparison, arm.name)
-    return [] if ratio is None or arm.name == comparison.baseline else [f"{ratio:.2f} ×"]
+def mean_and_sd(values: Sequence[float], decimals: int) -> str:
+    """Format the mean of values with their standard deviation (ddof 1): ``0.805 ± 0.035``."""
+    return f"{number(float(np.mean(values)), decimals)} ± {number(float(np.std(values, ddof=1)), decimals)}"
