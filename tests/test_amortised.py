@@ -19,10 +19,10 @@ from conftest import make_head
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from guidance.apply import apply_guidance, cfg_parts
+from guidance.apply import apply_guidance
+from guidance.apply.guided import rms, unit_rms
 from guidance.data.cache import FeatureCache
-from guidance.guides import AmortisedGuide, MidBlockGuide
-from guidance.guides.base import rms, unit_rms
+from guidance.guides import AmortisedGuide, DirectGuide, MidBlockGuide
 from guidance.heads import HeadConfig, build_head, save_head
 from guidance.heads.adapter import (
     AdapterConfig,
@@ -45,7 +45,6 @@ from guidance.training.adapters import (
     fit_adapter,
     measure_adapter,
     read_teacher,
-    recording,
 )
 from guidance.training.loop import Stage
 from guidance.utils.errors import UserError
@@ -102,7 +101,7 @@ def test_size_and_precision() -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 d = guide.direction(*states(size, dtype=dtype))
             assert d.shape == (2, 4, *size) and d.dtype == torch.float32 and not d.requires_grad
-            torch.testing.assert_close(rms(d).flatten(), torch.ones(2))
+            assert d.isfinite().all() and rms(d).min() > 0
 
 
 def test_patches_keep_their_place() -> None:
@@ -168,7 +167,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert loaded.config == adapter.config and not loaded.training
     assert torch.equal(loaded(*states()), adapter(*states())) and not loaded(*states()).requires_grad
     guide = AmortisedGuide(loaded, 2.0)
-    assert guide.name == "amortised:rating" and guide.strength.stop == 0.75 and guide.tap == "direct"
+    assert guide.name == "amortised:rating" and guide.interval[1] == 0.75 and isinstance(guide, DirectGuide)
     file = tmp_path / "a" / "config.json"  # adapters of before there were patches
     config = json.loads(file.read_text())
     assert config.pop("patch") == 1
@@ -203,9 +202,9 @@ def test_other_weights_only_warn(pipe) -> None:
 
 def record(pipe, teacher, scales) -> PairRecorder:
     """One run of two steps, the same prompt and noise for every scale."""
-    recorder, n = PairRecorder(scales), len(scales)
-    with recording(pipe, teacher, recorder):
-        sample_latents(pipe, PROMPTS["test"] * n, [7] * n, num_steps=2)
+    recorder, n = PairRecorder(), len(scales)
+    options = {"guides": teacher, "guide_factors": scales, "observe": [recorder]}
+    sample_latents(pipe, PROMPTS["test"] * n, [7] * n, num_steps=2, **options)
     assert "forward" not in vars(pipe.unet)
     return recorder
 
@@ -247,20 +246,14 @@ def test_an_adapter_that_knows_the_direction_equals_its_teacher(pipe, head) -> N
     text = pipe.encode_prompt(PROMPTS["train"], "cpu", 1, True, negative_prompt=["", ""])
     text = torch.cat([text[1], text[0]])
 
-    def call(*guides):
-        token = cfg_parts.set(2)
-        try:
-            with torch.no_grad(), using_scheduler(pipe, None), apply_guidance(pipe, guides) as handle:
-                y = pipe.unet(torch.cat([x, x]), torch.tensor(600), encoder_hidden_states=text).sample
-        finally:
-            cfg_parts.reset(token)
+    def call(*guides, observe=()):
+        options = {"parts": 2, "observe": observe}
+        with torch.no_grad(), using_scheduler(pipe, None), apply_guidance(pipe, guides, **options) as handle:
+            y = pipe.unet(torch.cat([x, x]), torch.tensor(600), encoder_hidden_states=text).sample
         return y, handle
 
-    recorder = PairRecorder([1.0, 1.0])
-    token = cfg_parts.set(2)
-    with torch.no_grad(), using_scheduler(pipe, None), recording(pipe, [MidBlockGuide(head)], recorder):
-        pipe.unet(torch.cat([x, x]), torch.tensor(600), encoder_hidden_states=text, return_dict=False)
-    cfg_parts.reset(token)
+    recorder = PairRecorder()
+    call(MidBlockGuide(head), observe=[recorder])
     knowing = AmortisedGuide(small(stop=0.9), 1.5)
     knowing.direction = lambda x_t, eps, x0, t: recorder.pairs[0][:, 12:].float()
     base, (wanted, steps), (got, record) = call()[0], call(MidBlockGuide(head, 1.5)), call(knowing)
@@ -314,12 +307,13 @@ class FakeSource:
         if self.calls == self.die_at:
             raise KeyboardInterrupt
         self.calls += 1
-        recorder = PairRecorder([1.0] * n)
+        recorder = PairRecorder()
         for _ in range(calls):
             x_t, eps, x0 = torch.from_numpy(rng.normal(size=(3, n, 4, 8, 8))).float()
             wanted = unit_rms(x0 - eps.flip(1) + x_t.mean((2, 3), keepdim=True) * 8)
             t = torch.full((n,), float(rng.integers(1000)))
-            recorder._keep(torch.cat([x_t, eps, x0, wanted], 1), t)
+            recorder.pairs.append(torch.cat([x_t, eps, x0, wanted], 1).half())
+            recorder.times.append(t)
         return recorder
 
 
@@ -518,4 +512,4 @@ def test_a_teacher_describes_itself(head, tmp_path: Path) -> None:
     terms = read_teacher([{"head": str(tmp_path / "h"), "guidance_scale": -1.0}])
     (description,) = describe_teacher(terms, [terms[0].guide()])
     assert description["guidance_scale"] == -1.0 and description["fingerprint"] == fingerprint(head)
-    assert terms[0].guide().strength.guidance_scale == -1.0 and description["predicts"] == "rating"
+    assert terms[0].guide().guidance_scale == -1.0 and description["predicts"] == "rating"

@@ -54,7 +54,7 @@ def test_a_record_says_what_modulates(guide) -> None:
     said = ClassifierFree(4.0, modulate=guide).describe()
     assert said is not None and said["modulate"] == {
         "guide": guide.name,
-        "networks": [fingerprint(guide.head)],
+        "networks": [fingerprint(guide.heads[0])],
         "objective": None,
         "target": "b",
         "pessimism": 0.0,
@@ -101,7 +101,7 @@ def test_a_sure_head_turns_guidance_off_and_an_unsure_one_leaves_it(tiny_pipe, g
         def score(self, h, t):
             return torch.full((len(h),), self.log_p)
 
-    sure = Sure(guide.head, target="b")
+    sure = Sure(guide.heads[0], target="b")
     torch.testing.assert_close(
         sample(tiny_pipe, ClassifierFree(4.0, modulate=sure)), sample(tiny_pipe, 1.0), atol=1e-4, rtol=1e-4
     )
@@ -137,7 +137,7 @@ def test_bad_options_get_a_sentence(tiny_pipe, guide) -> None:
     rating = MidBlockGuide(make_head(tiny_pipe))
     with pytest.raises(UserError, match="log-probabilities"):
         sample(tiny_pipe, ClassifierFree(4.0, modulate=rating))
-    with apply_guidance(tiny_pipe, [guide]), pytest.raises(UserError, match="unguided pipeline"):
+    with apply_guidance(tiny_pipe, [guide], parts=2), pytest.raises(UserError, match="unguided denoiser"):
         sample(tiny_pipe, ClassifierFree(4.0, modulate=guide))
 
 

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from guidance.apply import apply_guidance
 from guidance.guides import clip as clip_guide
-from guidance.guides.base import Guide, run_prompts
+from guidance.guides.base import ScoringGuide
 from guidance.guides.clip import ClipGuide, cutouts, spherical_distance
 from guidance.models.clip import Clip, Preprocess, load_clip, resize
 from guidance.models.denoiser import fingerprint
+from guidance.sampling import sample_latents
 from guidance.testbed import models
 from guidance.testbed.scenes import scenes
 from guidance.utils.errors import UserError
@@ -142,9 +144,9 @@ def prepared(pipe, clip, **options):
     return guide
 
 
-def score(guide, x0, t=500.0):
+def score(guide, x0, t=500.0, *prompts):
     with torch.no_grad():
-        return guide.score(x0, torch.full((len(x0),), t))
+        return guide.score(x0, torch.full((len(x0),), t), *prompts)
 
 
 # ---- the adapter ----------------------------------------------------------------------------------------------
@@ -436,17 +438,17 @@ def test_images_are_targets_too(tiny_pipe, tiny):
 def test_own_prompts_come_from_the_run(tiny_pipe, tiny):
     guide = prepared(tiny_pipe, tiny, texts=None)
     x0 = latents(2)
-    with pytest.raises(UserError, match="got none; pass texts or images"):
-        score(guide, x0)
-    token = run_prompts.set((RED, BLUE))
-    try:
-        got = score(guide, x0)
-        with pytest.raises(UserError, match="of the 1 samples, got 2 prompts"):
-            score(guide, x0[:1])
-    finally:
-        run_prompts.reset(token)
+    assert guide.needs_prompts and not prepared(tiny_pipe, tiny).needs_prompts
+    with pytest.raises(UserError, match="got none; pass texts or images"), apply_guidance(tiny_pipe, [guide]):
+        pass
+    with pytest.raises(UserError, match="of the 1 samples, got 2 prompts"):
+        sample_latents(tiny_pipe, [RED], [0], num_steps=1, guides=[guide], guide_prompts=[RED, BLUE])
+    seen = []
+    guide.score = lambda x0, t, prompts: seen.append(prompts) or ClipGuide.score(guide, x0, t, prompts)
+    sample_latents(tiny_pipe, [RED, BLUE], [0, 1], num_steps=1, guides=[guide])
+    assert seen == [(RED, BLUE)]
     expected = [score(prepared(tiny_pipe, tiny, texts=p), x0[i : i + 1]) for i, p in enumerate((RED, BLUE))]
-    torch.testing.assert_close(got, torch.cat(expected))
+    torch.testing.assert_close(score(guide, x0, 500.0, (RED, BLUE)), torch.cat(expected))
 
 
 def test_texts_are_embedded_once(tiny_pipe, folders, monkeypatch):
@@ -455,12 +457,8 @@ def test_texts_are_embedded_once(tiny_pipe, folders, monkeypatch):
     calls = []
     embed = Clip.embed_texts
     monkeypatch.setattr(Clip, "embed_texts", lambda self, texts: calls.append(texts) or embed(self, texts))
-    token = run_prompts.set((RED, RED, BLUE))
-    try:
-        for _ in range(3):
-            score(guide, latents(3))
-    finally:
-        run_prompts.reset(token)
+    for _ in range(3):
+        score(guide, latents(3), 500.0, (RED, RED, BLUE))
     assert calls == [[RED, BLUE]]
 
 
@@ -526,25 +524,25 @@ def test_a_tiny_decoder_decodes(tiny_pipe, tiny):
 def test_a_half_precision_pipeline_is_decoded_in_float32(tiny_pipe, tiny):
     vae = copy.deepcopy(tiny_pipe.vae).bfloat16()
     guide, exact = prepared(tiny_pipe, tiny, decoder=vae), prepared(tiny_pipe, tiny)
-    kept = guide._decoder
+    kept = guide._prepared["decoder"]
     guide.prepare(tiny_pipe)
-    assert guide._decoder is kept and vae.dtype == torch.bfloat16  # copied once; the pipeline's own stays
+    assert guide._prepared["decoder"] is kept and vae.dtype == torch.bfloat16  # copied once; the pipeline's own stays
     x0 = latents(2).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = guide.score(x0, torch.full((2,), 100.0))
     (g,) = torch.autograd.grad(value.sum(), x0)
     assert value.dtype == g.dtype == torch.float32
-    exact._decoder = copy.deepcopy(vae).float()
+    exact._prepared["decoder"] = copy.deepcopy(vae).float()
     torch.testing.assert_close(value.detach(), score(exact, x0.detach(), 100.0), atol=1e-6, rtol=1e-6)
 
 
 def test_the_guide_follows_the_protocol_and_names_its_tap(tiny):
     guide = ClipGuide(tiny, 2.0, texts=RED, start=0.2, stop=0.8, every=2)
-    assert isinstance(guide, Guide) and guide.tap == "x0" and guide.name == "clip"
-    s = guide.strength
-    assert (s.guidance_scale, s.normalize, s.start, s.stop, s.every, s.space) == (
+    assert isinstance(guide, ScoringGuide) and guide.tap == "x0" and guide.name == "clip"
+    assert (guide.guidance_scale, guide.normalize, guide.start, guide.stop, guide.every, guide.space) == (
         2.0, "cfg", 0.2, 0.8, 2, "eps",
     )  # fmt: skip
+    assert guide.interval == (0.2, 0.8)
     assert ClipGuide(tiny, texts=RED, through="unet").tap == "x0/unet"
 
 
@@ -555,13 +553,19 @@ def test_the_guide_follows_the_protocol_and_names_its_tap(tiny):
         ({"texts": []}, "one or more targets"),
         ({"texts": [RED, BLUE], "weights": [1.0]}, "Expected 2 finite weights"),
         ({"texts": RED, "weights": [0.0]}, "not all 0"),
-        ({"texts": RED, "distance": "cosin"}, "Did you mean 'cosine'"),
     ],
 )
 def test_bad_options_get_one_sentence(tiny, options, message):
     with pytest.raises(UserError, match=message) as caught:
         ClipGuide(tiny, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_choice_gets_the_nearest_name(tiny):
+    guide = ClipGuide(tiny, texts=RED)
+    guide.distance = "cosin"  # past the type checks of the tests
+    with pytest.raises(UserError, match="Did you mean 'cosine'"):
+        guide.__post_init__()
 
 
 def test_prepare_refuses_what_does_not_fit(tiny_pipe, tiny):

@@ -9,8 +9,8 @@ import torch
 from conftest import make_head
 
 from guidance.guides import MidBlockGuide
+from guidance.guides.registry import read_guide
 from guidance.heads import HeadConfig, build_head, save_head
-from guidance.runs.specs import read_guide
 from guidance.utils.errors import UserError
 
 
@@ -68,9 +68,8 @@ def test_a_committee_is_named_on_the_command_line(heads, tmp_path) -> None:
     for i, head in enumerate(heads):
         save_head(head, tmp_path / f"seed{i}")
     others = ",".join(str(tmp_path / f"seed{i}") for i in (1, 2))
-    spec = read_guide(f"midblock:head={tmp_path / 'seed0'},committee=[{others}],pessimism=0.5")
-    guide = spec.build(2.0)
-    assert len(guide.heads) == 3 and guide.pessimism == 0.5 and guide.strength.guidance_scale == 2
-    described = spec.describe(guide)
+    guide = read_guide(f"midblock:head={tmp_path / 'seed0'},committee=[{others}],pessimism=0.5").at(2.0)
+    assert len(guide.heads) == 3 and guide.pessimism == 0.5 and guide.guidance_scale == 2
+    described = guide.describe()
     prints = {described["head_fingerprint"], *described["committee_fingerprints"]}
     assert described["pessimism"] == 0.5 and len(prints) == 3

@@ -13,8 +13,9 @@ import yaml
 from commands import ROOT, commands_of_config, exit_code, split_command
 from PIL import Image
 
+from guidance.guides.base import GUIDES
+from guidance.guides.registry import read_guide
 from guidance.heads import load_head
-from guidance.runs.specs import GUIDES, read_guide
 from guidance.utils.config import load_config
 from train.cache_features import CacheConfig
 from train.head import HeadTrainConfig
@@ -64,10 +65,10 @@ def test_a_recipe_is_read_by_its_script(file: Path, capsys, monkeypatch) -> None
 @pytest.mark.parametrize("file", [f for f in FILES if not is_recipe(f)], ids=name)
 def test_a_guide_is_read_by_name(file: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
-    spec = read_guide(file.stem)
+    guide = read_guide(file.stem)
     given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert isinstance(spec, GUIDES[given.pop("guide")])
-    assert {k: getattr(spec, k) for k in given} == given
+    assert isinstance(guide, GUIDES[given.pop("guide")])
+    assert {k: getattr(guide, k) for k in given} == given
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)

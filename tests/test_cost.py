@@ -12,7 +12,7 @@ from eval.cost import __main__ as cost
 from eval.cost.meters import count_flops, count_saved, counted, peak_memory, time_run
 from eval.cost.methods import METHODS, NUM_STEPS, CostBench, list_phases
 from guidance.apply import apply_guidance
-from guidance.guides.base import Strength
+from guidance.guides import ClipGuide
 from guidance.models.pipelines import load_pipeline
 from train.amortise import AmortiseConfig
 
@@ -25,7 +25,7 @@ def bench() -> CostBench:
 
 
 def test_the_adapter_is_the_one_that_training_makes(bench) -> None:
-    adapter, trained = bench.amortised().adapter.config, AmortiseConfig()
+    adapter, trained = bench.amortised().network.config, AmortiseConfig()
     assert (adapter.width, adapter.depth, adapter.patch) == (trained.width, trained.depth, trained.patch)
 
 
@@ -87,14 +87,14 @@ def test_phases_are_the_steps_that_a_guided_run_takes(bench, options) -> None:
         return score(h, t)
 
     guide.score = counting
-    with apply_guidance(bench.pipe, [guide]):
+    with apply_guidance(bench.pipe, [guide], parts=2):
         for i in range(NUM_STEPS):
             bench.step(i)
     run = len(calls)
     phases = list_phases([bench.mid_u(**options)])
     assert sum(share for _, share in phases) == pytest.approx(1)
     fresh = 0.0
-    with apply_guidance(bench.pipe, [guide]):
+    with apply_guidance(bench.pipe, [guide], parts=2):
         for i, share in phases:
             before = len(calls)
             bench.step(i)
@@ -103,7 +103,7 @@ def test_phases_are_the_steps_that_a_guided_run_takes(bench, options) -> None:
 
 
 def test_two_guides_have_phases_of_their_own() -> None:
-    guides = [type("G", (), {"strength": Strength(1.0, **o)})() for o in ({"stop": 0.5}, {"every": 2})]
+    guides = [ClipGuide(**options) for options in ({"stop": 0.5}, {"every": 2})]
     assert list_phases(guides, 4) == [(0, 0.25), (1, 0.25), (2, 0.25), (3, 0.25)]
 
 

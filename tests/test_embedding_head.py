@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from guidance.apply import apply_guidance
 from guidance.data.cache import FeatureCache
-from guidance.guides.base import Guide, run_prompts
+from guidance.guides import ScoringGuide
 from guidance.guides.embedding import EmbeddingGuide
 from guidance.heads import build_head, load_head, save_head
 from guidance.heads.config import HeadConfig
@@ -189,7 +190,7 @@ def test_bad_input_gets_a_sentence(options, tmp_path, capsys, words, message) ->
 def test_the_guide_climbs_the_cosine(trained, tiny_pipe, clip) -> None:
     head, text = load_head(trained), "a red house in the hills at noon"
     guide = EmbeddingGuide(head, clip, texts=text)
-    assert isinstance(guide, Guide) and guide.strength.start == head.config.start
+    assert isinstance(guide, ScoringGuide) and guide.interval[0] == head.config.start
     h, t = (torch.randn(3, 64, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 8.0, 20.0]))
     expected = clip.logit_scale * F.cosine_similarity(head(h, t), clip.embed_texts([text]))
     torch.testing.assert_close(guide.score(h, t), expected)
@@ -218,16 +219,11 @@ def test_each_sample_is_guided_to_its_own_prompt(trained, tiny_pipe, clip) -> No
 
 def test_what_does_not_fit_gets_a_sentence(trained, tiny_pipe, clip, tmp_path) -> None:
     head = load_head(trained)
-    h, t = torch.zeros(2, 64, 2, 2), torch.zeros(2)
-    assert run_prompts.get() is None
-    with pytest.raises(UserError, match="got none; pass texts or images"):
-        EmbeddingGuide(head, clip).score(h, t)
-    token = run_prompts.set(("one",))
-    try:
-        with pytest.raises(UserError, match="of the 2 samples, got 1 prompts"):
-            EmbeddingGuide(head, clip).score(h, t)
-    finally:
-        run_prompts.reset(token)
+    own, options = EmbeddingGuide(head, clip), {"num_steps": 1, "guide_prompts": ["one"]}
+    with pytest.raises(UserError, match="got none; pass texts or images"), apply_guidance(tiny_pipe, [own]):
+        pass
+    with pytest.raises(UserError, match="of the 2 samples, got 1 prompts"):
+        sample_latents(tiny_pipe, ["one", "two"], [1, 2], guides=[own.within(0.0, 1.0)], **options)
     with pytest.raises(UserError, match="use MidBlockGuide"):
         EmbeddingGuide(build_head(HeadConfig("conv", 64)), clip)
     with pytest.raises(UserError, match="EmbeddingGuide"):

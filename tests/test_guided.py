@@ -109,7 +109,7 @@ def test_two_processes_make_the_same_bytes_and_one_goes_on(done: Path, words, tm
 def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, capsys) -> None:
     before = (done / "records.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("guidance.sampling.loop.sample_latents", None)
+        patch.setattr("guidance.runs.run.sample_latents", None)
         main([*words, f"output={done}", "batch_size=2"])
     shown = capsys.readouterr().out
     assert (done / "records.jsonl").read_bytes() == before

@@ -1,11 +1,13 @@
 """Steering: resampling, weights that telescope, groups that do not mix, and a population that really is steered."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import make_head
 from diffusers import EulerAncestralDiscreteScheduler
 
-from guidance.guides import MidBlockGuide
+from guidance.guides import MidBlockGuide, ScoringGuide
 from guidance.sampling import sample_latents
 from guidance.sampling.start import FromMask
 from guidance.sampling.steering import (
@@ -27,21 +29,17 @@ OPTIONS = {"num_steps": 5, "cfg_scale": 2.0}
 def guide(tiny_pipe):
     """A random head whose score is scaled up, so that a few particles differ clearly."""
     guide = MidBlockGuide(make_head(tiny_pipe), 1.0, start=0, stop=1)
-    small = guide.objective
-    guide.objective = lambda y: 100 * small(y)
+    small = guide.score_of
+    guide.score_of = lambda y: 100 * small(y)
     return guide
 
 
-class Brightness:
+@dataclasses.dataclass(eq=False)
+class Brightness(ScoringGuide):
     """The mean of the predicted x0: what can be checked on the final latents."""
 
-    name, tap = "brightness", X0
-
-    def __init__(self, strength):
-        self.strength = strength
-
-    def prepare(self, pipe):
-        pass
+    guidance_scale: float = 1.0
+    tap = X0
 
     def score(self, h, t):
         return 10 * h.mean((1, 2, 3))
@@ -224,7 +222,7 @@ def test_steering_raises_the_score_and_a_negative_lam_lowers_it(tiny_pipe, guide
 
 def test_an_x0_guide_moves_the_final_latents(tiny_pipe, guide):
     options = {"particles": 24, "select": "all", **OPTIONS, "cfg_scale": 1.0}
-    bright = Brightness(guide.strength)
+    bright = Brightness()
     plain, high = (steer_latents(tiny_pipe, PROMPTS[:1], [3], bright, lam=lam, **options) for lam in (0.0, 20.0))
     final = [10 * s.latents.mean((1, 2, 3)) for s in (plain, high)]
     assert final[1].mean() > final[0].mean()
@@ -287,8 +285,8 @@ def test_best_of_n_keeps_the_best_plain_sample(tiny_pipe, guide):
 
 
 def test_the_guides_range_and_a_mask_are_respected(tiny_pipe, guide):
-    half = MidBlockGuide(guide.head, 1.0, start=0.2, stop=0.6)
-    half.objective = guide.objective
+    half = MidBlockGuide(guide.heads[0], 1.0, start=0.2, stop=0.6)
+    half.score_of = guide.score_of
     known, mask = torch.randn(1, 4, 16, 16), torch.zeros(1, 1, 16, 16)
     mask[..., :8] = 1
     got = steer_latents(
@@ -314,8 +312,8 @@ def test_ancestral_schedulers_can_be_steered(tiny_pipe, guide):
 
 
 def test_bad_input_gets_a_sentence(tiny_pipe, guide):
-    late = MidBlockGuide(guide.head, 1.0, start=0.95, stop=1.0)
-    rare = MidBlockGuide(guide.head, 1.0, start=0, stop=1, every=2)
+    late = MidBlockGuide(guide.heads[0], 1.0, start=0.95, stop=1.0)
+    rare = MidBlockGuide(guide.heads[0], 1.0, start=0, stop=1, every=2)
     for options, text in [
         ({"eta": 0.0}, "draws noise, got DDIMScheduler with eta=0; use eta=1"),
         ({"scheduler": "euler"}, "draws noise, got EulerDiscreteScheduler"),

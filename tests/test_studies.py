@@ -228,10 +228,10 @@ def test_an_unconditional_arm_shows_the_denoiser_nothing(tiny_pipe, tmp_path: Pa
     seen = []
 
     class Watching(MidBlockGuide):
-        def score(self, h, t):
-            from guidance.guides.base import run_prompts
+        needs_prompts = True
 
-            seen.append(run_prompts.get())
+        def score(self, h, t, prompts):
+            seen.append(prompts)
             return h.flatten(1).sum(1).double()
 
     config = HeadConfig("conv", in_channels=64, hidden=8, prediction_type="v_prediction")

@@ -92,7 +92,7 @@ def test_a_sweep_is_whole_and_paired(done: Path) -> None:
 def test_the_same_command_samples_nothing_twice(done: Path, words, monkeypatch, capsys) -> None:
     before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"}
     with monkeypatch.context() as patch:
-        patch.setattr("guidance.sampling.loop.sample_latents", None)
+        patch.setattr("guidance.runs.run.sample_latents", None)
         main([*words, f"output={done}"])
     assert before == {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in done.rglob("*.*") if f.name != "grid.png"}
     assert f"grid: {done / 'grid.png'}" in capsys.readouterr().out

@@ -46,8 +46,11 @@ class Method:
     gradient: bool = False
 
     def measure(self, meter: Callable[[Callable[[], Any]], Any]) -> list[Any]:
-        """Apply a meter to a step of each phase."""
+        """Apply a meter to a step of each phase; a guided run's own check of its first gradient is not counted."""
         with self.context():
+            if self.context is not contextlib.nullcontext:
+                for step, _ in self.phases:
+                    step()
             return [meter(step) for step, _ in self.phases]
 
     def average(self, meter: Callable[[Callable[[], Any]], float]) -> float:
@@ -220,12 +223,13 @@ class CostBench:
 def _counted(guide: ScoringGuide) -> ScoringGuide:
     """Return the guide with a score that :func:`eval.cost.meters.count_saved` sees."""
 
-    def score(*arguments: Any) -> Tensor:
-        with counted():
-            return guide.score(*arguments)
-
     guide.load()
     other = copy.copy(guide)
+
+    def score(*arguments: Any) -> Tensor:
+        with counted():
+            return type(guide).score(other, *arguments)
+
     vars(other)["score"] = score
     return other
 

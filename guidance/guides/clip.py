@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: ``through`` -> tap: the gradient stops at the x0 prediction, or continues through the denoiser to its input.
 TAPS = {"x0": "x0", "unet": "x0/unet"}
 
+#: Smallest cutout of records that do not name it.
+MIN_SIZE = 0.5
+
 
 def spherical_distance(u: Float[Tensor, "... d"], v: Float[Tensor, "... d"]) -> Float[Tensor, ...]:
     """Squared angle between unit vectors, halved: ``2 asin(|u - v| / 2)^2 = arccos(u . v)^2 / 2``.
@@ -110,7 +113,7 @@ class ClipGuide(ScoringGuide):
     distance: Literal["spherical", "cosine"] = option("spherical", "distance of embeddings")
     through: Literal["x0", "unet"] = option("x0", "stop the gradient at the prediction of x0, or carry it on")
     cutouts: int = option(0, "random crops per image; 0 shows the whole image")
-    min_size: float = option(0.5, "smallest crop, as a fraction of the shorter side")
+    min_size: float = option(MIN_SIZE, "smallest crop, as a fraction of the shorter side")
     decoder: Any = network_option(
         None, "folder or hub id of an AutoencoderTiny; null: the model's VAE", kind=str | None
     )
@@ -207,6 +210,14 @@ class ClipGuide(ScoringGuide):
     def networks(self) -> list[str]:
         return [self.embedder.fingerprint]
 
+    def describe(self) -> dict[str, Any]:
+        """Describe the guide for a record; no targets are written as an empty list, the default ``min_size`` not."""
+        described = super().describe()
+        described |= {name: described[name] or [] for name in ("texts", "images", "weights")}
+        if self.min_size == MIN_SIZE:
+            del described["min_size"]
+        return described
+
     def fingerprints(self) -> dict[str, Any]:
         return {"clip_fingerprint": self.embedder.fingerprint}
 
@@ -246,11 +257,14 @@ class ClipGuide(ScoringGuide):
         self, x0: Float[Tensor, "b c y x"], t: Float[Tensor, " b"], prompts: Sequence[str] = ()
     ) -> Float[Tensor, " b"]:
         """Score the similarity of predicted clean latents, as the denoiser scales them, to the targets."""
+        import torch
+
         fixed = self.targets
         targets = self._embed_texts(prompts)[:, None] if fixed is None else fixed.to(self.embedder.device)[None]
-        u = self._embed(self._decode(x0), t)
-        similarity = SIMILARITIES[self.distance](self.embedder, u[:, :, None], targets)
-        return (similarity * similarity.new_tensor(self.factors)).sum(-1).mean(0)
+        with torch.autocast(x0.device.type, enabled=False):
+            u = self._embed(self._decode(x0), t)
+            similarity = SIMILARITIES[self.distance](self.embedder, u[:, :, None], targets)
+            return (similarity * similarity.new_tensor(self.factors)).sum(-1).mean(0)
 
     def _decode(self, x0: Float[Tensor, "b c y x"]) -> Float[Tensor, "b 3 h w"]:
         """Decode latents to images in -1..1, unclipped."""

@@ -103,9 +103,13 @@ class EmbeddingGuide(HeadGuide):
     def networks(self) -> list[str]:
         return [*super().networks(), self.embedder.fingerprint]
 
+    def describe(self) -> dict[str, Any]:
+        """Describe the guide for a record; no targets are written as an empty list."""
+        described = super().describe()
+        return described | {name: described[name] or [] for name in ("texts", "images")}
+
     def fingerprints(self) -> dict[str, Any]:
-        head, clip = self.networks()
-        return {"head_fingerprint": head, "clip_fingerprint": clip}
+        return {"clip_fingerprint": self.embedder.fingerprint}
 
     def score(
         self, h: Float[Tensor, "b c y x"], t: Float[Tensor, " b"], prompts: tuple[str, ...] = ()

@@ -204,12 +204,19 @@ def _is_done(store: RecordStore, planned: Record) -> bool:
         return False
     for field in _IDENTITY:
         before, now = getattr(found, field), getattr(planned, field)
-        if before != now:
+        if before != _of_keys(now, before):
             raise UserError(
                 f"Expected '{store.folder / found.image}' to be made with {field}={now!r}, but it was with "
                 f"{before!r}; choose another output folder, or set fresh=true to move this one aside."
             )
     return True
+
+
+def _of_keys(now: Any, before: Any) -> Any:
+    """Return what is asked for of the options that a record names; those of earlier versions name fewer of a scorer."""
+    if not (isinstance(now, dict) and isinstance(before, dict)):
+        return now
+    return {key: _of_keys(value, before[key]) for key, value in now.items() if key in before}
 
 
 def _sample_arm(

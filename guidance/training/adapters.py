@@ -42,7 +42,6 @@ from guidance.guides.midblock import MidBlockGuide
 from guidance.heads.adapter import Adapter, direction_loss
 from guidance.heads.networks import load_head
 from guidance.heads.objectives import Target
-from guidance.models.denoiser import fingerprint
 from guidance.models.types import Pipeline
 from guidance.sampling.loop import sample_latents, using_scheduler
 from guidance.schedule import NUM_BINS, timestep_bins
@@ -318,21 +317,19 @@ class PairRecorder:
     """An observer that records what an adapter would be given, and the direction in which the teacher pushes.
 
     Args:
-        calls: Denoiser calls to record; None for all.
+        steps: Solver steps whose first denoiser call is recorded; None records every call.
     """
 
     taps: Sequence[str] = ()
 
-    def __init__(self, calls: Collection[int] | None = None) -> None:
-        self.kept, self.calls = calls, 0
+    def __init__(self, steps: Collection[int] | None = None) -> None:
+        self.steps = steps
         self.pairs: list[Tensor] = []
         self.times: list[Tensor] = []
 
     def __call__(self, seen: Observation) -> None:
         """Record a call."""
-        wanted = self.kept is None or self.calls in self.kept
-        self.calls += 1
-        if not wanted:
+        if self.steps is not None and not (seen.step.first and seen.step.number in self.steps):
             return
         direction = torch.zeros_like(seen.eps) if seen.shift is None else unit_rms(-seen.shift)
         rows = torch.cat([seen.latents, seen.eps, seen.x0, direction], 1)
@@ -367,7 +364,7 @@ class TeacherHead:
 
 def describe_teacher(teacher: Sequence[TeacherHead], guides: Sequence[MidBlockGuide]) -> list[dict[str, Any]]:
     """Describe the teacher for the config of an adapter."""
-    facts = [{"predicts": g.head.config.target, "fingerprint": fingerprint(g.head)} for g in guides]
+    facts = [{"predicts": g.heads[0].config.target, "fingerprint": g.networks()[0]} for g in guides]
     return [dataclasses.asdict(part) | fact for part, fact in zip(teacher, facts, strict=True)]
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from guidance.guides import ClipGuide, MidBlockGuide
+from guidance.guides.base import GUIDES
+from guidance.guides.registry import explain, read_guide
 from guidance.heads import HeadConfig, build_head, save_head
 from guidance.runs.arms import guide_arms, midblock_arms
-from guidance.runs.specs import GUIDES, ClipSpec, MidBlockSpec, explain, read_guide
 from guidance.utils.errors import UserError
 from sample.guided import main, read_words
 
@@ -25,30 +27,35 @@ def head(tmp_path) -> Path:
 
 
 def test_a_guide_is_read_from_words() -> None:
-    spec = read_guide("clip:texts=[a boat, the sea],weights=[1,-0.5],through=unet,every=2")
-    assert isinstance(spec, ClipSpec) and spec.texts == ["a boat", "the sea"] and spec.weights == [1, -0.5]
-    assert (spec.through, spec.every, spec.guidance_scale) == ("unet", 2, 1.0)
+    guide = read_guide("clip:texts=[a boat, the sea],weights=[1,-0.5],through=unet,every=2")
+    assert isinstance(guide, ClipGuide) and guide.texts == ["a boat", "the sea"] and guide.weights == [1, -0.5]
+    assert (guide.through, guide.every, guide.guidance_scale) == ("unet", 2, 1.0)
     assert read_guide("midblock").head == "runs/heads/testbed-aesthetic"
 
 
 def test_a_guide_is_read_from_a_file_and_words_override_it(tmp_path, monkeypatch) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("guide: midblock\nhead: my/head\ntarget: '7'\nguidance_scale: -2\n")
-    spec = read_guide(f"{file}:target=8,start=0.5")
-    assert (spec.head, spec.target, spec.guidance_scale, spec.start) == ("my/head", "8", -2.0, 0.5)
+    guide = read_guide(f"{file}:target=8,start=0.5")
+    assert (guide.head, guide.target, guide.guidance_scale, guide.start) == ("my/head", "8", -2.0, 0.5)
     monkeypatch.chdir(ROOT)
     assert read_guide("colour:target=blue").target == "blue"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "guides").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_shipped_guide_is_read_and_explained(file: Path) -> None:
-    spec = read_guide(str(file))
-    assert spec.method in GUIDES and spec.method in explain([spec], 25)
+    guide = read_guide(str(file))
+    assert guide.method in GUIDES and guide.method in explain([guide], 25)
     assert f"--guide {file.stem}" in file.read_text()
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("midblok", "Did you mean 'midblock'"), ("clip:text=[a]", "Did you mean 'texts'")]
+    ("text", "message"),
+    [
+        ("midblok", "Did you mean 'midblock'"),
+        ("clip:text=[a]", "Did you mean 'texts'"),
+        ("clip:distance=cosin", "Expected one of 'spherical', 'cosine'"),
+    ],
 )
 def test_mistakes_name_what_there_is(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -56,13 +63,13 @@ def test_mistakes_name_what_there_is(text: str, message: str) -> None:
 
 
 def test_arms_hold_all_guides_each_by_its_own_factor(head: Path) -> None:
-    specs = [
-        MidBlockSpec(head=str(head)),
-        MidBlockSpec(head=str(head), guidance_scale=-0.5, target="9", objective="class"),
+    guides = [
+        MidBlockGuide(head=str(head)),
+        MidBlockGuide(head=str(head), guidance_scale=-0.5, target="9", objective="class"),
     ]
-    plain, arm = guide_arms(specs, [2.0])
+    plain, arm = guide_arms(guides, [2.0])
     assert plain.guides == () and plain.name == "unguided" and arm.name == "scale=2"
-    assert [g.strength.guidance_scale for g in arm.guides] == [2.0, -1.0]
+    assert [g.guidance_scale for g in arm.guides] == [2.0, -1.0]
     assert [d["method"] for d in arm.descriptions] == ["midblock"] * 2 and arm.descriptions[1]["target"] == "9"
     assert all("head_fingerprint" in d for d in arm.descriptions) and arm.head == str(head)
 
@@ -85,7 +92,7 @@ def test_explain_loads_nothing(capsys) -> None:
 def test_explain_is_instant(head: Path) -> None:
     """Reading a head's description imports nothing heavy."""
     code = (
-        "import sys; from guidance.runs.specs import explain, read_guide; "
+        "import sys; from guidance.guides.registry import explain, read_guide; "
         f"print(explain([read_guide('midblock:head={head}')], 4), 'torch' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
