@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from guidance.data.tables import read_rows, require_cell
 from guidance.runs.records import UNGUIDED, Record, RecordStore, audit_pairs
 from guidance.utils.errors import UserError, nearest
 from guidance.utils.images import IMAGE_SUFFIXES, to_rgb
+
+Pair = tuple[str, int]  # prompt id and seed
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as image folders of datasets have them
 
@@ -43,7 +46,7 @@ class ArmImage:
     record: Record | None = None
 
     @property
-    def pair(self) -> tuple[str, int]:
+    def pair(self) -> Pair:
         """Identify the pair: images of a pair have the same prompt and seed."""
         return self.prompt_id, self.seed
 
@@ -92,7 +95,8 @@ def _read_plain(folder: Path, prompts: str | os.PathLike[str] | None) -> list[Ar
         seeds[key] = seeds.get(key, -1) + 1
         seed = seeds[key] if row.get("seed") in (None, "") else int(row["seed"])
         prompt, category, challenge = (str(row.get(k) or "") for k in ("prompt", "category", "challenge"))
-        images.append(ArmImage(file, _digest(file), key, prompt, category, challenge, seed))
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        images.append(ArmImage(file, digest, key, prompt, category, challenge, seed))
     return images
 
 
@@ -113,14 +117,6 @@ def _read_table(file: Path) -> dict[str, dict[str, Any]]:
 def load_images(folder: str | os.PathLike[str], records: Sequence[Record]) -> UInt8[np.ndarray, "n h w 3"]:
     """Read the images of records, uint8 RGB."""
     return np.stack([np.asarray(Image.open(Path(folder) / r.image).convert("RGB")) for r in records])
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-_SHOWN = 3  # examples in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,19 +180,19 @@ def load_arms(
     if not folders:
         raise UserError("Expected one or more folders of images, got none.")
     found = _named([(Path(folder), read_folder(Path(folder), prompts)) for folder in folders])
-    base = _baseline(found, baseline)
-    found = _selected(found, base, only)
+    base, *others = _order(found, baseline, only)
+    arms = {name: _by_pair(name, found[name]) for name in (base, *others)}
     excluded: dict[str, list[str]] = {}
-    ordered = {name: _by_pair(name, images) for name, images in found.items()}
-    pairs = _common(ordered, base, exclude, excluded)
-    audited = _audit(ordered, pairs, base, vary)
-    converted = _check_images(ordered, pairs, exclude, excluded)
+    pairs = _common(arms, exclude, excluded)
+    audited = _audit(arms, pairs, vary)
+    converted = _check_images(arms, pairs, exclude, excluded)
     dropped = {pair for gone in excluded.values() for pair in gone}
     pairs = [pair for pair in pairs if _label(pair) not in dropped]
     if len(pairs) < 2:
         raise UserError(f"Expected two or more pairs of images, {len(pairs)} can be used; sample more.")
-    images = {name: [ordered[name][pair] for pair in pairs] for name in ordered}
-    return Arms(base, _same_prompts(images, base), audited, excluded, converted)
+    images = {name: [by_pair[pair] for pair in pairs] for name, by_pair in arms.items()}
+    _check_prompts(images, base)
+    return Arms(base, images, audited, excluded, converted)
 
 
 def _named(found: Sequence[tuple[Path, dict[str, list[ArmImage]]]]) -> dict[str, list[ArmImage]]:
@@ -212,27 +208,18 @@ def _named(found: Sequence[tuple[Path, dict[str, list[ArmImage]]]]) -> dict[str,
     return named
 
 
-def _baseline(found: Mapping[str, Any], baseline: str | None) -> str:
-    if baseline is None:
-        return UNGUIDED if UNGUIDED in found else next(iter(found))
-    if baseline not in found:
-        raise UserError(
-            f"Expected the baseline to be one of {', '.join(found)}, got '{baseline}'.{nearest(baseline, found)}"
-        )
-    return baseline
-
-
-def _selected(found: dict[str, list[ArmImage]], base: str, only: Collection[str]) -> dict[str, list[ArmImage]]:
-    for name in only:
+def _order(found: Mapping[str, Sequence[ArmImage]], baseline: str | None, only: Collection[str]) -> list[str]:
+    """List the arms to compare: the baseline, then the others by their scale."""
+    base = baseline if baseline is not None else UNGUIDED if UNGUIDED in found else next(iter(found))
+    for name in (base, *only):
         if name not in found:
-            raise UserError(f"Expected arms among {', '.join(found)}, got '{name}'.{nearest(name, found)}")
-    kept = [name for name in found if name != base and (not only or name in only)]
-    records = {name: found[name][0].record for name in kept}
-    kept.sort(key=lambda name: record.scale if (record := records[name]) else 0.0)
-    return {name: found[name] for name in [base, *kept]}
+            expected = "the baseline to be one of" if name == base else "arms among"
+            raise UserError(f"Expected {expected} {', '.join(found)}, got '{name}'.{nearest(name, found)}")
+    records = {name: images[0].record for name, images in found.items() if name != base and (not only or name in only)}
+    return [base, *sorted(records, key=lambda name: record.scale if (record := records[name]) else 0.0)]
 
 
-def _by_pair(arm: str, images: Sequence[ArmImage]) -> dict[tuple[str, int], ArmImage]:
+def _by_pair(arm: str, images: Sequence[ArmImage]) -> dict[Pair, ArmImage]:
     ordered = {image.pair: image for image in images}
     if len(ordered) < len(images):
         again = next(i for i in images if ordered[i.pair] is not i)
@@ -243,71 +230,58 @@ def _by_pair(arm: str, images: Sequence[ArmImage]) -> dict[tuple[str, int], ArmI
     return ordered
 
 
-def _common(
-    arms: Mapping[str, Mapping[tuple[str, int], Any]], base: str, exclude: bool, excluded: dict[str, list[str]]
-) -> list[tuple[str, int]]:
-    """List the pairs that every arm has, in the baseline's order."""
-    union = list(dict.fromkeys(pair for arm in [base, *arms] for pair in arms[arm]))
-    lacking = {name: [pair for pair in union if pair not in images] for name, images in arms.items()}
-    lacking = {name: pairs for name, pairs in lacking.items() if pairs}
-    if lacking and not exclude:
-        name, pairs = next(iter(lacking.items()))
-        raise UserError(
-            f"Expected the same prompts and seeds in every arm, but '{name}' lacks {_some(map(_label, pairs))} of "
-            f"{len(union)}; let its run finish, or set exclude=true to leave those pairs out."
-        )
-    for name, pairs in lacking.items():
-        excluded[f"no image in '{name}'"] = [_label(pair) for pair in pairs]
-    gone = {pair for pairs in lacking.values() for pair in pairs}
-    return [pair for pair in union if pair not in gone]
+def _common(arms: Mapping[str, Collection[Pair]], exclude: bool, excluded: dict[str, list[str]]) -> list[Pair]:
+    """List the pairs that every arm has, in the order of the first."""
+    union = list(dict.fromkeys(pair for pairs in arms.values() for pair in pairs))
+    for name, pairs in arms.items():
+        lacking = [_label(pair) for pair in union if pair not in pairs]
+        if lacking and not exclude:
+            shown = "; ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+            raise UserError(
+                f"Expected the same prompts and seeds in every arm, but '{name}' lacks {shown} of {len(union)}; let "
+                "its run finish, or set exclude=true to leave those pairs out."
+            )
+        if lacking:
+            excluded[f"no image in '{name}'"] = lacking
+    return [pair for pair in union if all(pair in pairs for pairs in arms.values())]
 
 
-def _audit(
-    arms: Mapping[str, Mapping[tuple[str, int], ArmImage]],
-    pairs: Sequence[tuple[str, int]],
-    base: str,
-    vary: Collection[str],
-) -> bool:
-    """Audit the records of the pairs; return False if an arm has none."""
-    records = {name: [images[pair].record for pair in pairs] for name, images in arms.items()}
-    if any(r is None for rows in records.values() for r in rows):
+def _audit(arms: Mapping[str, Mapping[Pair, ArmImage]], pairs: Sequence[Pair], vary: Collection[str]) -> bool:
+    """Audit the records of the pairs with those of the first arm; return False if an arm has none."""
+    found = {name: [images[pair].record for pair in pairs] for name, images in arms.items()}
+    records = {name: [r for r in rows if r is not None] for name, rows in found.items()}
+    if records != found:
         return False
-    for name, rows in records.items():
-        if name != base:
-            plain = not any(r.guides or r.steering for r in rows if r)
-            allowed = {*vary, "cfg_scale", "cfg"} if plain else set(vary)
-            both = [dataclasses.replace(r, arm=arm) for arm in (base, name) for r in records[arm] if r is not None]
-            audit_pairs(both, base, vary=allowed)
+    base, *others = records
+    for name in others:
+        plain = not any(r.guides or r.steering for r in records[name])
+        both = [dataclasses.replace(r, arm=arm) for arm in (base, name) for r in records[arm]]
+        audit_pairs(both, base, vary={*vary, "cfg_scale", "cfg"} if plain else vary)
     return True
 
 
 def _check_images(
-    arms: Mapping[str, Mapping[tuple[str, int], ArmImage]],
-    pairs: Iterable[tuple[str, int]],
-    exclude: bool,
-    excluded: dict[str, list[str]],
+    arms: Mapping[str, Mapping[Pair, ArmImage]], pairs: Sequence[Pair], exclude: bool, excluded: dict[str, list[str]]
 ) -> dict[str, int]:
     """Check every file once: exclude the pairs of unreadable files, and count files that have to be converted."""
-    converted: dict[str, int] = {}
-    sizes: dict[tuple[int, int], int] = {}
+    modes: Counter[str] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
     for pair in pairs:
         for name, images in arms.items():
-            image = images[pair]
-            problem = _problem(image, converted, sizes)
+            problem = _problem(images[pair], modes, sizes)
             if problem and not exclude:
                 raise UserError(
-                    f"Expected an image of '{name}' at '{image.file}', but it {problem}; make it again, or set "
+                    f"Expected an image of '{name}' at '{images[pair].file}', but it {problem}; make it again, or set "
                     "exclude=true to leave its pair out."
                 )
             if problem:
                 excluded.setdefault(f"an image in '{name}' {problem}", []).append(_label(pair))
-    if len(sizes) > 1:
-        usual = max(sizes, key=sizes.__getitem__)
-        converted |= {f"{w}x{h} instead of {usual[0]}x{usual[1]}": n for (w, h), n in sizes.items() if (w, h) != usual}
-    return converted
+    usual = max(sizes, key=sizes.__getitem__, default=(0, 0))
+    others = {f"{w}x{h} instead of {usual[0]}x{usual[1]}": n for (w, h), n in sizes.items() if (w, h) != usual}
+    return {f"mode {mode}": n for mode, n in modes.items() if mode != "RGB"} | others
 
 
-def _problem(image: ArmImage, converted: dict[str, int], sizes: dict[tuple[int, int], int]) -> str | None:
+def _problem(image: ArmImage, modes: Counter[str], sizes: Counter[tuple[int, int]]) -> str | None:
     """Say what keeps an image from being used; files with records are decoded only when features are computed."""
     try:
         if image.record and image.file.stat().st_size != image.record.bytes:
@@ -320,13 +294,12 @@ def _problem(image: ArmImage, converted: dict[str, int], sizes: dict[tuple[int, 
         return "is missing"
     except (OSError, SyntaxError, ValueError):
         return "cannot be read"
-    if mode != "RGB":
-        converted[f"mode {mode}"] = converted.get(f"mode {mode}", 0) + 1
-    sizes[size] = sizes.get(size, 0) + 1
+    modes[mode] += 1
+    sizes[size] += 1
     return None
 
 
-def _same_prompts(images: dict[str, list[ArmImage]], base: str) -> dict[str, list[ArmImage]]:
+def _check_prompts(images: Mapping[str, Sequence[ArmImage]], base: str) -> None:
     """Refuse arms with different prompts; it is enough if one of them has prompts."""
     for name, rows in images.items():
         for a, b in zip(images[base], rows, strict=True):
@@ -335,14 +308,7 @@ def _same_prompts(images: dict[str, list[ArmImage]], base: str) -> dict[str, lis
                     f"Expected '{base}' and '{name}' to have the same prompts, but for {_label(a.pair)} they are "
                     f"{a.prompt!r} and {b.prompt!r}; pair the folders by the same table."
                 )
-    return images
 
 
-def _label(pair: tuple[str, int]) -> str:
+def _label(pair: Pair) -> str:
     return f"'{pair[0]}', seed {pair[1]}"
-
-
-def _some(items: Iterable[str]) -> str:
-    listed = list(items)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return "; ".join(listed[:_SHOWN]) + more

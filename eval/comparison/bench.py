@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -60,30 +61,25 @@ class ImageBench:
     clip: TextExtractor | None
     features: Extractor | None  # of set metrics
     readings: Extractor | None  # of the judge classifier, on the testbed
-    rating: Extractor | None  # by a head
+    rating: Extractor | None = None  # by a head
     reference: str | None
     edits: str | None
 
     def __init__(self, arms: Arms, config: EvalImagesConfig, state: PartialState, *, progress: bool = True) -> None:
         self.arms, self.config, self.state, self.progress = arms, config, state, progress
-        self.testbed = is_testbed(arms)
-        self.edits = config.edits
-        self.reference = config.reference
-        if self.reference == AUTO:
-            self.reference = TESTBED_REFERENCE if self.testbed else None
+        self.testbed, self.edits = is_testbed(arms), config.edits
+        default = TESTBED_REFERENCE if self.testbed else None
+        self.reference = default if config.reference == AUTO else config.reference
         clip = self._load(("judge-clip" if self.testbed else DEFAULT_CLIP) if config.clip == AUTO else config.clip)
         if clip is not None and not isinstance(clip, TextExtractor):
             raise UserError(f"Expected clip to be a network with texts, judge-clip or clip:NAME, got '{config.clip}'.")
-        self.clip = clip
-        self.features = clip
+        self.clip = self.features = clip
         if config.features != AUTO or self.testbed:
             self.features = self._load("judge" if config.features == AUTO else config.features)
         self.readings = judge_readings(load_judges()) if self.testbed else None
-        self.rating = None
         if config.rating is not None:
             head = load_head(config.rating)
-            pipe = load_pipeline(head.config.base_model)
-            self.rating = rating_extractor(pipe, head, batch_size=config.batch_size)
+            self.rating = rating_extractor(load_pipeline(head.config.base_model), head, batch_size=config.batch_size)
         self._read: dict[tuple[str, str], Mapping[str, Float[np.ndarray, "n d"]]] = {}
         self._references: dict[str, Reference] = {}
 
@@ -95,29 +91,23 @@ class ImageBench:
         """Compute the features that are not cached yet, each process its share; returns when all are there."""
         shared = {"process_index": self.state.process_index, "num_processes": self.state.num_processes}
         graders: list[tuple[Embedder | None, What]] = [(m.grader(self), "embed") for m in IMAGE_METRICS]
-        references: dict[str, Extractor] = {}
-        for measure in SET_METRICS:
-            network = measure.network(self)
-            if network is not None and measure.needs and self.reference:
-                references[network.fingerprint] = network
-            if self.reference or not measure.needs:
-                graders.append((network, measure.what))
+        networks = [(m.network(self), m) for m in SET_METRICS if self.reference or not m.needs]
+        graders += [(network, m.what) for network, m in networks]
         needed = {(grader.fingerprint, what): grader for grader, what in graders if grader is not None}
         for (_, what), grader in needed.items():
             self._features(grader, what, **shared)
+        references = {network.fingerprint: network for network, m in networks if network is not None and m.needs}
         for network in references.values():
             bar = f"reference, {network.name}" if self.progress else None
-            fill_reference(
-                str(self.reference), network, n=self._reference_size(), cache=self.config.cache, progress=bar, **shared
-            )
+            fill_reference(str(self.reference), network, progress=bar, **self._reference_options, **shared)
         self.state.wait_for_everyone()
 
     def read(self, grader: Embedder, what: What = "embed") -> Mapping[str, Float[np.ndarray, "n d"]]:
         """Return arm -> features of its images."""
         key = grader.fingerprint, what
         if key not in self._read:
-            n, rows = len(self.arms.rows), self._features(grader, what)
-            self._read[key] = {name: rows[i * n : (i + 1) * n] for i, name in enumerate(self.arms.names)}
+            parts = np.split(self._features(grader, what), len(self.arms.names))
+            self._read[key] = dict(zip(self.arms.names, parts, strict=True))
         return self._read[key]
 
     def _features(self, grader: Embedder, what: What, **shared: int) -> Float[np.ndarray, "n d"]:
@@ -132,15 +122,14 @@ class ImageBench:
 
     def read_reference(self, network: Extractor) -> Reference:
         """Return the reference set in the features of a network."""
-        if network.fingerprint not in self._references:
-            self._references[network.fingerprint] = load_reference(
-                str(self.reference), network, n=self._reference_size(), cache=self.config.cache
-            )
-        return self._references[network.fingerprint]
+        if (key := network.fingerprint) not in self._references:
+            self._references[key] = load_reference(str(self.reference), network, **self._reference_options)
+        return self._references[key]
 
-    def _reference_size(self) -> int | None:
-        testbed = str(self.reference).startswith("testbed:")
-        return self.config.reference_size or (TESTBED_SIZE if testbed else None)
+    @property
+    def _reference_options(self) -> dict[str, Any]:
+        default = TESTBED_SIZE if str(self.reference).startswith("testbed:") else None
+        return {"n": self.config.reference_size or default, "cache": self.config.cache}
 
     @functools.cached_property
     def edit_embeddings(self) -> tuple[Float[np.ndarray, "n d"], ...]:
@@ -152,17 +141,15 @@ class ImageBench:
         assert self.edits is not None and self.clip is not None
         ids = list(dict.fromkeys(row.prompt_id for row in self.arms.rows))
         known = load_edit_pairs(self.edits, len(ids) if self.edits.startswith("testbed") else None)
-        pairs = {pair.id: pair for pair in known}
-        images = [pair.image for pair in map(pairs.get, ids) if pair is not None and pair.image is not None]
-        if len(images) < len(ids):
-            lacking = [i for i in ids if i not in pairs or pairs[i].image is None]
+        pairs = {pair.id: pair for pair in known if pair.image is not None}
+        if lacking := [i for i in ids if i not in pairs]:
             raise UserError(
                 f"Expected an edit with a source image for every prompt, got none for '{lacking[0]}' and "
                 f"{len(lacking) - 1} more; name the edits that the images were made from."
             )
         chosen = [pairs[i] for i in ids]
         found = (
-            self.clip.embed(images),
+            self.clip.embed([pair.image for pair in chosen if pair.image is not None]),
             self.clip.embed_texts([pair.caption for pair in chosen]),
             self.clip.embed_texts([pair.edited_caption for pair in chosen]),
         )
@@ -178,22 +165,15 @@ class ImageBench:
         )
 
     def compare(self, title: str, command: str, options: Mapping[str, Any]) -> Comparison:
-        """Measure everything.
-
-        Args:
-            title: Of the report.
-            command: That makes it again.
-            options: Shown beside it.
-        """
+        """Measure everything; the report shows the command that makes it again, and options beside it."""
         measured, sets = measure_images(self), measure_sets(self, self.config.permutations)
         found = deltas(measured, self.arms)
-        size = self.read_reference(self.features).n if self.reference and self.features is not None else 0
         notes = caveats(
             self.arms,
             measured,
             found,
             widths={s.metric.title: s.width for s in sets if s.width is not None},
-            reference_size=size or None,
+            reference_size=self.read_reference(self.features).n if self.reference and self.features else None,
             truncated=self._truncated(),
         )
         return Comparison(
@@ -216,9 +196,8 @@ class ImageBench:
 
     def _truncated(self) -> list[str]:
         prompts = list(dict.fromkeys(row.prompt for row in self.arms.rows if row.prompt))
-        if self.clip is None or not prompts:
-            return []
-        return [p for p, cut in zip(prompts, self.clip.truncated(prompts), strict=True) if cut]
+        cut = self.clip.truncated(prompts) if self.clip and prompts else []
+        return list(itertools.compress(prompts, cut))
 
     def _provenance(self) -> dict[str, Any]:
         records = [i.record for images in self.arms.images.values() for i in images if i.record]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
-from eval.comparison.arms import ArmImage, Arms
+from eval.comparison.arms import Arms
 from eval.comparison.image_metrics import Measured
-from eval.comparison.results import ArmSummary, Breakdown, Caveat, Delta
-from eval.stats.paired import holm, paired_difference
+from eval.comparison.results import ArmSummary, Breakdown, Caveat, Delta, ImageMetric
+from eval.stats.paired import PairedDifference, holm, paired_difference
 from guidance.runs.records import Record
 from guidance.utils.errors import UserError
+
+Rows = Bool[np.ndarray, " n"]
 
 _MIN_PROMPTS = 5  # of a part of the prompts that gets an interval
 
@@ -35,18 +40,17 @@ def deltas(measured: Sequence[Measured], arms: Arms) -> list[Delta]:
     unit = np.array(units(arms), dtype=object)
     found = []
     for m in measured:
-        base, of_metric = m.values[arms.baseline], []
+        of_metric = []
         for name in arms.names[1:]:
-            both = np.isfinite(base) & np.isfinite(m.values[name])
-            if len(set(unit[both])) < 2:
+            both = _both(m, arms, name)
+            if (count := len(set(unit[both]))) < 2:
                 raise UserError(
-                    f"Expected {m.metric.title} to have a value for two or more prompts in '{name}', got "
-                    f"{len(set(unit[both]))}; leave the metric out, or compare more images."
+                    f"Expected {m.metric.title} to have a value for two or more prompts in '{name}', got {count}; "
+                    "leave the metric out, or compare more images."
                 )
-            d = paired_difference(base[both], m.values[name][both], unit[both].tolist())
-            of_metric.append(Delta(m.metric.key, name, d, d.wilcoxon_p, int((~both).sum())))
-        adjusted = holm([d.paired.wilcoxon_p for d in of_metric])
-        found += [dataclasses.replace(d, p_holm=float(p)) for d, p in zip(of_metric, adjusted, strict=True)]
+            of_metric.append((name, _difference(m, arms, name, both, unit), int((~both).sum())))
+        adjusted = holm([d.wilcoxon_p for _, d, _ in of_metric]).tolist()
+        found += [Delta(m.metric.key, name, d, p, n) for (name, d, n), p in zip(of_metric, adjusted, strict=True)]
     return found
 
 
@@ -56,40 +60,40 @@ def breakdowns(measured: Sequence[Measured], arms: Arms) -> list[Breakdown]:
     for by in ("category", "challenge"):
         classes = np.array([getattr(row, by) for row in arms.rows], dtype=object)
         names = sorted({name for name in classes if name})
-        if len(names) < 2:
-            continue
-        for m in measured:
-            base = m.values[arms.baseline]
-            for arm in arms.names[1:]:
-                has = np.isfinite(base) & np.isfinite(m.values[arm])
-                for name in names:
-                    part = has & (classes == name)
-                    if len(set(unit[part])) < _MIN_PROMPTS:
-                        continue
-                    d = paired_difference(base[part], m.values[arm][part], unit[part].tolist())
-                    found.append(Breakdown(by, name, m.metric.key, arm, d.n_prompts, d.mean_diff, d.interval))
+        for m, arm, name in itertools.product(measured, arms.names[1:], names if len(names) > 1 else []):
+            part = _both(m, arms, arm) & (classes == name)
+            if len(set(unit[part])) >= _MIN_PROMPTS:
+                d = _difference(m, arms, arm, part, unit)
+                found.append(Breakdown(by, name, m.metric.key, arm, d.n_prompts, d.mean_diff, d.interval))
     return found
+
+
+def _both(m: Measured, arms: Arms, arm: str) -> Rows:
+    """Mark the rows with a value in the baseline and in an arm."""
+    return np.isfinite(m.values[arms.baseline]) & np.isfinite(m.values[arm])
+
+
+def _difference(m: Measured, arms: Arms, arm: str, rows: Rows, unit: np.ndarray) -> PairedDifference:
+    return paired_difference(m.values[arms.baseline][rows], m.values[arm][rows], unit[rows].tolist())
 
 
 def summarise_arms(arms: Arms) -> list[ArmSummary]:
     """Summarise each arm, as far as it is recorded."""
-    return [_summary(name, images, name == arms.baseline) for name, images in arms.images.items()]
-
-
-def _summary(name: str, images: Sequence[ArmImage], baseline: bool) -> ArmSummary:
-    records = [image.record for image in images if image.record is not None]
-    if not records:
-        return ArmSummary(name, len(images), "baseline" if baseline else name)
-    r = records[0]
-    return ArmSummary(
-        name=name,
-        n=len(images),
-        series="baseline" if baseline else _series(r),
-        method=_method(r),
-        scale=r.scale,
-        cfg_scale=r.cfg_scale,
-        seconds=float(np.median([record.seconds for record in records])),
-    )
+    summaries = []
+    for name, images in arms.images.items():
+        summary = ArmSummary(name, len(images), "baseline" if name == arms.baseline else name)
+        if records := [image.record for image in images if image.record is not None]:
+            r, seconds = records[0], float(np.median([record.seconds for record in records]))
+            known: dict[str, Any] = {
+                "method": _method(r),
+                "scale": r.scale,
+                "cfg_scale": r.cfg_scale,
+                "seconds": seconds,
+            }
+            series = summary.series if name == arms.baseline else _series(r)
+            summary = dataclasses.replace(summary, series=series, **known)
+        summaries.append(summary)
+    return summaries
 
 
 def _series(r: Record) -> str:
@@ -110,30 +114,15 @@ def table_rows(measured: Sequence[Measured], arms: Arms) -> list[dict[str, Any]]
     """Return one dict an image, see :class:`eval.comparison.results.Comparison`."""
     rows = []
     for name, images in arms.images.items():
-        for i, image in enumerate(images):
-            r, first = image.record, arms.rows[i]
-            values = {m.metric.key: _plain(m.values[name][i]) for m in measured}
-            rows.append(
-                {
-                    "arm": name,
-                    "prompt_id": image.prompt_id,
-                    "prompt": image.prompt or first.prompt,
-                    "category": image.category or first.category,
-                    "challenge": image.challenge or first.challenge,
-                    "seed": image.seed,
-                    "scale": r.scale if r else None,
-                    "cfg_scale": r.cfg_scale if r else None,
-                    "seconds": r.seconds if r else None,
-                    "image": str(image.file),
-                    "sha256": image.digest,
-                    **values,
-                }
-            )
+        for i, (image, first) in enumerate(zip(images, arms.rows, strict=True)):
+            row: dict[str, Any] = {"arm": name, "prompt_id": image.prompt_id}
+            row |= {k: getattr(image, k) or getattr(first, k) for k in ("prompt", "category", "challenge")}
+            row |= {"seed": image.seed}
+            row |= {k: getattr(image.record, k, None) for k in ("scale", "cfg_scale", "seconds")}
+            row |= {"image": str(image.file), "sha256": image.digest}
+            values = {m.metric.key: float(m.values[name][i]) for m in measured}
+            rows.append(row | {key: value if math.isfinite(value) else None for key, value in values.items()})
     return rows
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def caveats(
@@ -155,74 +144,72 @@ def caveats(
         reference_size: Images of the reference set; None without one.
         truncated: Prompts of which the evaluating CLIP reads only the beginning.
     """
+    metrics = [m.metric for m in measured]
     return [
-        *_pairing_caveats(arms),
-        *_prompt_caveats(arms, truncated),
-        *_metric_caveats(arms, measured, widths, reference_size),
-        *_drift_caveats(found),
+        Caveat(kind, text)
+        for kind, text in (
+            *_pairing_caveats(arms),
+            *_prompt_caveats(arms, truncated),
+            *_metric_caveats(arms, metrics, widths, reference_size),
+            *_drift_caveats(found),
+        )
     ]
 
 
-def _pairing_caveats(arms: Arms) -> Iterator[Caveat]:
+def _pairing_caveats(arms: Arms) -> Iterator[tuple[str, str]]:
     if not arms.audited:
-        yield Caveat(
+        yield (
             "unpaired",
             "Images are paired by name only: nothing is recorded of noise, model, scheduler and steps, so that what "
             "differs between the arms rests on your word.",
         )
     for reason, pairs in arms.excluded.items():
         shown = "; ".join(pairs[:3]) + (" ..." if len(pairs) > 3 else "")
-        yield Caveat("excluded", f"{len(pairs)} pairs were left out in all arms: {reason} ({shown}).")
+        yield "excluded", f"{len(pairs)} pairs were left out in all arms: {reason} ({shown})."
     if arms.converted:
         kinds = ", ".join(f"{n} images of {what}" for what, n in arms.converted.items())
-        yield Caveat("converted", f"Not all images are 8-bit RGB of one size, and were converted: {kinds}.")
+        yield "converted", f"Not all images are 8-bit RGB of one size, and were converted: {kinds}."
 
 
-def _prompt_caveats(arms: Arms, truncated: Sequence[str]) -> Iterator[Caveat]:
+def _prompt_caveats(arms: Arms, truncated: Sequence[str]) -> Iterator[tuple[str, str]]:
     if cut := {r.prompt_id for r in arms.rows if r.record and r.record.truncated}:
-        text = f"{len(cut)} prompts are longer than the model reads; their images follow the beginning only."
-        yield Caveat("truncated", text)
-    if truncated:
-        text = f"{len(truncated)} prompts are longer than the evaluating CLIP reads; it scores the beginning only."
-        yield Caveat("truncated", text)
-    empty = sum(not row.prompt for row in arms.rows)
-    if 0 < empty < len(arms.rows):
-        yield Caveat("excluded", f"{empty} images have no prompt, and no CLIP score.")
-    prompts = len({row.prompt_id for row in arms.rows})
-    if prompts == 1:
-        text = "All images share one prompt: intervals are over seeds, and say nothing about other prompts."
-        yield Caveat("prompts", text)
+        yield (
+            "truncated",
+            f"{len(cut)} prompts are longer than the model reads; their images follow the beginning only.",
+        )
+    if n := len(truncated):
+        yield "truncated", f"{n} prompts are longer than the evaluating CLIP reads; it scores the beginning only."
+    if 0 < (empty := sum(not row.prompt for row in arms.rows)) < len(arms.rows):
+        yield "excluded", f"{empty} images have no prompt, and no CLIP score."
+    if (prompts := len({row.prompt_id for row in arms.rows})) == 1:
+        yield "prompts", "All images share one prompt: intervals are over seeds, and say nothing about other prompts."
     elif prompts < 20:
-        yield Caveat("prompts", f"Only {prompts} prompts: bootstrap intervals of so few are too narrow.")
+        yield "prompts", f"Only {prompts} prompts: bootstrap intervals of so few are too narrow."
 
 
 def _metric_caveats(
-    arms: Arms, measured: Sequence[Measured], widths: Mapping[str, int], reference_size: int | None
-) -> Iterator[Caveat]:
-    for metric in (m.metric for m in measured if m.metric.circular):
-        guided = ", ".join(f"'{name}'" for name in metric.circular)
-        yield Caveat(
-            "circular",
-            f"{metric.title} is measured by the network that guided {guided}: it grades its own work. Take another "
-            "evaluator.",
-        )
+    arms: Arms, metrics: Sequence[ImageMetric], widths: Mapping[str, int], reference_size: int | None
+) -> Iterator[tuple[str, str]]:
+    for metric in metrics:
+        if guided := ", ".join(f"'{name}'" for name in metric.circular):
+            text = f"{metric.title} is measured by the network that guided {guided}: it grades its own work."
+            yield "circular", f"{text} Take another evaluator."
     least = min(len(arms.rows), reference_size or len(arms.rows))
     for title, width in widths.items():
         if least < 2 * width:
-            yield Caveat(
+            yield (
                 "biased",
                 f"{title} of {least} images with {width} features is biased upwards: compare it among the arms only, "
                 f"never with figures from elsewhere, or take {2 * width} images or more.",
             )
 
 
-def _drift_caveats(found: Sequence[Delta]) -> Iterator[Caveat]:
+def _drift_caveats(found: Sequence[Delta]) -> Iterator[tuple[str, str]]:
     """Warn of saturation or clipping that rises, or diversity that falls, significantly and by half an sd or 5%."""
     for d in found:
         p, (low, high) = d.paired, d.paired.interval
+        change = f"from {p.mean_a:.3f} to {p.mean_b:.3f}"
         if d.metric in ("saturation", "clipping") and low > 0 and not p.effect_size <= 0.5:
-            rise = f"rises from {p.mean_a:.3f} to {p.mean_b:.3f}"
-            yield Caveat("saturation", f"{d.metric.capitalize()} of '{d.arm}' {rise}: look at the images.")
+            yield "saturation", f"{d.metric.capitalize()} of '{d.arm}' rises {change}: look at the images."
         if d.metric == "diversity" and high < 0 and p.mean_b < 0.95 * p.mean_a:
-            fall = f"diversity falls from {p.mean_a:.3f} to {p.mean_b:.3f}"
-            yield Caveat("diversity", f"Images of one prompt are more alike in '{d.arm}': {fall}.")
+            yield "diversity", f"Images of one prompt are more alike in '{d.arm}': diversity falls {change}."

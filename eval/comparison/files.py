@@ -21,14 +21,7 @@ def write_comparison(
 ) -> dict[str, Any]:
     """Write rows.csv, rows.parquet, report.html and, last, summary.json, which marks the others as complete.
 
-    Args:
-        comparison: Results.
-        folder: Output folder.
-        key: Hash of inputs and options, for the summary.
-        sort_by: Metric that picks the examples of the report.
-
-    Returns:
-        The summary.
+    The summary, which is returned, has the ``key`` of inputs and options; ``sort_by`` picks the report's examples.
     """
     table = pandas.DataFrame(comparison.rows)
     with atomic_path(folder / "rows.csv") as temporary:

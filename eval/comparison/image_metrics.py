@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -49,14 +49,8 @@ class ImageMeasure:
     tradeoff: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A metric and its values.
-
-    Attributes:
-        metric: Description for the report.
-        values: Arm -> value of each image, NaN where it has none.
-    """
+class Measured(NamedTuple):
+    """A metric and its values."""
 
     metric: ImageMetric
     values: Values
@@ -66,9 +60,8 @@ def measure_images(bench: ImageBench) -> list[Measured]:
     """Compute every metric of `IMAGE_METRICS` that applies to the images of a bench."""
     measured = []
     for measure in IMAGE_METRICS:
-        if (grader := measure.grader(bench)) is None:
-            continue
-        if (values := measure.values(bench, bench.read(grader))) is None:
+        grader = measure.grader(bench)
+        if grader is None or (values := measure.values(bench, bench.read(grader))) is None:
             continue
         network = grader if isinstance(grader, Extractor) else None
         name, circular = (network.name, bench.guided_by(network)) if network else ("", ())
@@ -92,9 +85,9 @@ def _agreement(attribute: str, bench: ImageBench, features: Rows) -> Values:
 def _clip_score(bench: ImageBench, features: Rows) -> Values | None:
     assert bench.clip is not None
     prompts = [row.prompt for row in bench.arms.rows]
-    if not any(prompts):
-        return None
     has = np.array([bool(p) for p in prompts])
+    if not has.any():
+        return None
     texts = bench.clip.embed_texts([p for p in prompts if p])
     scores = {arm: np.full(len(has), np.nan) for arm in features}
     for arm, x in features.items():
@@ -103,10 +96,9 @@ def _clip_score(bench: ImageBench, features: Rows) -> Values | None:
 
 
 def _similarity_to_baseline(bench: ImageBench, features: Rows) -> Values:
-    baseline = features[bench.arms.baseline]
-    values = {arm: image_similarity(baseline, x) for arm, x in features.items()}
-    # exactly 1: rounding would be its standard deviation
-    return values | {bench.arms.baseline: np.ones(len(baseline))}
+    base = bench.arms.baseline
+    values = {arm: image_similarity(features[base], x) for arm, x in features.items()}
+    return values | {base: np.ones(len(features[base]))}  # exactly 1: rounding would be its standard deviation
 
 
 def _diversity(bench: ImageBench, features: Rows) -> Values | None:

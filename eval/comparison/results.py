@@ -20,8 +20,7 @@ class ArmSummary:
         series: Arms of one series form a curve: "guided by aesthetic", "plain CFG".  The baseline's is "baseline", and
             every curve passes through it.
         method: Guidance, scheduler and steps in a phrase; "" where nothing is recorded.
-        scale: Guidance scale; None where nothing is recorded.
-        cfg_scale: Weight of classifier-free guidance; None where nothing is recorded.
+        scale, cfg_scale: Guidance scale and weight of classifier-free guidance; None where nothing is recorded.
         seconds: Median seconds per image; None where nothing is recorded.
     """
 
@@ -61,8 +60,6 @@ class Delta:
 
     Attributes:
         metric: :attr:`ImageMetric.key`.
-        arm: The arm.
-        paired: Means, difference, interval, effect, wins, p.
         p_holm: ``paired.wilcoxon_p`` adjusted by Holm over the arms of this metric.
         excluded: Images left out on both sides because the metric has no value there.
     """
@@ -76,14 +73,7 @@ class Delta:
 
 @dataclasses.dataclass(frozen=True)
 class SetMetric:
-    """A metric with one value a set of images, against a reference set.
-
-    Attributes:
-        key: Of :attr:`SetValue.metric`: "fd".
-        title: "FD-judge"; "FID" only with the real Inception.
-        better: Which way is better.
-        note: One sentence of definition, with range, unit and reference.
-    """
+    """A metric with one value a set of images, such as "fd"; its title is "FID" only with the real Inception."""
 
     key: str
     title: str
@@ -97,8 +87,7 @@ class SetValue:
 
     Attributes:
         metric: :attr:`SetMetric.key`.
-        arm: The arm.
-        value: On all its images.
+        value: On all images of the arm.
         blocks: On disjoint blocks of prompts (or seeds); each is biased by its size, so compare them among arms only.
         difference: ``value`` less the baseline's; None for the baseline.
         p: From a two-sided permutation test of the difference, labels swapped within prompts; None for the baseline,
@@ -120,10 +109,7 @@ class Breakdown:
     """A metric of an arm against the baseline on a part of the prompts.
 
     Attributes:
-        by: "category" or "challenge".
-        value: Of that column.
-        metric, arm: As in `Delta`.
-        n_prompts: Prompts of that part.
+        by, value: "category" or "challenge", and what that column says.
         difference, interval: Mean paired difference and its 95% interval, not adjusted for the number of parts.
     """
 
@@ -154,18 +140,15 @@ class Comparison:
     """One or more arms on the same prompts and noises; see `eval.comparison.bench.ImageBench.compare`.
 
     Attributes:
-        title: Of the report.
         command: Command line that reproduces it.
         created: ISO 8601, UTC.
         provenance: Versions, models, evaluators with their fingerprints, reference and options.
         baseline: Name of the arm with which the others are compared.
         arms: The baseline first.
-        n_prompts: Prompts in every arm.
-        n_pairs: Images in every arm.
+        n_prompts, n_pairs: Prompts and images in every arm.
         image_metrics, deltas: Image metrics; a delta for each of them and each arm but the baseline.
         set_metrics, set_values: Set metrics; a value for each of them and each arm.
         breakdowns: By category and challenge, where prompts have them.
-        caveats: Warnings for the reader.
         rows: One dict an image: arm, prompt_id, prompt, category, challenge, seed, scale, cfg_scale, image (path of the
             file), seconds, and a column for each image metric (None where it has no value).
     """

@@ -6,12 +6,14 @@ Every metric has a value for each arm, values on disjoint blocks, and a permutat
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from eval.comparison.results import Better, SetMetric, SetValue
 from eval.features.extractors import ClassExtractor, Extractor
@@ -43,14 +45,8 @@ Prompts = Sequence[str]
 Test = Callable[[Rows, Rows, Prompts, int], float]
 
 
-@dataclasses.dataclass(frozen=True)
-class SetData:
-    """Inputs of a set metric.
-
-    Attributes:
-        rows: Arm -> features of its images, the baseline first.
-        reference: Reference set in the same features; None if the metric needs none.
-    """
+class SetData(NamedTuple):
+    """Inputs of a set metric: features of each arm, the baseline first, and of the reference where it needs one."""
 
     rows: Mapping[str, Rows]
     reference: Reference | None = None
@@ -62,8 +58,7 @@ class SetData:
         return self.reference.features
 
 
-@dataclasses.dataclass(frozen=True)
-class SetStatistic:
+class SetStatistic(NamedTuple):
     """A set metric, ready to be computed.
 
     Attributes:
@@ -115,8 +110,7 @@ class SetMeasure:
     tradeoff: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class MeasuredSets:
+class MeasuredSet(NamedTuple):
     """A set metric, its values for all arms, and the `SetStatistic.width` of its features."""
 
     metric: SetMetric
@@ -124,7 +118,7 @@ class MeasuredSets:
     width: int | None
 
 
-def measure_sets(bench: ImageBench, permutations: int) -> list[MeasuredSets]:
+def measure_sets(bench: ImageBench, permutations: int) -> list[MeasuredSet]:
     """Compute every metric of `SET_METRICS` that applies to the images of a bench."""
     prompts, seeds = [row.prompt_id for row in bench.arms.rows], [row.seed for row in bench.arms.rows]
     measured = []
@@ -135,14 +129,13 @@ def measure_sets(bench: ImageBench, permutations: int) -> list[MeasuredSets]:
         reference = bench.read_reference(network) if measure.needs else None
         if measure.needs == "images" and (reference is None or reference.features is None):
             continue
-        data = SetData(bench.read(network, measure.what), reference)
-        statistic = measure.statistic(data)
+        statistic = measure.statistic(data := SetData(bench.read(network, measure.what), reference))
         title = measure.published if measure.published and network.name == "inception" else measure.title
         width = next(iter(data.rows.values())).shape[1]
         note = measure.note.format(reference=reference.name if reference else "", width=width)
         metric = SetMetric(measure.key, title.format(label=network.label), measure.better, note)
         values = set_values(measure.key, statistic, prompts, seeds, permutations)
-        measured.append(MeasuredSets(metric, values, statistic.width))
+        measured.append(MeasuredSet(metric, values, statistic.width))
     return measured
 
 
@@ -154,31 +147,22 @@ def set_values(
     Args:
         key: Of the metric.
         statistic: Its computation, with the rows of each arm, the baseline's first.
-        prompts: Prompt id of each row.
-        seeds: Seed of each row.
+        prompts, seeds: Of each row.
         permutations: Of each test.
     """
-    baseline, *others = statistic.rows
-    values = {name: statistic.value(x) for name, x in statistic.rows.items()}
+    (_, base), *others = statistic.rows.items()
     tests: dict[str, float] = {}
     if statistic.tested and len(set(prompts)) >= MIN_PROMPTS:
-        test = statistic.test or _value_test(statistic.value)
-        base = statistic.rows[baseline]
-        tests = {name: test(base, statistic.rows[name], prompts, permutations) for name in others}
+        test = statistic.test or functools.partial(_value_test, statistic.value)
+        tests = {name: test(base, x, prompts, permutations) for name, x in others}
     adjusted = dict(zip(tests, holm(list(tests.values())).tolist(), strict=True))
     blocks = list_blocks(prompts, seeds)
-    return [
-        SetValue(
-            metric=key,
-            arm=name,
-            value=values[name],
-            blocks=tuple(statistic.value(x[rows]) for rows in blocks),
-            difference=None if name == baseline else values[name] - values[baseline],
-            p=tests.get(name),
-            p_holm=adjusted.get(name),
-        )
-        for name, x in statistic.rows.items()
-    ]
+    values: list[SetValue] = []
+    for name, x in statistic.rows.items():
+        value, parts = statistic.value(x), tuple(statistic.value(x[rows]) for rows in blocks)
+        difference = value - values[0].value if values else None
+        values.append(SetValue(key, name, value, parts, difference, tests.get(name), adjusted.get(name)))
+    return values
 
 
 def list_blocks(prompts: Prompts, seeds: Sequence[int]) -> list[Int[np.ndarray, " rows"]]:
@@ -202,19 +186,19 @@ def _index_test(value: Callable[[Int[np.ndarray, " n"]], float], prompts: Prompt
     return permutation_test(prompts, lambda a, b: value(b) - value(a), two_sided=True, permutations=permutations).p
 
 
-def _value_test(value: Callable[[Rows], float]) -> Test:
-    def test(a: Rows, b: Rows, prompts: Prompts, permutations: int) -> float:
-        both = np.concatenate([a, b])
-        return _index_test(lambda i: value(both[i]), prompts, permutations)
-
-    return test
+def _value_test(value: Callable[[Rows], float], a: Rows, b: Rows, prompts: Prompts, permutations: int) -> float:
+    both = np.concatenate([a, b])
+    return _index_test(lambda i: value(both[i]), prompts, permutations)
 
 
 def _mmd_test(real: Rows, kernel: Kernel) -> Test:
-    def test(a: Rows, b: Rows, prompts: Prompts, permutations: int) -> float:
-        return mmd_permutation_test(a, b, prompts, kernel, reference=real, permutations=permutations).p
+    return lambda a, b, prompts, permutations: (
+        mmd_permutation_test(a, b, prompts, kernel, reference=real, permutations=permutations).p
+    )
 
-    return test
+
+def _doubles(x: Rows) -> Float[Tensor, "n d"]:
+    return torch.as_tensor(x).double()
 
 
 def frechet_statistic(data: SetData) -> SetStatistic:
@@ -228,35 +212,28 @@ def frechet_statistic(data: SetData) -> SetStatistic:
 
 def kernel_statistic(data: SetData) -> SetStatistic:
     """Prepare the kernel distance (KID's estimator on all rows at once), times 1000."""
-    real = torch.as_tensor(data.real).double()
-
-    def value(x: Rows) -> float:
-        return 1000 * mmd_squared(real, torch.as_tensor(x).double(), cubic_kernel).unbiased
-
-    return SetStatistic(data.rows, value, _mmd_test(data.real, cubic_kernel))
+    real, test = _doubles(data.real), _mmd_test(data.real, cubic_kernel)
+    return SetStatistic(data.rows, lambda x: 1000 * mmd_squared(real, _doubles(x), cubic_kernel).unbiased, test)
 
 
 def precision_statistic(data: SetData) -> SetStatistic:
     """Prepare the share of generated images within the manifold of real ones."""
-    real = torch.as_tensor(data.real).double()
+    real = _doubles(data.real)
     radius = radii(real, NEIGHBOURS)
-    inside = {
-        arm: covered(torch.as_tensor(x).double(), real, radius).double()[:, None].numpy()
-        for arm, x in data.rows.items()
-    }
+    inside = {arm: covered(_doubles(x), real, radius).double()[:, None].numpy() for arm, x in data.rows.items()}
     return SetStatistic(inside, lambda x: float(x.mean()))
 
 
 def recall_statistic(data: SetData) -> SetStatistic:
     """Prepare the share of real images within the manifold of generated ones."""
-    real = torch.as_tensor(data.real).double()
+    real = _doubles(data.real)
 
     def value(x: Rows) -> float:
-        centres = torch.as_tensor(x).double()
+        centres = _doubles(x)
         return float(covered(real, centres, radii(centres, NEIGHBOURS)).double().mean())
 
     def test(a: Rows, b: Rows, prompts: Prompts, permutations: int) -> float:
-        both = torch.as_tensor(np.concatenate([a, b])).double()
+        both = _doubles(np.concatenate([a, b]))
         among, across = torch.cdist(both, both).float(), torch.cdist(both, real).float()
 
         def recall(rows: Int[np.ndarray, " n"]) -> float:

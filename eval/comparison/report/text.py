@@ -11,6 +11,8 @@ import numpy as np
 from eval.comparison.results import ArmSummary, Better, Comparison, Delta, ImageMetric, SetMetric, SetValue
 from guidance.utils.errors import UserError, nearest
 
+Column = tuple[str, ImageMetric | SetMetric | None]
+
 MISSING = "—"
 
 LEVEL = 0.05  # of a test, after Holm
@@ -59,19 +61,14 @@ def p_value(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def decimals_for(steps: Sequence[float | None]) -> int:
-    """Choose decimals that give the median of `steps` (half-widths of intervals) two significant digits, 0 to 6."""
-    sizes = [abs(x) for x in steps if x is not None and math.isfinite(x) and x != 0]
-    return min(max(1 - math.floor(math.log10(np.median(sizes))), 0), 6) if sizes else 2
-
-
 def metric_decimals(comparison: Comparison, metric: str) -> int:
-    """Choose the decimals of a metric, the same for all arms."""
-    if values := [v.value / 10 for v in comparison.set_values if v.metric == metric]:
-        return decimals_for(values)
+    """Choose decimals, 0 to 6 and the same for all arms, that give intervals two significant digits."""
     deltas = [d.paired for d in comparison.deltas if d.metric == metric]
     widths = [(d.interval[1] - d.interval[0]) / 2 for d in deltas]
-    return decimals_for([w for w in widths if w > 0] or [d.mean_a / 10 for d in deltas])
+    steps = [v.value / 10 for v in comparison.set_values if v.metric == metric]
+    steps = steps or [w for w in widths if w > 0] or [d.mean_a / 10 for d in deltas]
+    sizes = [abs(x) for x in steps if math.isfinite(x) and x != 0]
+    return min(max(1 - math.floor(math.log10(np.median(sizes))), 0), 6) if sizes else 2
 
 
 def image_decimals(comparison: Comparison, metric: str) -> int:
@@ -148,19 +145,17 @@ def headline(comparison: Comparison) -> list[str]:
         return ["Nothing is compared: no image metric has a value on both sides."]
     plain = {arm.name for arm in comparison.arms if is_plain_cfg(arm)}
     deltas = [d for d in comparison.deltas if d.metric == metric.key]
-    guided = [d for d in deltas if d.arm not in plain] or deltas
-    best = _best(guided, metric.better)
-    sentences = [_state(comparison, metric, best)]
+    rivals = [d for d in deltas if d.arm in plain]
+    guided = [d for d in deltas if d.arm not in plain]
+    best, digits = _best(guided or deltas, metric.better), metric_decimals(comparison, metric.key)
+    sentences = [_state(comparison, metric, best, digits)]
     if best.arm in metric.circular:
         sentences.append("This is circular: the network that measures it has guided the arm.")
-    if len(guided) > 1:
-        sentences.append(_selection(guided, metric))
-    rivals = [d for d in deltas if d.arm in plain]
-    if rivals and guided is not deltas:
-        rival, digits = _best(rivals, metric.better), metric_decimals(comparison, metric.key)
-        change = number(rival.paired.mean_diff, digits, signed=True)
-        ends = interval(rival.paired.interval, digits)
-        sentences.append(f"Raising plain CFG alone gives at best {change} {ends} (“{rival.arm}”).")
+    if len(guided or deltas) > 1:
+        sentences.append(_selection(guided or deltas, metric))
+    if rivals and guided:
+        rival = _best(rivals, metric.better)
+        sentences.append(f"Raising plain CFG alone gives at best {_change(rival, digits)} (“{rival.arm}”).")
     if (ratio := time_ratio(comparison, best.arm)) is not None:
         sentences.append(f"“{best.arm}” takes {ratio:.2f} times the baseline's time per image.")
     return sentences
@@ -171,19 +166,20 @@ def _best(deltas: Sequence[Delta], better: Better) -> Delta:
     return max(deltas, key=lambda d: sign * d.paired.mean_diff if sign else abs(d.paired.mean_diff))
 
 
-def _state(comparison: Comparison, metric: ImageMetric, delta: Delta) -> str:
+def _change(delta: Delta, digits: int) -> str:
+    return f"{number(delta.paired.mean_diff, digits, signed=True)} {interval(delta.paired.interval, digits)}"
+
+
+def _state(comparison: Comparison, metric: ImageMetric, delta: Delta, digits: int) -> str:
     """State a delta: what is shown, by how much, with which uncertainty."""
-    paired, digits = delta.paired, metric_decimals(comparison, metric.key)
     shown = verdict(delta, metric.better)
     claim = {"": "is not shown to differ from", "different": "differs from"}.get(shown, f"is {shown} than")
-    share, ends = improved(delta, metric.better)
-    effect = number(paired.effect_size, 2, signed=True)
+    effect = number(delta.paired.effect_size, 2, signed=True)
     unit = "" if effect == MISSING else f" ({effect} sd of the baseline)"
     return (
-        f"“{delta.arm}” {claim} “{comparison.baseline}” in {metric.title}: "
-        f"{number(paired.mean_diff, digits, signed=True)} {interval(paired.interval, digits)}{unit}, "
-        f"{'better' if metric.better else 'higher'} on {percent(share, ends)} of {paired.n_prompts} prompts, "
-        f"{p_value(delta.p_holm)} after Holm."
+        f"“{delta.arm}” {claim} “{comparison.baseline}” in {metric.title}: {_change(delta, digits)}{unit}, "
+        f"{'better' if metric.better else 'higher'} on {percent(*improved(delta, metric.better))} of "
+        f"{delta.paired.n_prompts} prompts, {p_value(delta.p_holm)} after Holm."
     )
 
 
@@ -205,12 +201,11 @@ def time_ratio(comparison: Comparison, arm: str) -> float | None:
     return value / base if value is not None and base and math.isfinite(value / base) else None
 
 
-def divide_columns(comparison: Comparison) -> list[list[tuple[str, ImageMetric | SetMetric | None]]]:
+def divide_columns(comparison: Comparison) -> list[list[Column]]:
     """Divide the columns of results, as kind and metric, among tables that fit a page."""
-    columns: list[tuple[str, ImageMetric | SetMetric | None]] = [("image", m) for m in comparison.image_metrics]
-    columns += [*(("set", m) for m in comparison.set_metrics), ("cost", None)]
-    tables: list[list[tuple[str, ImageMetric | SetMetric | None]]] = [[]]
-    for column in columns:
+    columns: list[Column] = [("image", m) for m in comparison.image_metrics]
+    tables: list[list[Column]] = [[]]
+    for column in (*columns, *(("set", m) for m in comparison.set_metrics), ("cost", None)):
         if sum(_WIDTHS[kind] for kind, _ in (*tables[-1], column)) > _MAX_WIDTH:
             tables.append([])
         tables[-1].append(column)
