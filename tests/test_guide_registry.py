@@ -13,6 +13,8 @@ from guidance.guides import ClipGuide, MidBlockGuide
 from guidance.guides.base import GUIDES
 from guidance.guides.registry import explain, read_guide
 from guidance.heads import HeadConfig, build_head, save_head
+from guidance.heads.adapter import AdapterConfig, build_adapter, save_adapter
+from guidance.models.clip import load_clip
 from guidance.runs.arms import guide_arms, midblock_arms
 from guidance.utils.errors import UserError
 from sample.guided import main, read_words
@@ -80,6 +82,36 @@ def test_one_head_is_described_alike_by_options_and_by_a_guide(head: Path) -> No
     by_options = midblock_arms(load_head(head), [1.5], head_path=str(head), every=2)
     by_guide = guide_arms([read_guide(f"midblock:head={head},every=2")], [1.5])
     assert by_options[1].descriptions == by_guide[1].descriptions
+
+
+#: What records say of each guide, beside its method, name and :data:`COMMON`.
+COMMON = {"guidance_scale", "normalize", "start", "stop", "every", "space"}
+DESCRIBED = {
+    "midblock": "head objective target committee pessimism head_fingerprint committee_fingerprints",
+    "embedding": "head clip texts images clip_fingerprint",
+    "clip": "clip texts images weights distance through cutouts decoder seed clip_fingerprint",
+    "amortised": "adapter adapter_fingerprint teacher_fingerprints",
+}
+
+
+@pytest.mark.parametrize("method", DESCRIBED)
+def test_records_describe_guides_as_earlier_versions_did(method: str, head: Path, tmp_path: Path) -> None:
+    """Folders of earlier versions go on with the same command, which compares the descriptions."""
+    clip = load_clip("testbed")
+    options = {"clip": clip.name, "clip_fingerprint": clip.fingerprint, "outputs": 128}
+    config = HeadConfig("conv", in_channels=8, hidden=16, task="embedding", target="clip:testbed", labels=[], **options)
+    save_head(build_head(config), tmp_path / "clip")
+    save_adapter(build_adapter(AdapterConfig(width=8, depth=1)), tmp_path / "adapter")
+    made_of = {"midblock": f":head={head}", "embedding": f":head={tmp_path / 'clip'}", "clip": ""}
+    made_of["amortised"] = f":adapter={tmp_path / 'adapter'}"
+    guide = read_guide(method + made_of[method]).at(2.0)
+    described = guide.describe()
+    assert set(described) == {"method", "name", *COMMON, *DESCRIBED[method].split()}
+    assert described["guidance_scale"] == 2 and (described["start"], described["stop"]) == guide.interval
+    for name in {"texts", "images", "weights"} & set(described):
+        assert described[name] == []
+    assert json.loads(json.dumps(described)) == described
+    assert "min_size" in read_guide("clip:min_size=0.3").describe()
 
 
 def test_explain_loads_nothing(capsys) -> None:

@@ -78,6 +78,7 @@ def test_a_run_is_whole_and_paired(done: Path) -> None:
     for r in records:
         assert (r.score is None) == (r.arm == "unguided") and r.seconds > 0 and not r.nan_skipped
         assert r.scheduler == "DDIMScheduler" and r.num_steps == 3 and not r.truncated
+        assert (r.steps, r.gradients, r.pushes) == ((3, 0, 0) if r.arm == "unguided" else (3, 3, 3))
     guide = next(r for r in records if r.arm == "scale=-2").guides[0]
     assert guide["guidance_scale"] == -2 and guide["normalize"] == "cfg" and guide["stop"] == 1.0
     assert yaml.safe_load((done / "config.yaml").read_text())["scales"] == [0.0, 1.0, -2.0]

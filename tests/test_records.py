@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def test_what_is_appended_is_loaded(tmp_path: Path) -> None:
     assert written.score is None and written.scale == 2 and again.load()[1].scale == 0
     assert again.has("scale=2", "p-0", 0) and not again.has("scale=2", "p-0", 1)
     assert (tmp_path / "run" / "records.jsonl").read_text(encoding="utf-8").count("\n") == 2
+
+
+def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    written = store.append(make_record(), IMAGE)
+    values = json.loads(store.path.read_text())
+    later = ("conditioning", "steering", "cfg", "start", "steps", "gradients", "pushes")
+    store.path.write_text(json.dumps({key: value for key, value in values.items() if key not in later}) + "\n")
+    assert RecordStore(tmp_path).load(check="sha256") == [written]
+    assert (written.steps, written.gradients, written.pushes) == (0, 0, 0)
 
 
 def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from eval.guides import STUDIES, main
 from eval.metrics.frechet import frechet_distance, moments
 from eval.metrics.precision_recall import precision_recall
 from guidance.data.prompts import Prompt
-from guidance.guides import MidBlockGuide
+from guidance.guides import EmbeddingGuide, MidBlockGuide
 from guidance.heads import HeadConfig, build_head, load_head, save_head
 from guidance.heads.adapter import AdapterConfig, build_adapter, save_adapter
 from guidance.models.clip import load_clip
@@ -281,6 +281,25 @@ def test_images_steered_by_another_head_or_aim_are_refused(tiny_pipe, parts, tmp
     for guide in (MidBlockGuide(other), MidBlockGuide(rating, objective="at_least", target=7)):
         with pytest.raises(UserError, match="made with steering="):
             run(guide)
+
+
+def test_images_steered_to_another_text_are_refused_where_records_name_it(tiny_pipe, parts, tmp_path: Path) -> None:
+    """Records of earlier versions name the networks that scored, not the texts."""
+    jobs = list_jobs([Prompt("p", TEXTS[0])], 1, 0)
+
+    def run(text: str) -> int:
+        guide = EmbeddingGuide(load_head(parts["clip"]), load_clip("testbed"), texts=[text])
+        arm = Arm("best", steering=Steering(guide, particles=2, lam=0.0, threshold=0.0))
+        return sample_arms(tiny_pipe, jobs, [arm], RecordStore(tmp_path), Sampling(2), model="x", progress=False)
+
+    assert run(TEXTS[0]) == 1 and run(TEXTS[0]) == 0
+    with pytest.raises(UserError, match="made with steering="):
+        run(TEXTS[1])
+    file = tmp_path / "records.jsonl"
+    values = json.loads(file.read_text())
+    values["steering"] = {k: v for k, v in values["steering"].items() if k not in ("texts", "images")}
+    file.write_text(json.dumps(values) + "\n")
+    assert run(TEXTS[1]) == 0
 
 
 def read(store: RecordStore, record: Any) -> np.ndarray:
