@@ -235,7 +235,8 @@ def test_elements_have_names_and_ids_of_their_own(full: tuple[Comparison, str]) 
     well_formed(full[1])
     assert full[1].count("<style") == 1  # matplotlib's would hold for the whole page
     assert set(re.findall(r"var\((--\w+)\)", full[1])) <= set(re.findall(r"(--\w+):", full[1]))
-    assert "#0102" not in full[1]
+    drawn = {c for svg in re.findall(r"<svg .*?</svg>", full[1], flags=re.S) for c in re.findall(r"\w+: #\w{6}", svg)}
+    assert len(drawn) > 6 and all(f'[style*="{colour}"]' in full[1] for colour in drawn)  # each has a dark form
 
 
 def test_the_same_comparison_gives_the_same_bytes(full: tuple[Comparison, str], tmp_path: Path) -> None:
