@@ -280,6 +280,9 @@ class StepPlan:
         >>> StepPlan.of(scheduler).numbers
         (0, 0, 1, 1, 2)
         """
+        if scheduler.timesteps is None:
+            name = type(scheduler).__name__
+            raise UserError(f"Expected timesteps of {name}, got none; call set_timesteps(...) first.")
         times = tuple(torch.as_tensor(scheduler.timesteps).double().tolist())
         order = range(len(times))
         if orders := getattr(scheduler, "order_list", None):  # DPM++ singlestep
@@ -335,7 +338,7 @@ class StepPlan:
                 f"Expected one of the {len(self.times)} timesteps of {type(scheduler).__name__}, got {t:g}; call "
                 "scheduler.set_timesteps(...) before sampling, and give the denoiser the scheduler's own timesteps."
             )
-        for own in (getattr(scheduler, "step_index", None), getattr(scheduler, "begin_index", None)):
+        for own in (getattr(scheduler, name, None) for name in ("step_index", "begin_index", "counter")):
             if own is not None and own < len(distances) and distances[own] == nearest_one:
                 return int(own)
         return distances.index(nearest_one)

@@ -25,8 +25,8 @@ from diffusers import (
 from torch import Tensor
 
 from guidance.apply import apply_guidance
-from guidance.guides import Strength
-from guidance.guides.base import rms, unit_rms
+from guidance.apply.guided import rms, unit_rms
+from guidance.guides import ScoringGuide
 from guidance.models.denoiser import denoiser_of
 from guidance.schedule import NoiseSchedule
 from guidance.taps.hooks import patch_grid, read_output
@@ -35,16 +35,12 @@ PROMPTS = ["a red balloon over the sea at dusk", "a white tower in the hills at 
 SIZE = 2 * tiny.LATENTS
 
 
-class PatternGuide:
+@dataclasses.dataclass(eq=False)
+class PatternGuide(ScoringGuide):
     """Scores features by a fixed pattern, squared: smooth, another gradient at every place."""
 
-    name = "pattern"
-
-    def __init__(self, tap: str = "mid_block", **strength: Any) -> None:
-        self.tap, self.strength = tap, Strength(**strength)
-
-    def prepare(self, pipe: Any) -> None:
-        pass
+    tap: str = "mid_block"
+    guidance_scale: float = 1.0
 
     def score(self, h: Tensor, t: Tensor) -> Tensor:
         pattern = torch.sin(torch.arange(h[0].numel(), dtype=torch.float32)).view_as(h[0]).to(h)
@@ -187,12 +183,14 @@ def by_hand(case: Case, pipe: Any, scale: float, variant: str) -> Iterator[None]
         channels = 16 if x.shape[1] == 16 else min(x.shape[1], 4)
         latents = prediction[:, :channels].chunk(parts)
         t = torch.as_tensor(others["timestep"]).reshape(-1)[0]
+        mask = x[:, 4:5].chunk(parts)[c] if x.shape[1] == 9 else None  # only what is repainted is pushed
         if parts > 1:
-            size = rms(latents[c] - latents[0 if c else -1])
+            size = rms(latents[c] - latents[0 if c else -1], mask)
         else:
             factor = schedule.shift_factor(t).float()
             size = rms(schedule.to_eps(latents[0], x[:, :channels], t)) * factor
-        shift = -scale * size * unit_rms(g[:, :channels].chunk(parts)[c])
+        direction = g[:, :channels].chunk(parts)[c]
+        shift = -scale * size * unit_rms(direction if mask is None else direction * mask, mask)
         prediction[:, :channels] += torch.cat([shift] * parts)
         return (prediction,) if isinstance(output, tuple) else type(output)(sample=prediction)
 

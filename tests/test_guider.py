@@ -23,8 +23,9 @@ from test_diffusers_pipelines import PROMPTS, SIZE, PatternGuide, picture
 from torch import Tensor
 
 from guidance.apply import apply_guidance
+from guidance.apply.guided import rms
 from guidance.apply.guider import GuidesGuider
-from guidance.guides.base import Guide, rms
+from guidance.guides.base import Guide
 from guidance.utils.errors import UserError
 
 NEGATIVE = ["grey", "blurred"]

@@ -26,7 +26,8 @@ def double(model):
 
 def score_gradient(features):
     h = features["mid_block"]
-    return {"mid_block": torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None].expand_as(h) / h.numel()}
+    ramp = torch.linspace(-1, 1, h.shape[1], dtype=h.dtype)[None, :, None, None]
+    return {"mid_block": ramp.expand_as(h) / h.numel()}, None
 
 
 def linear_full_graph(unet, x, t, text):
@@ -36,7 +37,7 @@ def linear_full_graph(unet, x, t, text):
     eps = unet(leaf, t, text).sample
     handle.remove()
     h = found[0]
-    return eps.detach(), torch.autograd.grad(h, leaf, score_gradient({"mid_block": h.detach()})["mid_block"])[0]
+    return eps.detach(), torch.autograd.grad(h, leaf, score_gradient({"mid_block": h.detach()})[0]["mid_block"])[0]
 
 
 @pytest.mark.parametrize("conditional", [0, 1, 2])
@@ -52,7 +53,7 @@ def test_parts_in_step_equal_parts_apart(conditional, times):
         xs = [*x[:conditional], leaf, *x[conditional + 1 :]]
         return unet(lockstep(xs, conditional), t, lockstep(text, conditional)).sample
 
-    out, (gradient,) = forward_with_gradient(in_step, unet, x[conditional], ["mid_block"], [score_gradient])
+    out, ((gradient, *_),) = forward_with_gradient(in_step, unet, x[conditional], ["mid_block"], [score_gradient])
     eps, expected = linear_full_graph(unet, x[conditional], t, text[conditional])
     parts = split_parts(out, conditional)
     assert not any(isinstance(p, Lockstep) or p.requires_grad for p in parts)

@@ -15,8 +15,8 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTrans
 from test_taps import hooks_of, inputs
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from guidance.apply import apply_guidance, cfg_parts
-from guidance.apply.scoring import scoring
+from guidance.apply import apply_guidance
+from guidance.apply.observers import StepScorer
 from guidance.data.cache import FeatureCache
 from guidance.data.encoding import FeatureEncoder
 from guidance.data.features import cache_features
@@ -109,7 +109,7 @@ def score(h):
 def score_gradient(tap, features):
     leaf = features[tap].requires_grad_(True)
     with torch.enable_grad():
-        return {tap: torch.autograd.grad(score(leaf).sum(), leaf)[0]}
+        return {tap: torch.autograd.grad(score(leaf).sum(), leaf)[0]}, None
 
 
 def raw_outputs(model, taps, run):
@@ -139,7 +139,7 @@ def test_a_transformers_gradient_and_prediction_are_those_of_the_full_graph(name
     call = lambda x: model(x, timestep=T, **case.kwargs).sample  # noqa: E731
     target = functools.partial(score_gradient, tap)
     with torch.no_grad():  # as pipelines call it
-        output, (g,) = forward_with_gradient(call, model, case.x, [tap], [target])
+        output, ((g, *_),) = forward_with_gradient(call, model, case.x, [tap], [target])
         untouched = call(case.x)
     leaf = case.x.clone().requires_grad_(True)
     _, found = raw_outputs(model, [tap], lambda: call(leaf))
@@ -171,12 +171,12 @@ def test_checkpointed_blocks_that_run_twice_give_the_same_gradient(name: str) ->
     call = lambda model: lambda x: model(x, timestep=T, **case.kwargs).sample  # noqa: E731
     tap = "+".join(case.taps)
     target = functools.partial(score_gradient, tap)
-    output, (g,) = forward_with_gradient(call(case.model), case.model, case.x, [tap], [target])
+    output, ((g, *_),) = forward_with_gradient(call(case.model), case.model, case.x, [tap], [target])
     model = copy.deepcopy(case.model)
     model.enable_gradient_checkpointing()
     for early in (True, False):  # whether the second run ends at the last tensor it has to save, or with the block
         with set_checkpoint_early_stop(early):
-            again, (h,) = forward_with_gradient(call(model), model, case.x, [tap], [target])
+            again, ((h, *_),) = forward_with_gradient(call(model), model, case.x, [tap], [target])
         assert torch.equal(output, again) and torch.equal(g, h)
     assert hooks_of(model) == 0
 
@@ -208,7 +208,7 @@ def test_a_transformers_gradient_agrees_with_finite_differences(name: str) -> No
     kwargs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in case.kwargs.items()}
     x, tap = case.x.double(), "+".join(case.taps)
     call = lambda x: model(x, timestep=T, **kwargs).sample  # noqa: E731
-    _, (g,) = forward_with_gradient(call, model, x, [tap], [functools.partial(score_gradient, tap)])
+    _, ((g, *_),) = forward_with_gradient(call, model, x, [tap], [functools.partial(score_gradient, tap)])
     size, close = (1e-3, 1e-3) if name == "flux" else (1e-6, 1e-5)  # its rotary embedding rounds to float32
     step = size * randn(*x.shape, seed=3).double()
     up, down = (score(encode_features(model, x + s * step, T, tap=tap, **kwargs)).sum() for s in (1, -1))
@@ -221,7 +221,7 @@ def test_several_taps_in_one_forward_are_the_full_graphs(tiny_pipe) -> None:
     x, t, text = inputs(unet)
     call = lambda leaf: unet(leaf, t, text).sample  # noqa: E731
     targets = [functools.partial(score_gradient, tap) for tap in (JOINED, "up_blocks.0")]
-    output, (a, b) = forward_with_gradient(call, unet, x, [JOINED, "up_blocks.0"], targets)
+    output, ((a, *_), (b, *_)) = forward_with_gradient(call, unet, x, [JOINED, "up_blocks.0"], targets)
     leaf = x.clone().requires_grad_(True)
     want, found = raw_outputs(unet, ["down_blocks.0", "mid_block", "up_blocks.0"], lambda: call(leaf))
     low, mid = found["down_blocks.0"][0], found["mid_block"]
@@ -254,18 +254,14 @@ def test_a_head_on_several_taps_guides(tiny_pipe) -> None:
     x, text = torch.cat([x, x]), torch.cat([torch.zeros_like(text), text])
 
     def call():
-        token = cfg_parts.set(2)
-        try:
-            with torch.no_grad():
-                return pipe.unet(x, t, encoder_hidden_states=text).sample
-        finally:
-            cfg_parts.reset(token)
+        with torch.no_grad():
+            return pipe.unet(x, t, encoder_hidden_states=text).sample
 
     guide = lambda s: MidBlockGuide(head, s, normalize=None, start=0, stop=1)  # noqa: E731
     plain = call()
-    with apply_guidance(pipe, [guide(0.0)]):
+    with apply_guidance(pipe, [guide(0.0)], parts=2):
         assert torch.equal(call(), plain)
-    with apply_guidance(pipe, [guide(2.0)]) as handle:
+    with apply_guidance(pipe, [guide(2.0)], parts=2) as handle:
         guided = call()
     leaf = x[1:].clone().requires_grad_(True)
     run = lambda: pipe.unet(leaf, t, encoder_hidden_states=text[1:]).sample  # noqa: E731
@@ -287,7 +283,8 @@ def test_a_head_on_several_taps_works_in_a_run_and_scores_it(tiny_pipe) -> None:
     plain, guided = run([]), run([guide])
     assert guided.isfinite().all() and not torch.allclose(plain, guided)
     x, t, text = inputs(tiny_pipe.unet)
-    with scoring(tiny_pipe, guide, 2) as scorer, torch.no_grad():
+    scorer = StepScorer(guide)
+    with apply_guidance(tiny_pipe, (), parts=1, observe=[scorer]), torch.no_grad():
         tiny_pipe.unet(x, t, encoder_hidden_states=text)
     h = encode_features(tiny_pipe.unet, x, t, text, tap=JOINED)
     torch.testing.assert_close(scorer.scores, guide.score(h, t.float().expand(2)))
@@ -391,9 +388,9 @@ def test_a_head_runs_on_the_features_of_another_size(tiny_pipe, kind: str) -> No
         def target(features):
             leaf = features[JOINED].requires_grad_(True)
             with torch.enable_grad():
-                return {JOINED: torch.autograd.grad(head(leaf, 401).logsumexp(1).sum(), leaf)[0]}
+                return {JOINED: torch.autograd.grad(head(leaf, 401).logsumexp(1).sum(), leaf)[0]}, None
 
-        _, (g,) = forward_with_gradient(call, tiny_pipe.unet, x, [JOINED], [target])
+        _, ((g, *_),) = forward_with_gradient(call, tiny_pipe.unet, x, [JOINED], [target])
         assert g.shape == x.shape and g.isfinite().all() and g.flatten(1).norm(dim=1).min() > 0
 
 

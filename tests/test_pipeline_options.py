@@ -11,7 +11,7 @@ import tiny_pipelines as tiny
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from conftest import make_head
-from diffusers import EDMEulerScheduler, StableDiffusionUpscalePipeline
+from diffusers import IPNDMScheduler, StableDiffusionUpscalePipeline
 from test_diffusers_pipelines import CASES, PatternGuide
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ def guided(pipe: Any, name: str = "sd", variant: str = "plain", tap: str | None 
 
 @pytest.mark.parametrize("in_step", [False, True])
 def test_slicing_and_checkpointing_change_nothing(pipe: Any, in_step: bool, monkeypatch) -> None:
-    monkeypatch.setattr("guidance.apply.step.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
+    monkeypatch.setattr("guidance.apply.guided.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
     plain, wanted = CASES["sd"].run(pipe), guided(pipe)
     deep = guided(pipe, guidance_scale=0.5)
     pipe.enable_attention_slicing(1)
@@ -161,7 +161,7 @@ class LowRank(nn.Module):
 
 @pytest.mark.parametrize("in_step", [False, True])
 def test_low_rank_updates_are_differentiated_too(pipe: Any, in_step: bool, monkeypatch) -> None:
-    monkeypatch.setattr("guidance.apply.step.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
+    monkeypatch.setattr("guidance.apply.guided.IN_STEP_WEIGHTS", 0 if in_step else 10**9)
     torch.manual_seed(0)
     without = guided(pipe)
     attentions = [m for name, m in pipe.unet.named_modules() if name.endswith(("attn1", "attn2"))]
@@ -195,7 +195,7 @@ def test_a_pipeline_that_is_not_supported_gets_a_sentence(pipe: Any) -> None:
 
 
 def test_a_scheduler_without_a_noise_schedule_gets_a_sentence(pipe: Any) -> None:
-    pipe.scheduler = EDMEulerScheduler()
+    pipe.scheduler = IPNDMScheduler()
     with pytest.raises(UserError, match="noise schedule"), apply_guidance(pipe, [PatternGuide()]):
         CASES["sd"].run(pipe)
     assert "forward" not in vars(pipe.unet)
@@ -217,8 +217,8 @@ def test_out_of_memory_says_what_to_turn(pipe: Any, kind: str) -> None:
 
 
 def test_other_errors_stay_what_they_are_and_videos_are_refused(pipe: Any) -> None:
-    with apply_guidance(pipe, [PatternGuide()]), pytest.raises(RuntimeError, match="4 channels"):
+    with apply_guidance(pipe, [PatternGuide()], parts=1), pytest.raises(RuntimeError, match="4 channels"):
         pipe.unet(torch.zeros(1, 5, 8, 8), 1, encoder_hidden_states=torch.zeros(1, 3, tiny.WIDTH))
     pipe.scheduler.set_timesteps(2)
-    with apply_guidance(pipe, [PatternGuide()]), pytest.raises(UserError, match=r"samples \(b, c, y, x\)"):
+    with apply_guidance(pipe, [PatternGuide()], parts=1), pytest.raises(UserError, match=r"samples \(b, c, y, x\)"):
         pipe.unet(torch.zeros(1, 4, 2, 8, 8), 1, encoder_hidden_states=torch.zeros(1, 3, tiny.WIDTH))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from guidance.guides.base import unit_rms
+from guidance.apply.guided import unit_rms
 from guidance.taps import capture, encode_features, forward_with_gradient
 from guidance.taps.hooks import pull_back
 from guidance.utils.errors import UserError
@@ -37,7 +37,7 @@ def score(h):
 def score_gradient(features):
     leaf = features["mid_block"].requires_grad_(True)
     with torch.enable_grad():
-        return {"mid_block": torch.autograd.grad(score(leaf).sum(), leaf)[0]}
+        return {"mid_block": torch.autograd.grad(score(leaf).sum(), leaf)[0]}, None
 
 
 def full_graph(unet, x, t, text):
@@ -54,7 +54,7 @@ def full_graph(unet, x, t, text):
 def test_one_forward_equals_the_full_graph_bit_for_bit(which, tiny_pipe):
     unet = tiny_pipe.unet if which == "tiny" else sd15_shape().eval().requires_grad_(False)
     x, t, text = inputs(unet, size=None if which == "tiny" else 16)
-    eps, (g,) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
+    eps, ((g, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
     want_eps, want_g = full_graph(unet, x, t, text)
     assert torch.equal(eps, want_eps)
     assert torch.equal(g, want_g)
@@ -68,7 +68,7 @@ def test_gradient_agrees_with_finite_differences(tiny_pipe):
 
     unet = copy.deepcopy(tiny_pipe.unet).double()
     x, t, text = inputs(unet, batch=1, dtype=torch.float64)
-    _, (g,) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
+    _, ((g, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     h = 1e-5
     up, down = (score(encode_features(unet, x + s * h * direction, t, text)) for s in (1, -1))
@@ -80,9 +80,9 @@ def test_two_targets_give_both_gradients(tiny_pipe):
     x, t, text = inputs(unet)
 
     def half(features):
-        return {"mid_block": 0.5 * score_gradient(features)["mid_block"]}
+        return {"mid_block": 0.5 * score_gradient(features)[0]["mid_block"]}, None
 
-    _, (a, b) = forward_with_gradient(
+    _, ((a, *_), (b, *_)) = forward_with_gradient(
         lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient, half]
     )
     torch.testing.assert_close(b, 0.5 * a)
@@ -124,12 +124,12 @@ def test_half_precision_gradients_do_not_underflow(tiny_pipe):
     x, t, text = inputs(unet)
 
     def tiny(features):
-        return {"mid_block": 1e-7 * score_gradient({k: v.float() for k, v in features.items()})["mid_block"]}
+        return {"mid_block": 1e-7 * score_gradient({k: v.float() for k, v in features.items()})[0]["mid_block"]}, None
 
-    _, (want,) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [tiny])
+    _, ((want, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [tiny])
     unet.to(torch.bfloat16)
     half = [v.bfloat16() for v in (x, text)]
-    _, (got,) = forward_with_gradient(lambda leaf: unet(leaf, t, half[1]).sample, unet, half[0], ["mid_block"], [tiny])
+    _, ((got, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, half[1]).sample, unet, half[0], ["mid_block"], [tiny])
     assert got.dtype == torch.float32
     cosine = torch.cosine_similarity(unit_rms(got).flatten(1), unit_rms(want).flatten(1))
     assert (cosine > 0.95).all()

@@ -1,13 +1,15 @@
 """Guides at the x0 prediction, and guides without gradients: same wrapper, same scale, composable with the others."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from test_apply import MeanGuide, batch, call
 
 from guidance.apply import apply_guidance
-from guidance.guides.base import Strength, rms, unit_rms
+from guidance.apply.guided import rms, unit_rms
+from guidance.guides.base import DirectGuide
 from guidance.sampling import sample_latents
 from guidance.schedule import NoiseSchedule
 from guidance.taps import X0, X0_THROUGH_UNET
@@ -16,8 +18,8 @@ from guidance.taps import X0, X0_THROUGH_UNET
 class PixelGuide(MeanGuide):
     """A quadratic score of the predicted x0."""
 
-    def __init__(self, tap, **strength):
-        super().__init__(name=tap, **strength)
+    def __init__(self, tap, **options):
+        super().__init__(tap, **options)
         self.tap = tap
 
     def score(self, h, t):
@@ -25,16 +27,11 @@ class PixelGuide(MeanGuide):
         return -(h - ramp).square().sum((1, 2, 3))
 
 
-class UpGuide:
+@dataclasses.dataclass(eq=False)
+class UpGuide(DirectGuide):
     """Points to larger latents, and remembers what it was shown."""
 
-    name, tap = "up", "direct"
-
-    def __init__(self, **strength):
-        self.strength = Strength(**strength)
-
-    def prepare(self, pipe):
-        pass
+    guidance_scale: float = 1.0
 
     def direction(self, x, eps, x0, t):
         self.seen = x, eps, x0, t
@@ -54,7 +51,7 @@ def eps_of(pipe, prediction, x, t):
 
 def without_and_with(pipe, guide, x, t, text):
     plain = call(pipe, x, t, text)
-    with apply_guidance(pipe, [guide]):
+    with apply_guidance(pipe, [guide], parts=2):
         return plain, call(pipe, x, t, text)
 
 
@@ -90,7 +87,7 @@ def test_double_precision_is_kept(precise, tap):
     fixed = eps_of(precise, plain[1:], x[1:], t)
 
     def score(z):
-        moving = eps_of(precise, call(precise, z, t, text[1:], parts=1), z, t)
+        moving = eps_of(precise, call(precise, z, t, text[1:]), z, t)
         return guide.score((z - sigma * (fixed if tap == X0 else moving)) / alpha, t)
 
     step = 1e-5 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -109,7 +106,7 @@ def test_taps_of_all_kinds_add_up_in_one_forward(precise):
     plain = call(precise, x, t, text)
 
     def shift(chosen):
-        with apply_guidance(precise, chosen) as handle:
+        with apply_guidance(precise, chosen, parts=2) as handle:
             out = call(precise, x, t, text)
         assert set(handle.records[-1].scores) == {g.name for g in chosen}
         return out - plain
@@ -122,7 +119,7 @@ def test_a_direct_guide_is_scaled_like_the_others_and_needs_no_gradient(tiny_pip
     schedule = NoiseSchedule.from_scheduler(tiny_pipe.scheduler)
     plain = call(tiny_pipe, x, t, text)
     guide = UpGuide(guidance_scale=-0.5)
-    with apply_guidance(tiny_pipe, [guide]) as handle:
+    with apply_guidance(tiny_pipe, [guide], parts=2) as handle:
         guided = call(tiny_pipe, x, t, text)
     eps = [eps_of(tiny_pipe, out[2:], x[2:], t) for out in (plain, guided)]
     uncond = eps_of(tiny_pipe, plain[:2], x[:2], t)
@@ -139,7 +136,7 @@ def test_direct_guides_add_up_and_join_gradients(tiny_pipe):
     plain = call(tiny_pipe, x, t, text)
 
     def shift(guides):
-        with apply_guidance(tiny_pipe, guides):
+        with apply_guidance(tiny_pipe, guides, parts=2):
             return call(tiny_pipe, x, t, text) - plain
 
     one = shift([UpGuide(guidance_scale=1.0)])

@@ -21,7 +21,7 @@ from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
 from guidance.apply.guided import GuidedDenoiser, advised
-from guidance.apply.values import GuidanceHandle
+from guidance.apply.values import NO_RUN, GuidanceHandle
 from guidance.guides.base import DirectGuide, Guide
 from guidance.models.denoiser import denoiser_of
 from guidance.models.layouts import Parts
@@ -70,7 +70,7 @@ class MoveLatents(PipelineCallback):
             guide.prepare(pipe)
         self.handle = GuidanceHandle()
         self._guided = GuidedDenoiser(pipe, guides, self.handle, parts=1)
-        self._plan, self._index = StepPlan.of(pipe.scheduler), -1
+        self._plan, self._index = NO_RUN.plan, -1
 
     @property
     def tensor_inputs(self) -> list[str]:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from guidance.apply.values import Arguments, Call
+from guidance.apply.values import Call
 from guidance.models.denoiser import is_offloaded
 from guidance.models.types import Denoiser
 from guidance.taps.hooks import X0, X0_THROUGH_UNET, PulledBack, find_detached, read_until
 from guidance.utils.errors import UserError
 
-#: Steps of the finite differences, relative to the input's RMS, largest first.
-_STEPS = (1e-2, 1e-3)
-_STEPS_HALF = (1e-1, 3e-2)
-
-#: Relative difference between the slopes to both sides up to which they are a measurement, and of the gradient from
-#: them from which on it is wrong.
-_CONSISTENT, _WRONG = 0.2, 0.2
+#: Steps of the finite differences, relative to the input's RMS, in float32 and in half precision.
+_STEPS, _STEPS_HALF = (3e-3, 1e-3), (1e-1, 5e-2)
 
 
 def check_gradient(guided: Any, call: Call, pulled: PulledBack) -> None:
     """Compare a gradient with finite differences of the features that it comes from, for one sample.
 
     The gradient pulls ``v``, a gradient at the taps, back to the input: ``g = J^T v``, so that ``<v, h(x)>`` rises by
-    ``<g, u>`` along ``u``.  Three forwards of the encoder half for one sample; nothing is said where the slopes to both
-    sides differ, as with coarse precision.
+    ``<g, u>`` along ``u``: the gradient itself, and in float32 a random direction.  A few forwards of the encoder half
+    for one sample.  Nothing is said where the slopes to both sides differ as much, as they do in coarse precision.
 
     Args:
         guided: The :class:`~guidance.apply.guided.GuidedDenoiser`.
@@ -54,41 +50,59 @@ def check_gradient(guided: Any, call: Call, pulled: PulledBack) -> None:
         found = read_until(lambda: guided.call(one._replace(x_t=x), tapped=True), guided.denoiser, taps)
         return float(sum((v[tap] * found[tap].double()).sum() for tap in taps))
 
+    def forward(x: Tensor) -> Any:
+        return guided.call(one._replace(x_t=x), tapped=True)
+
     wrong = _disagreement(value, one.x_t, g[k : k + 1])
-    if wrong is not None:
-        raise _explain(guided, one, taps, *wrong)
+    if wrong is None and not _is_coarse(one.x_t):
+        return
+    detached = [n for n in find_detached(forward, guided.denoiser, one.x_t, taps) if wrong or _is_attention(guided, n)]
+    if wrong is None and not detached:
+        return
+    culprit = "a processor, a cast or a compiled module before it"
+    if detached:
+        module = guided.denoiser.get_submodule(detached[0])
+        culprit = f"'{detached[0]}' ({type(getattr(module, 'processor', module)).__name__})"
+    found = "" if wrong is None else f" (slope {wrong[1]:.4g}, by finite differences {wrong[0]:.4g})"
+    raise UserError(
+        f"Expected the gradient at '{', '.join(taps)}' to be that of the latents, got another{found}: {culprit} cuts "
+        "it; put an ordinary processor there, pipe.unet.set_attn_processor(AttnProcessor2_0()), or take off what "
+        "changes the denoiser's backward."
+    )
 
 
-def _disagreement(value: Any, x: Tensor, g: Tensor) -> tuple[float, float] | None:
-    """Return the slope along the gradient as it should be and as it is, if they differ; None if not, or unknown."""
-    half = x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
-    direction = g if bool(g.any()) else x
-    unit = (direction / direction.double().square().mean().sqrt()).to(g.dtype)
-    middle = value(x)
-    for step in _STEPS_HALF if half else _STEPS:
-        size = step * x.float().square().mean().sqrt()
-        above, below = ((x + sign * size * unit.to(x)).to(x.dtype) for sign in (1, -1))
-        up, down = value(above) - middle, middle - value(below)
-        measured, expected = (up + down) / 2, float((g.double() * (above.double() - below.double())).sum()) / 2
-        if abs(up - down) <= _CONSISTENT * abs(measured):
-            wrong = abs(measured - expected) > _WRONG * max(abs(measured), abs(expected))
-            return (measured / float(size), expected / float(size)) if wrong else None
+def _is_coarse(x: Tensor) -> bool:
+    """Tell whether finite differences are coarse."""
+    return x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
+
+
+def _is_attention(guided: Any, name: str) -> bool:
+    return hasattr(guided.denoiser.get_submodule(name), "processor")
+
+
+def _disagreement(value: Callable[[Tensor], float], x: Tensor, g: Tensor) -> tuple[float, float] | None:
+    """Return a slope as it is and as the gradient has it, if they differ at both step sizes; None if not."""
+    half = _is_coarse(x)
+    noise = torch.randn(g.shape, generator=torch.Generator().manual_seed(0)).to(g)
+    directions = [noise] if not g.any() else [g] if half else [g, noise]
+    middle, rms = value(x), x.float().square().mean().sqrt()
+    for direction in directions:
+        unit = (direction / direction.double().square().mean().sqrt()).to(g.dtype)
+        slopes = [_slopes(value, middle, x, unit, g, step * rms) for step in (_STEPS_HALF if half else _STEPS)]
+        if all(abs(got - wanted) > 3 * spread + 0.05 * max(abs(got), abs(wanted)) for got, wanted, spread in slopes):
+            return slopes[-1][:2]
     return None
 
 
-def _explain(guided: Any, one: Arguments, taps: list[str], measured: float, expected: float) -> UserError:
-    """Name what cuts the gradient, if it is a module that detaches its output."""
-    names = find_detached(lambda x: guided.call(one._replace(x_t=x), tapped=True), guided.denoiser, one.x_t, taps)
-    culprit = "a processor, a cast or a compiled module before it"
-    if names:
-        module = guided.denoiser.get_submodule(names[0])
-        processor = getattr(module, "processor", None)
-        culprit = f"'{names[0]}' ({type(module if processor is None else processor).__name__})"
-    return UserError(
-        f"Expected the gradient at '{', '.join(taps)}' to be that of the latents, slope {measured:.4g} by finite "
-        f"differences, got {expected:.4g}: {culprit} cuts the gradient; call pipe.unet.set_default_attn_processor(), "
-        "or take off what changes the denoiser's backward."
-    )
+def _slopes(
+    value: Callable[[Tensor], float], middle: float, x: Tensor, unit: Tensor, g: Tensor, size: Tensor
+) -> tuple[float, float, float]:
+    """Return the slope along a direction by central differences, that of the gradient, and how the two sides differ."""
+    above, below = ((x + sign * size * unit).to(x.dtype) for sign in (1, -1))
+    up, down = value(above) - middle, middle - value(below)
+    wanted = float((g.double() * (above.double() - below.double())).sum()) / 2
+    found, spread, wanted = (v / float(size) for v in ((up + down) / 2, abs(up - down), wanted))
+    return found, wanted, spread
 
 
 def _offloads(denoiser: Denoiser) -> bool:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,28 +99,41 @@ class GuidedDenoiser:
         functools.update_wrapper(self, self.forward, updated=())  # keeps the signature
         self.run: Run = NO_RUN
         self._checked = False
-        self._placed = contextlib.ExitStack()
+        self.moving = contextlib.ExitStack()  # the scheduler's step, replaced
 
     @contextlib.contextmanager
     def tapped(self) -> Iterator[None]:
         """Prepare the denoiser for taps: freeze it, and run it uncompiled where the taps are."""
         self.forward, self.thread = self.module.forward, threading.get_ident()
         self.signature, self.first = signature_of(self.denoiser)
-        self.recomputes = recomputes(self.denoiser)
-        self.part_by_part = runs_compiled(self.denoiser) or self.recomputes
+        self.part_by_part = runs_compiled(self.denoiser) or recomputes(self.denoiser)
         self.casts = casts_layerwise(self.denoiser)
         scored = {tap for group in self.groups for tap in group.taps if tap}
         taps = (scored | {tap for observer in self.observers for tap in observer.taps}) - {X0, X0_THROUGH_UNET}
-        with self._placed, frozen(self.denoiser), uncompiled(self.denoiser, taps):
+        with frozen(self.denoiser), uncompiled(self.denoiser, taps):
+            yield
+
+    @contextlib.contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """Stand in for the denoiser's forward."""
+        with self.tapped(), replaced(self.module, "forward", self):
             yield
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Replace the denoiser's forward."""
-        with self.tapped(), replaced(self.module, "forward", self):
+        """Stand in for the denoiser's forward, and move latents in the scheduler's step where a guide does."""
+        with self.moving, self.standing_in():
             yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # torch.compile(pipe.unet) in the context: leave this to the interpreter
+            return torch.compiler.disable(self.guide)(*args, **kwargs)
+        return self.guide(*args, **kwargs)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def guide(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict, shifted by what the guides want; arguments and output are the denoiser's."""
         call = self.read(args, kwargs)
         fresh = self.plan(call)
         if not fresh and not self.observers:
@@ -127,13 +141,8 @@ class GuidedDenoiser:
         with advised():
             predictions, output, gradients, features = self.denoise(call, fresh)
             shift = self.shift(call, predictions, fresh, gradients, features)
-        if shift is None:
-            return output
-        prediction = torch.cat([add_shift(p, shift) for p in predictions])
+        prediction = torch.cat(predictions if shift is None else [add_shift(p, shift) for p in predictions])
         return (prediction,) if isinstance(output, tuple) else dataclasses.replace(output, sample=prediction)
-
-    # torch.compile(pipe.unet) inside the context traces the module, and leaves this to the interpreter
-    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     # ---- reading and planning ---------------------------------------------------------------------------------
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -213,7 +222,7 @@ class GuidedDenoiser:
 
     def _predict(self, call: Call, groups: list[Group]) -> tuple[list[Tensor], Any, dict[Group, PulledBack]]:
         if not groups:
-            output = self.call(call.whole)
+            output = self.call(call.whole, tapped=any(observer.taps for observer in self.observers))
             return list(prediction_of(output).chunk(call.parts.number)), output, {}
         memory_bound = call.x_t.device.type == "cpu" and self.num_weights > IN_STEP_WEIGHTS * call.x_t.numel()
         if memory_bound and not self.part_by_part and len(call.each) > 1:
@@ -268,7 +277,6 @@ class GuidedDenoiser:
             functools.partial(_predict_x0, call.schedule, call.times, self.channels),
             whole=whole,
             cast_weights=self.casts,
-            recomputed=self.recomputes,
         )
         if not self._checked:
             self._checked = True
@@ -282,7 +290,7 @@ class GuidedDenoiser:
     def call(self, given: Arguments, *, tapped: bool = False) -> Any:
         """Run the denoiser as the pipeline does, or uncompiled, so that hooks see its modules."""
         forward = self.forward if self.module is self.denoiser or not tapped else self.denoiser
-        return forward(**{self.first: given.x_t, "timestep": given.t}, **given.others)
+        return forward(given.x_t, timestep=given.t, **given.others)
 
     def _at_tap(
         self, group: Group, times: Tensor, features: dict[str, Tensor]
@@ -441,7 +449,8 @@ class GuidedDenoiser:
     # ---- x-space ----------------------------------------------------------------------------------------------
     def push(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the shift of the latents at a denoiser call, of which only the encoder half runs; None without one."""
-        call = self.read(args, kwargs)
+        with self.moving:  # here the latents are moved by the caller
+            call = self.read(args, kwargs)
         due = self.plan(call)
         groups = [group for group, fresh in due.items() if fresh]
         gradients = self.pull_back(call, groups, whole=False)[1] if groups else {}
@@ -463,8 +472,8 @@ class GuidedDenoiser:
         def moving_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             return step(model_output, timestep, self.moved(sample), *args, **kwargs)
 
-        self._placed.close()
-        self._placed.enter_context(replaced(scheduler, "step", moving_step))
+        self.moving.close()
+        self.moving.enter_context(replaced(scheduler, "step", moving_step))
 
     def moved(self, x: Tensor) -> Tensor:
         """Move latents by the push of the last denoiser call, once."""

@@ -45,7 +45,7 @@ class GuidedPart(GuidedDenoiser):
         self.after()
         if number == 1:
             self._conditional_call = None
-            self._in_place.enter_context(self.in_place())
+            self._in_place.enter_context(self.standing_in())
 
     def after(self) -> None:
         """Restore the denoiser's forward."""
@@ -98,7 +98,7 @@ class GuidedPart(GuidedDenoiser):
             "cleanup_models": cleanup_models,
             "forward": guided,
         }
-        with ExitStack() as stack:
+        with self.moving, ExitStack() as stack:
             stack.callback(self.after)
             for name, method in methods.items():
                 stack.enter_context(replaced(guider, name, method))

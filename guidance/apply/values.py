@@ -104,7 +104,8 @@ class Call(NamedTuple):
     factor: Tensor
 
 
-class Group(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
     """Guides that share one backward pass, or need none.
 
     Attributes:

@@ -204,6 +204,8 @@ def step_options(scheduler: Any, generators: Sequence[torch.Generator], eta: flo
         raise UserError(
             f"Expected eta=0 with {type(scheduler).__name__}, which has none, got {eta}; use scheduler='ddim'."
         )
+    if hasattr(scheduler, "noise_sampler_seed"):  # DPM++ SDE draws from Brownian trees of its own
+        scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
     options: dict[str, Any] = {"eta": eta} if eta else {}
     if "generator" in inspect.signature(type(scheduler).step).parameters:
         options["generator"] = list(generators)

@@ -402,7 +402,6 @@ def forward_with_gradient(
     *,
     whole: bool = True,
     cast_weights: bool = False,
-    recomputed: bool = False,
 ) -> tuple[Any, list[PulledBack]]:
     """Run one forward and take gradients with respect to its input at the last tap.
 
@@ -422,7 +421,6 @@ def forward_with_gradient(
         whole: False stops at the last tap, unless x0 is among them; the output is None then.
         cast_weights: Whether layers cast their weights back after their forward (layerwise casting); the graph then
             keeps the weights as they were in it.
-        recomputed: Whether gradient checkpointing recomputes blocks; gradients are then taken inside of its hooks.
 
     Returns:
         The forward's output, and one gradient per feature gradient.
@@ -435,9 +433,9 @@ def forward_with_gradient(
             "Expected gradients to be possible, but torch.inference_mode is on; use torch.no_grad() around the "
             "sampling call instead (diffusers pipelines do so themselves)."
         )
-    tapped = _Tapped(x.detach().clone().requires_grad_(True), taps, feature_gradients, whole, recomputed)
+    tapped = _Tapped(x.detach().clone().requires_grad_(True), taps, feature_gradients, whole)
     needs_graph = bool(tapped.modules) or X0_THROUGH_UNET in taps
-    kept = _saved_as(torch.Tensor.detach) if cast_weights else nullcontext()
+    kept = _saved_as_aliases() if cast_weights else nullcontext()
     hooks = {name: functools.partial(tapped.hook, name) for name in tapped.modules}
     with kept, _hooks(model, hooks), torch.set_grad_enabled(needs_graph):
         try:
@@ -455,10 +453,8 @@ def forward_with_gradient(
 class _Tapped:
     """State of one :func:`forward_with_gradient`: features with their graph, until the gradients are taken."""
 
-    def __init__(
-        self, leaf: Tensor, taps: Sequence[str], targets: Sequence[FeatureGradient], whole: bool, recomputed: bool
-    ) -> None:
-        self.leaf, self.targets, self.whole, self.recomputed = leaf, targets, whole, recomputed
+    def __init__(self, leaf: Tensor, taps: Sequence[str], targets: Sequence[FeatureGradient], whole: bool) -> None:
+        self.leaf, self.targets, self.whole = leaf, targets, whole
         self.virtual = [tap for tap in (X0, X0_THROUGH_UNET) if tap in taps]
         self.real = [tap for tap in dict.fromkeys(taps) if tap not in self.virtual]
         self.modules = _modules(self.real)
@@ -484,9 +480,7 @@ class _Tapped:
 
     def finish(self, x0: dict[str, Tensor]) -> None:
         """Take the gradients, and free the graph."""
-        # inside the hook of a checkpointed block tensors would be saved as that block's
-        as_they_are = _saved_as(lambda x: x) if self.recomputed else nullcontext()
-        with torch.enable_grad(), as_they_are:
+        with torch.enable_grad(), _saved_as_aliases():  # else a checkpointed block would save them as its own
             features = join_by_tap(self.real, self.live) | x0
             if X0 not in features and not any(h.requires_grad for h in features.values()):
                 raise UserError(
@@ -526,9 +520,9 @@ def whole_blocks(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _saved_as(pack: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """Save tensors for the backward pass as ``pack`` returns them."""
-    return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+def _saved_as_aliases() -> AbstractContextManager[None]:
+    """Save tensors for the backward pass as what they are now, whatever hooks do to the originals meanwhile."""
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach)
 
 
 @contextmanager
