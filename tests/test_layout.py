@@ -166,8 +166,8 @@ def test_imports_run_one_way() -> None:
 #: Wrong imports, and what lint-imports says of them.
 WRONG_IMPORTS = [
     (
-        "guidance/taps/features.py",
-        "from guidance.guides.base import rms",
+        "guidance/taps/hooks.py",
+        "from guidance.guides.base import Guide",
         "guidance.taps.hooks -> guidance.guides.base",
     ),
     (
@@ -178,7 +178,7 @@ WRONG_IMPORTS = [
     ("guidance/heads/config.py", "from train.head import main", "guidance.heads.config -> train.head"),
     ("train/head.py", "from sample import guided", "train.head -> sample.guided"),
     ("eval/stats/paired.py", "from eval.comparison import arms", "eval.stats.paired -> eval.comparison.arms"),
-    ("guidance/taps/features.py", "from guidance.taps import hooks", "No cycles are allowed in guidance.taps"),
+    ("guidance/taps/lockstep.py", "from guidance.taps import hooks", "No cycles are allowed in guidance.taps"),
 ]
 
 

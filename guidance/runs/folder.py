@@ -178,18 +178,24 @@ def _open(file: Path) -> Image.Image:
 
 
 def summarise(records: Sequence[Record]) -> str:
-    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean score."""
+    """Return a table per arm: images, median seconds per image, its ratio to unguided, mean score, what happened.
+
+    What happened are the solver steps, the denoiser calls with a gradient, and the pushes of an image.
+    """
     arms: dict[str, list[Record]] = {}
     for record in records:
         arms.setdefault(record.arm, []).append(record)
     seconds = {arm: statistics.median(r.seconds for r in rows) for arm, rows in arms.items()}
     width = max(13, *map(len, arms)) + 1 if arms else 14
-    lines = [f"{'arm':<{width}}{'images':>8}{'s/image':>10}{'x unguided':>12}{'score':>12}"]
+    happened = ("steps", "gradients", "pushes")
+    names = "".join(f"{name:>11}" for name in happened)
+    lines = [f"{'arm':<{width}}{'images':>8}{'s/image':>10}{'x unguided':>12}{'score':>12}{names}"]
     for arm, rows in arms.items():
         ratio = f"{seconds[arm] / seconds[UNGUIDED]:.2f}" if seconds.get(UNGUIDED) else "-"
         scores = [r.score for r in rows if r.score is not None]
         score = f"{statistics.fmean(scores):.3f}" if scores else "-"
-        lines.append(f"{arm:<{width}}{len(rows):>8}{seconds[arm]:>10.3f}{ratio:>12}{score:>12}")
+        counts = "".join(f"{statistics.median_low(getattr(r, name) for r in rows):>11}" for name in happened)
+        lines.append(f"{arm:<{width}}{len(rows):>8}{seconds[arm]:>10.3f}{ratio:>12}{score:>12}{counts}")
     skipped = sum(r.nan_skipped for r in records)
     if skipped:
         lines.append(f"{skipped} guided steps were skipped because their gradient was not finite.")

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from guidance.utils.errors import UserError, first_line, nearest
 
@@ -138,6 +136,9 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     Raises:
         ConfigError: If the file cannot be read, a key is unknown, or a value has the wrong type.
     """
+    from omegaconf import OmegaConf  # here, so that a guide's options can be declared without it
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
     options = {item.key: item for item in list_options(cls)}
     config = OmegaConf.structured(cls)
     if path is not None:
@@ -179,6 +180,9 @@ def _find_file(path: str | Path) -> Path:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
@@ -202,6 +206,9 @@ def _flatten(tree: Mapping[Any, Any], options: Mapping[str, Option], prefix: str
 
 
 def _split_override(word: str, options: Mapping[str, Option]) -> tuple[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     key, equals, text = word.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -215,7 +222,10 @@ def _split_override(word: str, options: Mapping[str, Option]) -> tuple[str, Any]
         raise ConfigError(f"Expected a YAML value in '{word}', but '{text}' cannot be read as one.") from error
 
 
-def _assign(config: DictConfig, options: Mapping[str, Option], key: str, value: Any, *, source: str) -> None:
+def _assign(config: Any, options: Mapping[str, Option], key: str, value: Any, *, source: str) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     base = next((k for k in options if key == k or key.startswith((f"{k}.", f"{k}["))), None)
     if base is None:
         if any(k.startswith(f"{key}.") for k in options):
