@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from guidance.guides.clip import ClipGuide as ClipGuide
     from guidance.guides.embedding import EmbeddingGuide as EmbeddingGuide
     from guidance.guides.midblock import MidBlockGuide as MidBlockGuide
+    from guidance.guides.registry import read_guide as read_guide
     from guidance.heads.adapter import load_adapter as load_adapter
     from guidance.heads.config import HeadConfig as HeadConfig
     from guidance.heads.networks import build_head as build_head
