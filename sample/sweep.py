@@ -47,7 +47,7 @@ class SweepConfig:
     stop: Any = option(None, "axis: fraction of the steps where guidance ends; null: the head's")
     cfg_scale: Any = option(4.0, "axis: classifier-free guidance weight; 1 is off, 0 unconditional")
     num_steps: Any = option(25, "axis: sampling steps")
-    scheduler: Any = option("ddim", "axis: ddim, dpm++, euler or ddpm; null: the model's own")
+    scheduler: Any = option("ddim", "axis: ddim, dpm++, euler, heun ... or a class of diffusers; null: own")
     strength: Any = option(0.6, "axis, with edits: fraction of the steps taken, 1 forgets the image")
     combine: Literal["product", "zip"] = option("product", "axes: all pairs, or one by one", identity=False)
     baseline: bool = option(True, "add the unguided cell of each way of sampling", identity=False)

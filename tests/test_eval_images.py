@@ -222,6 +222,20 @@ def test_the_clip_that_guided_is_called_circular(world, cache, tmp_path) -> None
     assert not [c for c in other["caveats"] if c["kind"] == "circular"]
 
 
+def test_what_happened_is_shown_and_skipped_gradients_are_a_caveat(world, cache, tmp_path) -> None:
+    captions, plain, guided = world
+    happened = {"steps": 5, "gradients": 9, "pushes": 9, "nan_skipped": 2}
+    changes = {"scale=2": happened, "unguided": {"steps": 5}}
+    folder = write_run(tmp_path / "run", {"unguided": plain, "scale=2": guided}, captions, **changes)
+    found = evaluate([folder], tmp_path / "out", cache, features=None)
+    said = {arm["name"]: arm["happened"] for arm in found["arms"]}
+    assert said["unguided"] == "5 steps"
+    assert said["scale=2"] == f"5 steps, 9 gradients, 9 pushes; {2 * N} guided steps skipped (gradient not finite)"
+    notes = [c["text"] for c in found["caveats"] if c["kind"] == "skipped"]
+    assert len(notes) == 1 and f"{2 * N} guided steps of {N} images" in notes[0]
+    assert said["scale=2"] in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_one_arm_alone_is_scored_against_the_reference(world, cache, tmp_path) -> None:
     captions, _, clear = world
     folder = write_run(tmp_path / "classes", {"unguided": clear}, captions)

@@ -89,11 +89,24 @@ def summarise_arms(arms: Arms) -> list[ArmSummary]:
                 "scale": r.scale,
                 "cfg_scale": r.cfg_scale,
                 "seconds": seconds,
+                "happened": _happened(records),
             }
             series = summary.series if name == arms.baseline else _series(r)
             summary = dataclasses.replace(summary, series=series, **known)
         summaries.append(summary)
     return summaries
+
+
+def _happened(records: Sequence[Record]) -> str:
+    """Tell what happened to an arm's images: medians over them, and all steps that were skipped."""
+    steps, gradients, pushes = (
+        int(np.median([getattr(r, name) for r in records])) for name in ("steps", "gradients", "pushes")
+    )
+    if not steps:  # records of earlier versions do not say
+        return ""
+    skipped = sum(r.nan_skipped for r in records)
+    guided = f", {gradients} gradients, {pushes} pushes" if records[0].guides else ""
+    return f"{steps} steps{guided}" + (f"; {skipped} guided steps skipped (gradient not finite)" if skipped else "")
 
 
 def _series(r: Record) -> str:
@@ -166,6 +179,14 @@ def _pairing_caveats(arms: Arms) -> Iterator[tuple[str, str]]:
     for reason, pairs in arms.excluded.items():
         shown = "; ".join(pairs[:3]) + (" ..." if len(pairs) > 3 else "")
         yield "excluded", f"{len(pairs)} pairs were left out in all arms: {reason} ({shown})."
+    for name, images in arms.images.items():
+        skipped = [i.record.nan_skipped for i in images if i.record and i.record.nan_skipped]
+        if skipped:
+            yield (
+                "skipped",
+                f"'{name}': {sum(skipped)} guided steps of {len(skipped)} images were skipped, since their gradient "
+                "was not finite; run the model in bfloat16 or float32.",
+            )
     if arms.converted:
         kinds = ", ".join(f"{n} images of {what}" for what, n in arms.converted.items())
         yield "converted", f"Not all images are 8-bit RGB of one size, and were converted: {kinds}."

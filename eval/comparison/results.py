@@ -22,6 +22,7 @@ class ArmSummary:
         method: Guidance, scheduler and steps in a phrase; "" where nothing is recorded.
         scale, cfg_scale: Guidance scale and weight of classifier-free guidance; None where nothing is recorded.
         seconds: Median seconds per image; None where nothing is recorded.
+        happened: Solver steps, gradients and pushes of an image, and what was skipped, in words; "" where unknown.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ArmSummary:
     scale: float | None = None
     cfg_scale: float | None = None
     seconds: float | None = None
+    happened: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Caveat:
     """Something a reader must know before believing a number.
 
     Attributes:
-        kind: "circular", "biased", "truncated", "saturation", "diversity", "unpaired", "excluded", ...
+        kind: "circular", "biased", "truncated", "saturation", "diversity", "unpaired", "excluded", "skipped" ...
         text: One sentence, with what to do about it.
     """
 
