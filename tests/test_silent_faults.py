@@ -287,6 +287,30 @@ def test_an_exchanged_scheduler_moves_the_latents_too(pipe: Any) -> None:
     assert "step" not in vars(first) and "step" not in vars(second)
 
 
+def test_a_forward_that_takes_off_its_own_hooks_does_not_take_off_guidance(pipe: Any) -> None:
+    """As group offloading with streams does in its first forward, once it knows the order of the modules."""
+    unet = pipe.unet
+    hooked, plain = (lambda *args, **kwargs: type(unet).forward(unet, *args, **kwargs) for _ in range(2))
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        unet.forward = plain
+        return hooked(*args, **kwargs)
+
+    def run() -> Tensor:
+        options = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"}
+        return pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), **options).images
+
+    with apply_guidance(pipe, [PatternGuide(guidance_scale=0.7)]):
+        wanted = run()
+    for options in ({}, {"start": 0.5}):
+        unet.forward = first
+        with apply_guidance(pipe, [PatternGuide(guidance_scale=0.7, **options)]) as handle:
+            guided = run()
+        assert handle.pushes == (1 if options else 3) and unet.forward is plain
+        assert options or torch.equal(guided, wanted)
+    del unet.forward
+
+
 # ---- S11: steps and calls, see tests/test_solver_steps.py ---------------------------------------------------------
 def test_latents_move_only_where_a_solver_step_starts_and_are_read_at_its_timestep(pipe: Any) -> None:
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)

@@ -56,16 +56,17 @@ def check_gradient(guided: Any, call: Call, pulled: PulledBack) -> None:
     wrong = _disagreement(value, one.x_t, g[k : k + 1])
     if wrong is None and not _is_coarse(one.x_t):
         return
-    detached = [n for n in find_detached(forward, guided.denoiser, one.x_t, taps) if wrong or _is_attention(guided, n)]
+    found = find_detached(forward, guided.denoiser, one.x_t, taps, swaps_weights=guided.swaps_weights)
+    detached = [name for name in found if wrong or _is_attention(guided, name)]
     if wrong is None and not detached:
         return
     culprit = "a processor, a cast or a compiled module before it"
     if detached:
         module = guided.denoiser.get_submodule(detached[0])
         culprit = f"'{detached[0]}' ({type(getattr(module, 'processor', module)).__name__})"
-    found = "" if wrong is None else f" (slope {wrong[1]:.4g}, by finite differences {wrong[0]:.4g})"
+    slopes = "" if wrong is None else f" (slope {wrong[1]:.4g}, by finite differences {wrong[0]:.4g})"
     raise UserError(
-        f"Expected the gradient at '{', '.join(taps)}' to be that of the latents, got another{found}: {culprit} cuts "
+        f"Expected the gradient at '{', '.join(taps)}' to be that of the latents, got another{slopes}: {culprit} cuts "
         "it; put an ordinary processor there, pipe.unet.set_attn_processor(AttnProcessor2_0()), or take off what "
         "changes the denoiser's backward."
     )
@@ -115,7 +116,7 @@ def recomputes(denoiser: Denoiser) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in denoiser.modules())
 
 
-def casts_layerwise(denoiser: Denoiser) -> bool:
-    """Tell whether layers cast their weights to another precision for their forward only."""
+def swaps_weights(denoiser: Denoiser) -> bool:
+    """Tell whether layers have other weights during their forward than after it: layerwise casts, group offloading."""
     registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
-    return any("layerwise_casting" in getattr(registry, "hooks", {}) for registry in registries)
+    return any({"layerwise_casting", "group_offloading"} & set(getattr(r, "hooks", ())) for r in registries)

@@ -24,7 +24,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from guidance.apply.check import casts_layerwise, check_gradient, recomputes
+from guidance.apply.check import check_gradient, recomputes, swaps_weights
 from guidance.apply.values import (
     NO_RUN,
     Arguments,
@@ -107,8 +107,14 @@ class GuidedDenoiser:
         self.forward, self.thread = self.module.forward, threading.get_ident()
         self.signature, self.first = signature_of(self.denoiser)
         self.part_by_part = runs_compiled(self.denoiser) or recomputes(self.denoiser)
-        self.casts = casts_layerwise(self.denoiser)
+        self.swaps_weights = swaps_weights(self.denoiser)
         scored = {tap for group in self.groups for tap in group.taps if tap}
+        if self.swaps_weights and scored - {X0} and recomputes(self.denoiser):
+            raise UserError(
+                "Expected gradient checkpointing, or layers that swap their weights after a forward (group offloading, "
+                "layerwise casting), got both, so that the backward would compute with other weights; call the "
+                "denoiser's disable_gradient_checkpointing()."
+            )
         taps = (scored | {tap for observer in self.observers for tap in observer.taps}) - {X0, X0_THROUGH_UNET}
         with frozen(self.denoiser), uncompiled(self.denoiser, taps):
             yield
@@ -116,8 +122,15 @@ class GuidedDenoiser:
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
         """Stand in for the denoiser's forward."""
-        with self.tapped(), replaced(self.module, "forward", self):
-            yield
+        with self.tapped():
+            first, was_replaced = self.forward, "forward" in vars(self.module)
+            self.module.forward = self
+            try:
+                yield
+            finally:
+                vars(self.module).pop("forward", None)
+                if was_replaced or self.forward is not first:
+                    self.module.forward = self.forward
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -137,7 +150,7 @@ class GuidedDenoiser:
         call = self.read(args, kwargs)
         fresh = self.plan(call)
         if not fresh and not self.observers:
-            return self.forward(*args, **kwargs)
+            return self._in_its_place(self.forward, *args, **kwargs)
         with advised():
             predictions, output, gradients, features = self.denoise(call, fresh)
             shift = self.shift(call, predictions, fresh, gradients, features)
@@ -276,7 +289,7 @@ class GuidedDenoiser:
             targets,
             functools.partial(_predict_x0, call.schedule, call.times, self.channels),
             whole=whole,
-            cast_weights=self.casts,
+            swaps_weights=self.swaps_weights,
         )
         if not self._checked:
             self._checked = True
@@ -290,7 +303,16 @@ class GuidedDenoiser:
     def call(self, given: Arguments, *, tapped: bool = False) -> Any:
         """Run the denoiser as the pipeline does, or uncompiled, so that hooks see its modules."""
         forward = self.forward if self.module is self.denoiser or not tapped else self.denoiser
-        return forward(given.x_t, timestep=given.t, **given.others)
+        return self._in_its_place(forward, given.x_t, timestep=given.t, **given.others)
+
+    def _in_its_place(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a forward that may take off hooks of its own, as offloading does, and with them what stood in for it."""
+        before = vars(self.module).get("forward")
+        output = forward(*args, **kwargs)
+        after = vars(self.module).get("forward")
+        if before is not None and after is not before:
+            self.forward, self.module.forward = self.module.forward, before
+        return output
 
     def _at_tap(
         self, group: Group, times: Tensor, features: dict[str, Tensor]
