@@ -147,3 +147,41 @@ def test_explain_says_what_will_run_without_loading_weights(head: Path, tmp_path
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "config.json").write_text('{"start": 0.5, "stop": 1.0}')
     assert "pushes in 8 of 16 steps;" in explain([read_guide(f"amortised:adapter={tmp_path / 'adapter'}")], 16)
+
+
+OWN_GUIDE = """
+import dataclasses
+from guidance.guides.base import ScoringGuide, register_guide, scale_option
+from guidance.utils.config import option
+
+@register_guide("flat")
+@dataclasses.dataclass
+class Flat(ScoringGuide):
+    level: float = option(0.0, "value of the latents")
+    guidance_scale: float = scale_option()
+    tap = "x0"
+
+    def score(self, h, t):
+        return -(h - self.level).square().mean((1, 2, 3))
+"""
+
+
+def test_a_guide_of_ones_own_is_one_file_and_one_yaml(tmp_path: Path, tiny_folder, monkeypatch, capsys) -> None:
+    (tmp_path / "own_guide.py").write_text(OWN_GUIDE)
+    (tmp_path / "flat.yaml").write_text("guide: own_guide.flat\nlevel: 2\nevery: 2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = ["prompts=[a red tree]", f"model={tiny_folder}", "num_steps=4", "scales=[0.5]", "output=run"]
+    try:
+        main(["--explain", "--guide", "flat.yaml", *command])
+        assert "level=2.0" in capsys.readouterr().out
+        main(["--guide", "flat.yaml", *command])
+        records = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+        guided = next(r for r in records if r["arm"] == "scale=0.5")
+        described = guided["guides"][0]
+        assert (described["method"], described["level"], described["guidance_scale"]) == ("flat", 2.0, 0.5)
+        assert (guided["steps"], guided["gradients"], guided["pushes"]) == (4, 2, 4)
+        with pytest.raises(UserError, match="name of a guide"):
+            read_guide("own_guide.flatt")
+    finally:
+        GUIDES.pop("flat", None)
