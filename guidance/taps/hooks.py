@@ -349,13 +349,21 @@ def read_until(forward: Callable[[], Any], model: nn.Module, taps: Sequence[str]
     raise UserError(f"Expected the tap '{taps[0]}' to run in a forward of {type(model).__name__}, but it did not.")
 
 
-def find_detached(forward: Callable[[Tensor], Any], model: nn.Module, x: Tensor, taps: Sequence[str]) -> list[str]:
+def find_detached(
+    forward: Callable[[Tensor], Any],
+    model: nn.Module,
+    x: Tensor,
+    taps: Sequence[str],
+    *,
+    swaps_weights: bool = False,
+) -> list[str]:
     """Return the modules before the taps whose outputs carry no gradient although their inputs do, innermost first.
 
     Args:
         forward: ``forward(x)`` calls ``model`` once.
         model, taps: See :func:`read_until`.
         x: Model input.
+        swaps_weights: See :func:`forward_with_gradient`.
     """
     found: list[str] = []
 
@@ -371,7 +379,7 @@ def find_detached(forward: Callable[[Tensor], Any], model: nn.Module, x: Tensor,
         if name
     ]
     try:
-        forward_with_gradient(forward, model, x, taps, [lambda h: (h, None)], whole=False)
+        forward_with_gradient(forward, model, x, taps, [lambda h: (h, None)], whole=False, swaps_weights=swaps_weights)
     finally:
         for handle in handles:
             handle.remove()
@@ -401,7 +409,7 @@ def forward_with_gradient(
     predict_x0: PredictX0 | None = None,
     *,
     whole: bool = True,
-    cast_weights: bool = False,
+    swaps_weights: bool = False,
 ) -> tuple[Any, list[PulledBack]]:
     """Run one forward and take gradients with respect to its input at the last tap.
 
@@ -419,8 +427,8 @@ def forward_with_gradient(
             detached, contiguous leaves (GroupNorm's CPU backward can crash on channels-last features).
         predict_x0: ``f(output, x, through) -> x0``, for the x0 taps; not ``through``: with eps held fixed.
         whole: False stops at the last tap, unless x0 is among them; the output is None then.
-        cast_weights: Whether layers cast their weights back after their forward (layerwise casting); the graph then
-            keeps the weights as they were in it.
+        swaps_weights: Whether layers have other weights during their forward than after it (layerwise casting, group
+            offloading); the graph then keeps those of the forward.
 
     Returns:
         The forward's output, and one gradient per feature gradient.
@@ -435,7 +443,7 @@ def forward_with_gradient(
         )
     tapped = _Tapped(x.detach().clone().requires_grad_(True), taps, feature_gradients, whole)
     needs_graph = bool(tapped.modules) or X0_THROUGH_UNET in taps
-    kept = _saved_as_aliases() if cast_weights else nullcontext()
+    kept = _saved_as_aliases() if swaps_weights else nullcontext()
     hooks = {name: functools.partial(tapped.hook, name) for name in tapped.modules}
     with kept, _hooks(model, hooks), torch.set_grad_enabled(needs_graph):
         try:
@@ -485,7 +493,8 @@ class _Tapped:
             if X0 not in features and not any(h.requires_grad for h in features.values()):
                 raise UserError(
                     f"Expected features at {', '.join(features)} that depend on the latents, but they carry no "
-                    "gradient: a module before the tap runs under torch.no_grad() or detaches its output."
+                    "gradient: a module before the tap runs under torch.no_grad() (gradient checkpointing with "
+                    "use_reentrant=True does) or detaches its output."
                 )
             store = {tap: h.detach().contiguous() for tap, h in features.items()}
             for i, target in enumerate(self.targets):
@@ -570,7 +579,15 @@ def pull_back(live: dict[str, Tensor], wanted: dict[str, Tensor], leaf: Tensor, 
         scale = torch.where(peak > 0, peak, 1.0).to(precise)
     outs = [live[t] for t in taps]
     vectors = [(wanted[t] / _as_rows(scale, wanted[t])).to(live[t].dtype) for t in taps]
-    (g,) = torch.autograd.grad(outs, leaf, vectors, retain_graph=retain)
+    try:
+        (g,) = torch.autograd.grad(outs, leaf, vectors, retain_graph=retain)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UserError(
+            "Expected gradient checkpointing that allows gradients of inputs, got use_reentrant=True; call the "
+            "denoiser's enable_gradient_checkpointing() without a function of your own, or use use_reentrant=False."
+        ) from error
     return g.to(precise) * _as_rows(scale, g)
 
 
