@@ -15,9 +15,9 @@ which varies between prompts, 95% of the intervals contain its mean, 93 to 97% b
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -32,12 +32,12 @@ from eval.stats.tables import markdown
 from guidance.utils.config import option, parse_config
 from guidance.utils.errors import UserError, friendly_errors, nearest
 
-T = TypeVar("T")
-
 #: Distributions of values: normal; deltas with a long right tail (the median moves, the mean does not); the same with
 #: the arms of a random half of the prompts swapped, a symmetric heavy tail; right or wrong (0/1).
 KINDS = ("normal", "skewed", "swapped", "agreement")
 SCALES = 5  # in the family that Holm's method corrects, all against one baseline
+#: Permutation tests of sets of features.
+TESTS = ("kid", "kid_to_real", "cmmd", "fd", "fd_to_real")
 #: Lowest and highest acceptable share, percent.
 BARS = {"false positives": (4.0, 6.0), "family": (0.0, 6.0), "coverage": (93.0, 97.0), "permutation": (2.8, 7.2)}
 
@@ -64,11 +64,10 @@ class NullConfig:
     seed: int = option(0, "of the simulation")
 
     def __post_init__(self) -> None:
-        known = {"parts": list(PARTS), "kinds": list(KINDS), "statistics": list(TESTS)}
+        known = {"parts": PARTS, "kinds": KINDS, "statistics": TESTS}
         for key, choices in known.items():
-            for value in getattr(self, key):
-                if value not in choices:
-                    raise UserError(f"Expected known {key}, got {value!r}.{nearest(value, choices)}")
+            if unknown := [value for value in getattr(self, key) if value not in choices]:
+                raise UserError(f"Expected known {key}, got {unknown[0]!r}.{nearest(unknown[0], choices)}")
         if min(self.comparisons, self.seeds, self.resamples) < 1 or not 0 <= self.effect <= 0.25:
             raise UserError(
                 "Expected comparisons, seeds and resamples from 1 and an effect in 0..0.25, got "
@@ -107,7 +106,7 @@ def compare(config: NullConfig, kind: str, prompts: int, effect: float) -> Itera
     """Yield the statistics of simulated comparisons of two methods."""
     rng = np.random.default_rng([config.seed, KINDS.index(kind), prompts, effect > 0])
     options: dict[str, Any] = {"method": config.method, "resamples": config.resamples}
-    for i in range(config.comparisons):
+    for i in _bar(config.comparisons, f"{kind}, {prompts} prompts, effect {effect:g}"):
         a, b = simulate_values(rng, kind, prompts, config.seeds, effect)
         yield paired_difference(a, b, _units(config, prompts), **options, seed=i)
 
@@ -115,22 +114,18 @@ def compare(config: NullConfig, kind: str, prompts: int, effect: float) -> Itera
 def check_paired(config: NullConfig) -> list[dict[str, str]]:
     """Count false positives of the paired statistics, and intervals that contain a planted effect."""
     rows = []
-    for kind in config.kinds:
-        for prompts in config.prompts:
-            name = f"{kind}, {prompts} prompts"
-            found = list(_bar(compare(config, kind, prompts, 0.0), config.comparisons, name))
-            counts = {
-                "interval without 0": [not r.interval[0] <= 0 <= r.interval[1] for r in found],
-                "Wilcoxon": [r.wilcoxon_p < 0.05 for r in found],
-                "wins without 1/2": [not r.share_interval[0] <= 0.5 <= r.share_interval[1] for r in found],
-            }
-            row = {"values": kind, "prompts": str(prompts)}
-            for column, hits in counts.items():
-                applies = kind != "skewed" or column == "interval without 0"  # the others test the median
-                row[column] = _share(hits, "false positives") if applies else "-"
-            planted = _bar(compare(config, kind, prompts, config.effect), config.comparisons, f"{name}, effect")
-            inside = [r.interval[0] <= config.effect <= r.interval[1] for r in planted]
-            rows.append(row | {"effect in the interval": _share(inside, "coverage")})
+    for kind, prompts in itertools.product(config.kinds, config.prompts):
+        found, planted = (list(compare(config, kind, prompts, effect)) for effect in (0.0, config.effect))
+        wrong = [not r.interval[0] <= 0 <= r.interval[1] for r in found]
+        medians = {
+            "Wilcoxon": [r.wilcoxon_p < 0.05 for r in found],
+            "wins without 1/2": [not r.share_interval[0] <= 0.5 <= r.share_interval[1] for r in found],
+        }
+        row = {"values": kind, "prompts": str(prompts), "interval without 0": _share(wrong, "false positives")}
+        for column, hits in medians.items():
+            row[column] = "-" if kind == "skewed" else _share(hits, "false positives")
+        inside = [r.interval[0] <= config.effect <= r.interval[1] for r in planted]
+        rows.append(row | {"effect in the interval": _share(inside, "coverage")})
     return rows
 
 
@@ -140,10 +135,9 @@ def check_holm(config: NullConfig) -> list[dict[str, str]]:
     for kind in [kind for kind in config.kinds if kind in ("normal", "agreement")]:  # all arms can be swapped
         rng = np.random.default_rng([config.seed, KINDS.index(kind), prompts])
         adjusted, raw = [], []
-        for _ in _bar(range(config.comparisons), config.comparisons, f"{kind}, Holm"):
+        for _ in _bar(config.comparisons, f"{kind}, Holm"):
             a, *others = simulate_values(rng, kind, prompts, config.seeds, arms=1 + SCALES)
-            units = _units(config, prompts)
-            p = [paired_difference(a, b, units).wilcoxon_p for b in others]
+            p = [paired_difference(a, b, _units(config, prompts)).wilcoxon_p for b in others]
             adjusted.append(bool((holm(p) < 0.05).any()))
             raw.append(min(p) < 0.05)
         row = {"values": kind, "prompts": str(prompts)}
@@ -154,44 +148,15 @@ def check_holm(config: NullConfig) -> list[dict[str, str]]:
 
 def check_permutation(config: NullConfig) -> list[dict[str, str]]:
     """Count false positives of the permutation tests."""
-    number, rows = -(-config.comparisons // 5), []
+    rows = []
     for name in config.statistics:
-        p = permutation_p_values(config, name, number)
-        rows.append({"set metric": name, "prompts": str(config.sets)})
-        rows[-1]["p <= 5%"] = _share(list(p <= 0.05), "permutation")
+        p = permutation_p_values(config, name, -(-config.comparisons // 5))
+        share = _share(list(p <= 0.05), "permutation")
+        rows.append({"set metric": name, "prompts": str(config.sets), "p <= 5%": share})
     return rows
 
 
 PARTS = {"paired": check_paired, "holm": check_holm, "permutation": check_permutation}
-
-
-def _frechet(x: np.ndarray, y: np.ndarray) -> float:
-    return frechet_distance(*moments(x), *moments(y))
-
-
-def _swap_rows(
-    a: np.ndarray,
-    b: np.ndarray,
-    prompts: Sequence[int],
-    statistic: Callable[[np.ndarray, np.ndarray], float],
-    **options: Any,
-) -> PermutationResult:
-    rows = np.concatenate([a, b])
-    return permutation_test(prompts, lambda i, j: statistic(rows[i], rows[j]), **options)
-
-
-Test = Callable[..., PermutationResult]  # a, b, real features, prompts and the options of the test
-TESTS: dict[str, Test] = {
-    "kid": lambda a, b, real, prompts, **o: mmd_permutation_test(a, b, prompts, cubic_kernel, **o),
-    "kid_to_real": lambda a, b, real, prompts, **o: mmd_permutation_test(
-        a, b, prompts, cubic_kernel, reference=real, **o
-    ),
-    "cmmd": lambda a, b, real, prompts, **o: mmd_permutation_test(unit_rows(a), unit_rows(b), prompts, rbf_kernel, **o),
-    "fd": lambda a, b, real, prompts, **o: _swap_rows(a, b, prompts, _frechet, **o),
-    "fd_to_real": lambda a, b, real, prompts, **o: _swap_rows(
-        a, b, prompts, lambda x, y: _frechet(real, x) - _frechet(real, y), two_sided=True, **o
-    ),
-}
 
 
 def simulate_features(
@@ -210,11 +175,32 @@ def permutation_p_values(config: NullConfig, statistic: str, comparisons: int) -
     """Return the p-values of simulated comparisons of two methods without a difference."""
     rng, units = np.random.default_rng(config.seed), _units(config, config.sets)
     p = np.empty(comparisons)
-    for i in _bar(range(comparisons), comparisons, statistic):
+    for i in _bar(comparisons, statistic):
         a, b = simulate_features(rng, config.sets, config.seeds, config.width)
         real = simulate_features(rng, config.sets, config.seeds, config.width)[0]
-        p[i] = TESTS[statistic](a, b, real, units, permutations=config.permutations, seed=i).p
+        p[i] = _test(statistic, a, b, real, units, permutations=config.permutations, seed=i).p
     return p
+
+
+def _test(
+    statistic: str, a: np.ndarray, b: np.ndarray, real: np.ndarray, prompts: Sequence[int], **options: Any
+) -> PermutationResult:
+    """Test one of `TESTS`: a distance of two methods, or the difference of their distances to real features."""
+    to_real = statistic.endswith("_to_real")
+    if statistic == "cmmd":
+        return mmd_permutation_test(unit_rows(a), unit_rows(b), prompts, rbf_kernel, **options)
+    if statistic.startswith("kid"):
+        reference = real if to_real else None
+        return mmd_permutation_test(a, b, prompts, cubic_kernel, reference=reference, **options)
+    rows = np.concatenate([a, b])
+
+    def distance(i: np.ndarray, j: np.ndarray) -> float:
+        x, y = moments(rows[i]), moments(rows[j])
+        if to_real:
+            return frechet_distance(*moments(real), *x) - frechet_distance(*moments(real), *y)
+        return frechet_distance(*x, *y)
+
+    return permutation_test(prompts, distance, two_sided=to_real, **options)
 
 
 def _units(config: NullConfig, prompts: int) -> list[int]:
@@ -230,8 +216,8 @@ def _share(hits: Sequence[bool], bar: str) -> str:
     return f"{percent:.1f}%" + ("" if low <= percent <= high else " !")
 
 
-def _bar(items: Iterable[T], total: int, name: str) -> Iterable[T]:
-    return tqdm(items, desc=name, total=total, leave=False, disable=not sys.stderr.isatty())
+def _bar(number: int, name: str) -> Iterable[int]:
+    return tqdm(range(number), desc=name, leave=False, disable=None)  # shown on terminals
 
 
 @friendly_errors("eval.null")
@@ -239,8 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of this script."""
     config = parse_config(NullConfig, argv, prog="python -m eval.null", description=__doc__ or "")
     for part in config.parts:
-        rows = PARTS[part](config)
-        if rows:
+        if rows := PARTS[part](config):
             print(f"\n{markdown(rows)}", flush=True)
     bars = "; ".join(f"{name} {low:g} to {high:g}%" for name, (low, high) in BARS.items())
     print(f"\nWith ! out of the bar: {bars}.\n-: asks for the median, which moved.")

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from eval.stats.tables import with_interval
 from guidance.utils.config import option, parse_config
 from guidance.utils.errors import UserError, friendly_errors, nearest
 from guidance.utils.io import read_json
@@ -61,48 +63,26 @@ class Limit:
         return f"{self.key} {sign} {self.bound:g}{of}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """An arm within or beyond the limits.
-
-    Attributes:
-        arm: Its name.
-        gain: Difference from the baseline in the metric; larger is better.
-        difference, interval: The same as measured, with its 95% interval over prompts.
-        broken: Limits that it breaks.
-    """
+class Candidate(NamedTuple):
+    """An arm, its difference from the baseline with the 95% interval over prompts, and the limits that it breaks."""
 
     arm: str
-    gain: float
+    gain: float  # the difference, positive where the metric is better
     difference: float
     interval: tuple[float, float]
-    broken: tuple[str, ...]
+    broken: list[str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Recommendation:
-    """The chosen arm.
-
-    Attributes:
-        metric: Title of the metric that was optimised.
-        baseline: Arm with which all are compared.
-        best: The best guided arm within the limits; None if there is none.
-        rival: The best arm of plain CFG within the limits; None if there is none.
-        versus: Paired difference of best less rival with its interval; None if it is not known.
-        beats_cfg: Best is better than rival, by the interval of their paired difference if it is known; None if one of
-            them is missing.
-        tried: Number of guided arms.
-        text: The same in sentences.
-    """
+class Recommendation(NamedTuple):
+    """The best guided arm, and the best one of plain CFG, within the limits; None where there is none."""
 
     metric: str
-    baseline: str
     best: Candidate | None
     rival: Candidate | None
-    versus: tuple[float, tuple[float, float]] | None
-    beats_cfg: bool | None
-    tried: int
-    text: str
+    versus: tuple[float, tuple[float, float]] | None  # best less rival, paired, with its interval, where it is known
+    tried: int  # number of guided arms
+    beats_cfg: bool | None  # by that interval, else by the gains; None without best or rival
+    text: str  # the same in sentences
 
 
 def recommend(
@@ -123,129 +103,91 @@ def recommend(
     Raises:
         UserError: If there is no such metric, or nothing to choose from.
     """
-    chosen = _metric(summary, metric)
+    directed = {m["key"]: m for m in summary["image_metrics"] if m["better"]}
+    if metric is None:
+        metric = next((name for name in PREFERRED if name in directed), next(iter(directed), ""))
+    if metric not in directed:
+        raise UserError(f"Expected a metric with a better direction, got '{metric}'.{nearest(metric, directed)}")
     checks = [Limit.read(text) for text in limits]
+    known = [m["key"] for m in (*summary["image_metrics"], *summary["set_metrics"])]
     for check in checks:
-        _require_key(summary, check.key)
-    found = [_candidate(summary, chosen, arm["name"], checks) for arm in _arms(summary)]
-    plain = {arm["name"] for arm in _arms(summary) if arm["series"] == PLAIN_CFG}
-    guided = [c for c in found if c.arm not in plain]
+        if check.key not in known:
+            hint = nearest(check.key, known)
+            raise UserError(f"Expected a limit on a metric that was measured, got '{check.key}'.{hint}")
+    sign = 1 if directed[metric]["better"] == "higher" else -1
+    guided: list[Candidate] = []
+    plain: list[Candidate] = []
+    for arm in summary["arms"]:
+        if arm["name"] != summary["baseline"] and arm["series"] != "baseline":
+            side = plain if arm["series"] == PLAIN_CFG else guided
+            side.append(_candidate(summary, metric, sign, arm["name"], checks))
     if not guided:
         raise UserError("Expected guided arms to choose from, got none; sweep over scales other than 0.")
-    best, rival = _best(guided), _best([c for c in found if c.arm in plain])
-    sign = 1 if chosen["better"] == "higher" else -1
-    versus = _versus(rows, chosen["key"], best, rival)
-    beats = None
+    best, rival = (max((c for c in x if not c.broken), key=lambda c: c.gain, default=None) for x in (guided, plain))
+    versus = beats = None
     if best is not None and rival is not None:
-        low, high = (0.0, 0.0) if versus is None else versus[1]
-        beats = best.gain > rival.gain if versus is None else (low if sign > 0 else -high) > 0
-    result = Recommendation(chosen["title"], summary["baseline"], best, rival, versus, beats, len(guided), "")
-    return dataclasses.replace(result, text=" ".join(_sentences(result, guided, checks, bool(plain))))
+        versus = _versus(rows or (), metric, best.arm, rival.arm)
+        beats = best.gain > rival.gain if versus is None else min(sign * end for end in versus[1]) > 0
+    found = Recommendation(directed[metric]["title"], best, rival, versus, len(guided), beats, "")
+    within = f" within {' and '.join(map(str, checks))}" if checks else ""
+    if best is None:
+        least = max(guided, key=lambda c: c.gain)
+        text = f"No guided cell is{within}: the best, '{least.arm}', breaks {' and '.join(least.broken)}."
+    else:
+        text = " ".join(_sentences(found, best, within, summary["baseline"], bool(plain)))
+    return found._replace(text=text)
 
 
-def _metric(summary: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
-    known = {m["key"]: m for m in summary["image_metrics"] if m["better"]}
-    if key is None:
-        key = next((name for name in PREFERRED if name in known), next(iter(known), ""))
-    if key not in known:
-        raise UserError(f"Expected a metric with a better direction, got '{key}'.{nearest(key, known)}")
-    return known[key]
+def _candidate(summary: Mapping[str, Any], metric: str, sign: int, arm: str, limits: Sequence[Limit]) -> Candidate:
+    paired = {d["metric"]: d["paired"] for d in summary["deltas"] if d["arm"] == arm}
+    sets = {(v["metric"], v["arm"]): v["value"] for v in summary["set_values"]}
 
+    def values(key: str) -> Iterator[float]:
+        """Yield the baseline's value of a metric and the arm's; NaN where it was not measured."""
+        for name, side in ((summary["baseline"], "mean_a"), (arm, "mean_b")):
+            value = paired[key][side] if key in paired else sets.get((key, name))
+            yield math.nan if value is None else value
 
-def _require_key(summary: Mapping[str, Any], key: str) -> None:
-    known = [m["key"] for m in (*summary["image_metrics"], *summary["set_metrics"])]
-    if key not in known:
-        raise UserError(f"Expected a limit on a metric that was measured, got '{key}'.{nearest(key, known)}")
-
-
-def _arms(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [arm for arm in summary["arms"] if arm["name"] != summary["baseline"] and arm["series"] != "baseline"]
-
-
-def _candidate(summary: Mapping[str, Any], metric: Mapping[str, Any], arm: str, limits: Sequence[Limit]) -> Candidate:
-    delta = _delta(summary, metric["key"], arm)
-    assert delta is not None
-    paired = delta["paired"]
-    gain = paired["mean_diff"] if metric["better"] == "higher" else -paired["mean_diff"]
-    broken = tuple(str(limit) for limit in limits if not limit.allows(*_values(summary, limit.key, arm)))
-    ends = tuple(float("nan") if end is None else end for end in paired["interval"])
-    return Candidate(arm, gain, paired["mean_diff"], (ends[0], ends[1]), broken)
-
-
-def _values(summary: Mapping[str, Any], key: str, arm: str) -> tuple[float, float]:
-    """Return the baseline's value of a metric, and an arm's; NaN where it was not measured."""
-    delta = _delta(summary, key, arm)
-    if delta is not None:
-        return delta["paired"]["mean_a"], delta["paired"]["mean_b"]
-    values = {v["arm"]: v["value"] for v in summary["set_values"] if v["metric"] == key}
-    base, value = (values.get(name) for name in (summary["baseline"], arm))
-    return float("nan") if base is None else base, float("nan") if value is None else value
-
-
-def _delta(summary: Mapping[str, Any], key: str, arm: str) -> Mapping[str, Any] | None:
-    return next((d for d in summary["deltas"] if (d["metric"], d["arm"]) == (key, arm)), None)
-
-
-def _best(candidates: Sequence[Candidate]) -> Candidate | None:
-    return max((c for c in candidates if not c.broken), key=lambda c: c.gain, default=None)
+    broken = [str(limit) for limit in limits if not limit.allows(*values(limit.key))]
+    difference = paired[metric]["mean_diff"]
+    low, high = (math.nan if end is None else end for end in paired[metric]["interval"])
+    return Candidate(arm, sign * difference, difference, (low, high), broken)
 
 
 def _versus(
-    rows: Sequence[Mapping[str, Any]] | None, key: str, best: Candidate | None, rival: Candidate | None
+    rows: Sequence[Mapping[str, Any]], key: str, best: str, rival: str
 ) -> tuple[float, tuple[float, float]] | None:
-    """Return the paired difference of two arms over prompts."""
-    if rows is None or best is None or rival is None:
-        return None
-    values: dict[str, dict[tuple[str, str], float]] = {best.arm: {}, rival.arm: {}}
+    """Return the paired difference of two arms over prompts; None if too few have both."""
+    values: dict[str, dict[tuple[str, str], float]] = {best: {}, rival: {}}
     for row in rows:
         if row["arm"] in values and row.get(key) not in (None, ""):
             values[row["arm"]][row["prompt_id"], str(row["seed"])] = float(row[key])
-    pairs = [pair for pair in values[rival.arm] if pair in values[best.arm]]
+    pairs = [pair for pair in values[rival] if pair in values[best]]
     if len({prompt for prompt, _ in pairs}) < 2:
         return None
     import numpy as np
 
     from eval.stats.paired import paired_difference
 
-    a, b = (np.array([values[arm][pair] for pair in pairs]) for arm in (rival.arm, best.arm))
+    a, b = (np.array([values[arm][pair] for pair in pairs]) for arm in (rival, best))
     found = paired_difference(a, b, [prompt for prompt, _ in pairs])
     return found.mean_diff, found.interval
 
 
-def _sentences(
-    found: Recommendation, guided: Sequence[Candidate], limits: Sequence[Limit], has_plain: bool
-) -> list[str]:
-    within = f" within {' and '.join(map(str, limits))}" if limits else ""
-    if found.best is None:
-        least = max(guided, key=lambda c: c.gain)
-        return [f"No guided cell is{within}: the best, '{least.arm}', breaks {' and '.join(least.broken)}."]
-    best = found.best
-    lines = [
-        f"Best {found.metric}{within}: '{best.arm}', {best.difference:+.3g} {_ends(best.interval)} against "
-        f"'{found.baseline}', paired by prompt."
-    ]
+def _sentences(found: Recommendation, best: Candidate, within: str, baseline: str, has_plain: bool) -> Iterator[str]:
+    moved = with_interval(best.difference, best.interval, "+.3g")
+    yield f"Best {found.metric}{within}: '{best.arm}', {moved} against '{baseline}', paired by prompt."
     if not (best.interval[0] > 0 or best.interval[1] < 0) or best.gain <= 0:
-        lines.append("That is no improvement that these prompts can show.")
-    if found.rival is None:
-        lines.append(
-            f"No cell of plain CFG is{within}." if has_plain else "No cell of plain CFG was sampled (cfg_matched=true)."
-        )
-    else:
-        how = (
-            "by its mean, not tested"
-            if found.versus is None
-            else f"{found.versus[0]:+.3g} {_ends(found.versus[1])}, paired"
-        )
+        yield "That is no improvement that these prompts can show."
+    if found.rival is not None:
+        how = "by its mean, not tested" if found.versus is None else f"{with_interval(*found.versus, '+.3g')}, paired"
         verdict = f"'{best.arm}' beats" if found.beats_cfg else "No guided cell beats"
-        lines.append(f"{verdict} the best plain CFG within the same limits, '{found.rival.arm}' ({how}).")
+        yield f"{verdict} the best plain CFG within the same limits, '{found.rival.arm}' ({how})."
+    else:
+        yield f"No cell of plain CFG {f'is{within}' if has_plain else 'was sampled (cfg_matched=true)'}."
     if found.tried > 1:
         chosen = f"It was chosen among {found.tried} cells on these very prompts, which flatters it"
-        lines.append(f"{chosen}: confirm it with another seed.")
-    return lines
-
-
-def _ends(interval: Sequence[float]) -> str:
-    return f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
+        yield f"{chosen}: confirm it with another seed."
 
 
 @dataclasses.dataclass

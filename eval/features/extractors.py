@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,35 +32,28 @@ Images = Sequence[Image.Image | UInt8[np.ndarray, "h w 3"]]
 
 Batch = Callable[[list[Image.Image]], Float[Tensor, "b d"]]
 
-_TEXTS = 256
-
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """A frozen network that maps an image to a vector of features.
+    """A frozen network that maps an image to a vector of features."""
 
-    Attributes:
-        name: As requested: "judge", "vision:facebook/dinov2-small".
-        label: Short form for names of metrics: "judge" gives "FD-judge".
-        fingerprint: Of weights and preprocessing: the key of caches.
-        weights_fingerprint: Of the weights, as in records of guides: if equal, a guide graded its own work.
-        features: Maps a batch of RGB images to features.
-        batch_size: Images at once; results depend on it by rounding only.
-    """
+    name: str  # as requested: "judge", "vision:facebook/dinov2-small"
+    label: str  # short form for names of metrics: "judge" gives "FD-judge"
+    fingerprint: str  # of weights and preprocessing: the key of caches
+    weights_fingerprint: str  # of the weights, as in records of guides: if equal, a guide graded its own work
+    features: Batch  # maps a batch of RGB images to features
+    batch_size: int = 64  # images at once; results depend on it by rounding only
 
-    name: str
-    label: str
-    fingerprint: str
-    weights_fingerprint: str
-    features: Batch
-    batch_size: int = 64
+    @classmethod
+    def of(
+        cls, network: nn.Module, preprocess: Mapping[str, Any], name: str, features: Batch, label: str = "", **more: Any
+    ) -> Self:
+        """Build one from its network; its label is by default the last part of the hub id or path in the name."""
+        label = label or (name.partition(":")[2] or name).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+        return cls(name, label, network_key(network, preprocess), fingerprint(network), features, **more)
 
     def embed(self, images: Images) -> Float[np.ndarray, "n d"]:
-        """Return the features of images (PIL, or uint8 arrays), float32.
-
-        Raises:
-            UserError: If the network does not take such images.
-        """
+        """Return the features of images (PIL, or uint8 arrays), float32; refuse those the network does not take."""
         return self._over(images, self.features)
 
     def _over(self, images: Images, function: Batch) -> Float[np.ndarray, "n d"]:
@@ -80,7 +73,7 @@ class TextExtractor(Extractor):
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Return unit vectors of texts, float32; long texts are truncated, see :meth:`truncated`."""
-        return self.clip.embed_texts(texts, batch_size=_TEXTS).float().cpu().numpy()
+        return self.clip.embed_texts(texts).float().cpu().numpy()
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """Tell for each text whether only its beginning is read."""
@@ -100,16 +93,10 @@ class ClassExtractor(Extractor):
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """Numbers computed from the pixels of single images; cached like a network's features.
-
-    Attributes:
-        name: For caches and progress bars.
-        version: To be raised when the formula changes.
-        function: Maps an RGB image to its numbers.
-    """
+    """Numbers computed from the pixels of single images; cached like a network's features."""
 
     name: str
-    version: int
+    version: int  # to be raised when the formula changes
     function: Callable[[UInt8[np.ndarray, "h w 3"]], Sequence[float]]
 
     @property
@@ -199,12 +186,7 @@ def extractor_from_module(
         return out
 
     described = {**dataclasses.asdict(preprocess), "name": name, "module": repr(module)}
-    return Extractor(name, name, network_key(module, described), fingerprint(module), features, batch_size)
-
-
-def _label(name: str) -> str:
-    """Return the last part of a hub id or path."""
-    return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return Extractor.of(module, described, name, features, label=name, batch_size=batch_size)
 
 
 def _testbed_array(images: list[Image.Image]) -> UInt8[np.ndarray, "n 64 64 3"]:
@@ -220,11 +202,10 @@ def _testbed_array(images: list[Image.Image]) -> UInt8[np.ndarray, "n 64 64 3"]:
 def _judge(argument: str, device: torch.device) -> ClassExtractor:
     """Load the testbed's judge classifier: 128 features, and probabilities of the 8 objects."""
     classifier = load_judges(device=device).classifier
-    return ClassExtractor(
+    return ClassExtractor.of(
+        classifier,
+        {"size": IMAGE_SIZE, "range": (-1, 1)},
         "judge",
-        "judge",
-        network_key(classifier, {"size": IMAGE_SIZE, "range": (-1, 1)}),
-        fingerprint(classifier),
         lambda images: classifier.features(to_float(_testbed_array(images), device)),
         class_probabilities=lambda images: classifier(to_float(_testbed_array(images), device))["object"].softmax(-1),
     )
@@ -235,15 +216,12 @@ def _judge_clip(argument: str, device: torch.device) -> TextExtractor:
     judges = load_judges(device=device)
     half = (0.5, 0.5, 0.5)
     clip = Clip(judges.clip, judges.tokenizer, Preprocess(IMAGE_SIZE, IMAGE_SIZE, half, half), "judge-clip")
-    found = _of_clip(clip, "judge-clip", "judge-clip")
-    return dataclasses.replace(found, features=lambda images: clip.embed_pil(_testbed_array(images)))
+    return _of_clip(clip, "judge-clip", lambda images: clip.embed_pil(_testbed_array(images)))
 
 
-def _of_clip(clip: Clip, name: str, label: str) -> TextExtractor:
-    key = network_key(clip.model, dataclasses.asdict(clip.preprocess))
-    return TextExtractor(
-        name, label, key, clip.fingerprint, lambda images: clip.embed_pil(images, batch_size=len(images)), clip=clip
-    )
+def _of_clip(clip: Clip, name: str, features: Batch | None = None) -> TextExtractor:
+    features = features or (lambda images: clip.embed_pil(images, batch_size=len(images)))
+    return TextExtractor.of(clip.model, dataclasses.asdict(clip.preprocess), name, features, clip=clip)
 
 
 def _vision(argument: str, device: torch.device) -> Extractor:
@@ -258,8 +236,7 @@ def _vision(argument: str, device: torch.device) -> Extractor:
         return rearrange(output.last_hidden_state[:, 0] if pooled is None else pooled, "b ... -> b (...)")
 
     described = {**processor.to_dict(), "processor": type(processor).__name__}
-    key = network_key(model, described)
-    return Extractor(f"vision:{argument}", _label(argument), key, fingerprint(model), features)
+    return Extractor.of(model, described, f"vision:{argument}", features)
 
 
 def _load_vision(name: str) -> tuple[Any, Any, bool]:
@@ -316,11 +293,10 @@ def _inception(argument: str, device: torch.device) -> ClassExtractor:
         tensors = [rearrange(torch.from_numpy(a), "b h w c -> b c h w").contiguous() for a in arrays]
         return torch.cat([network(x.to(device))[which] for x in tensors])
 
-    return ClassExtractor(
+    return ClassExtractor.of(
+        network,
+        {"resize": "inside torch-fidelity"},
         "inception",
-        "inception",
-        network_key(network, {"resize": "inside torch-fidelity"}),
-        fingerprint(network),
         lambda images: outputs(images, 0),
         class_probabilities=lambda images: outputs(images, 1).softmax(-1),
     )
@@ -329,8 +305,8 @@ def _inception(argument: str, device: torch.device) -> ClassExtractor:
 EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {
     "judge": _judge,
     "judge-clip": _judge_clip,
-    "testbed-clip": lambda _, device: _of_clip(load_clip(device=device), "testbed-clip", "testbed-clip"),
-    "clip": lambda name, device: _of_clip(load_clip(name, device=device), f"clip:{name}", _label(name)),
+    "testbed-clip": lambda _, device: _of_clip(load_clip(device=device), "testbed-clip"),
+    "clip": lambda name, device: _of_clip(load_clip(name, device=device), f"clip:{name}"),
     "vision": _vision,
     "inception": _inception,
 }
@@ -358,8 +334,6 @@ def rating_extractor(pipe: Pipeline, head: Head, *, batch_size: int = 64) -> Ext
 
     Args:
         pipe: The model that the head was trained on.
-        head: The head.
-        batch_size: Images at once.
 
     Returns:
         An extractor of one number an image.  Heads that use captions read them from ``image.info["prompt"]``.

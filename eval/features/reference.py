@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -25,7 +25,7 @@ from eval.features.extractors import Extractor
 from eval.features.store import features_of
 from eval.metrics.frechet import FrechetDistance, load_statistics, save_statistics
 from guidance.data.sources import TESTBED_SIZES, decode_image
-from guidance.utils.errors import UserError, nearest
+from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.images import IMAGE_SUFFIXES
 from guidance.utils.io import read_json, write_json
 
@@ -34,20 +34,13 @@ _CHUNK = 4096  # features added to the sums at once
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A reference set in the features of one network.
+    """A reference set in the features of one network."""
 
-    Attributes:
-        name: The source.
-        n: Number of images; 0 where a file of statistics does not say.
-        features: Of every image, float32; None where only statistics are known.
-        mu, sigma: Mean and covariance (ddof 1), float64.
-    """
-
-    name: str
-    n: int
-    features: Float[np.ndarray, "n d"] | None
-    mu: Float[np.ndarray, " d"]
-    sigma: Float[np.ndarray, "d d"]
+    name: str  # the source
+    n: int  # images; 0 where a file of statistics does not say
+    features: Float[np.ndarray, "n d"] | None  # float32; None where only statistics are known
+    mu: Float[np.ndarray, " d"]  # float64
+    sigma: Float[np.ndarray, "d d"]  # covariance (ddof 1), float64
 
 
 def load_reference(
@@ -81,13 +74,13 @@ def load_reference(
     pictures = _open_source(name, n, seed)
     cached = None if cache is None else _cache_path(cache, extractor, pictures)
     digests = _read_digests(cached) if cached else None
-    known_digests = digests or pictures.images().digests
-    features = features_of(lambda i: pictures.images().open(i), known_digests, extractor, cache, progress=progress)
+    known_digests = digests or pictures.digests()
+    features = features_of(pictures.open, known_digests, extractor, cache, progress=progress)
     if digests and cached:
         mu, sigma, _ = load_statistics(cached.with_suffix(".npz"))
-        return Reference(name, len(features), features, mu, sigma)
-    mu, sigma = statistics(features)
-    if cached:
+    else:
+        mu, sigma = statistics(features)
+    if cached and not digests:
         save_statistics(cached.with_suffix(".npz"), mu, sigma, len(features))
         write_json(cached.with_suffix(".json"), known_digests)  # last: it marks the entry as complete
     return Reference(name, len(features), features, mu, sigma)
@@ -100,29 +93,17 @@ def fill_reference(
     n: int | None = None,
     seed: int = 0,
     cache: str | os.PathLike[str],
-    progress: str | None = None,
-    process_index: int,
-    num_processes: int,
+    **shared: Any,
 ) -> None:
     """Compute this process's share of a reference's features, for `load_reference` to find after a barrier.
 
-    Arguments and errors as for `load_reference`, processes as for `eval.features.store.features_of`.
+    Arguments and errors as for `load_reference`, further ones as for `eval.features.store.features_of`.
     """
     if (name := os.fspath(source)).endswith(".npz"):
         return
     pictures = _open_source(name, n, seed)
-    if _read_digests(_cache_path(cache, extractor, pictures)) is not None:
-        return
-    images = pictures.images()
-    features_of(
-        images.open,
-        images.digests,
-        extractor,
-        cache,
-        progress=progress,
-        process_index=process_index,
-        num_processes=num_processes,
-    )
+    if _read_digests(_cache_path(cache, extractor, pictures)) is None:
+        features_of(pictures.open, pictures.digests(), extractor, cache, **shared)
 
 
 def statistics(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
@@ -134,20 +115,12 @@ def statistics(features: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " 
     return mu.numpy(), sigma.numpy()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Images:
-    """Images and their digests, in one order."""
+class _Source(NamedTuple):
+    """Images, in one order, that are read only when needed."""
 
-    digests: list[str]
+    key: str  # in the cache
+    digests: Callable[[], list[str]]  # of the files
     open: Callable[[int], Image.Image]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Images that are read only when needed; `key` identifies them in the cache."""
-
-    key: str
-    images: Callable[[], _Images]
 
 
 def _open_source(name: str, n: int | None, seed: int) -> _Source:
@@ -157,15 +130,12 @@ def _open_source(name: str, n: int | None, seed: int) -> _Source:
         return _testbed(name, n, seed)
     if Path(name).is_dir():
         return _folder(Path(name), n, seed)
-    has_split = "@" in Path(name).name and not name.endswith(".parquet")
-    path, _, split = name.rpartition("@") if has_split else (name, "", "")
-    if path.endswith(".parquet"):
-        return _parquet(Path(path), split, n, seed)
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES or Path(path).is_file():
+    path, _, split = (name, "", "") if name.endswith(".parquet") or "@" not in Path(name).name else name.rpartition("@")
+    if not path.endswith(".parquet") and (Path(path).suffix.lower() in IMAGE_SUFFIXES or Path(path).is_file()):
         raise UserError(
             f"Expected a folder of images, a .parquet or an .npz file, got the file '{name}'; name its folder."
         )
-    return _hub(path, split, n, seed)
+    return _table(path, split, n, seed)
 
 
 def _testbed(name: str, n: int | None, seed: int) -> _Source:
@@ -177,98 +147,82 @@ def _testbed(name: str, n: int | None, seed: int) -> _Source:
         choices = [f"testbed:{s}" for s in TESTBED_SIZES]
         raise UserError(f"Expected a split of the testbed, got '{name}'.{nearest(name, choices)}")
     number = n or TESTBED_SIZES[split]
-    start = hashlib.sha256(render_scenes(scenes(split, 4, seed=seed)).tobytes()).hexdigest()
+    start = _digest(render_scenes(scenes(split, 4, seed=seed)).tobytes())
 
     @functools.lru_cache(number)  # a second network sees the same pictures
     def draw(i: int) -> Image.Image:
         return Image.fromarray(render(sample_scene(split, i, seed)))
 
-    def images() -> _Images:  # identified without being drawn: the first few identify the renderer
-        names = [f"{split} {seed} {i} {start}" for i in range(number)]
-        return _Images([hashlib.sha256(name.encode()).hexdigest() for name in names], draw)
-
-    return _Source(_key("testbed", split, number, seed, start), images)
+    # identified without being drawn: the first few identify the renderer
+    digests = [_digest(f"{split} {seed} {i} {start}".encode()) for i in range(number)]
+    return _Source(_key("testbed", split, number, seed, start), lambda: digests, draw)
 
 
 def _folder(folder: Path, n: int | None, seed: int) -> _Source:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     chosen = [files[i] for i in _choose(len(files), n, seed, str(folder))]
     stats = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in chosen]
-
-    @functools.cache
-    def images() -> _Images:
-        digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in chosen]
-        return _Images(digests, lambda i: _decode(chosen[i].read_bytes(), f"'{chosen[i]}'"))
-
-    return _Source(_key("folder", stats), images)
+    return _Source(
+        _key("folder", stats),
+        lambda: [_digest(p.read_bytes()) for p in chosen],
+        lambda i: _decode(chosen[i].read_bytes(), f"'{chosen[i]}'"),
+    )
 
 
-def _parquet(file: Path, split: str, n: int | None, seed: int) -> _Source:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        found = pyarrow.parquet.ParquetFile(file)
-        columns = found.schema_arrow.names
-        if "image" not in columns or (split and "split" not in columns):
-            needed = "'image' and 'split'" if split else "'image'"
-            raise UserError(f"Expected columns {needed} in '{file}', found: {', '.join(columns)}.")
-        splits = found.read(["split"])["split"].to_pylist() if split else []
-    except FileNotFoundError:
-        raise UserError(f"Expected a parquet file at '{file}', found none; check the path.") from None
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"Expected a parquet file at '{file}', got something else; write it anew.") from error
-    rows = [i for i, s in enumerate(splits) if s == split] if split else list(range(found.metadata.num_rows))
-    if split and not rows:
-        raise UserError(f"Expected a split in '{file}', got '{split}'.{nearest(split, sorted(set(splits)))}")
-    chosen = [rows[i] for i in _choose(len(rows), n, seed, str(file))]
-
-    @functools.cache
-    def images() -> _Images:
-        cells = pyarrow.parquet.read_table(file, columns=["image"])["image"].take(chosen).to_pylist()
-        return _encoded(cells, chosen, str(file))
-
-    stat = file.stat()
-    return _Source(_key("parquet", file.name, stat.st_size, stat.st_mtime_ns, chosen), images)
-
-
-def _hub(name: str, split: str, n: int | None, seed: int) -> _Source:
+def _table(name: str, split: str, n: int | None, seed: int) -> _Source:
+    """Open a parquet file or a dataset of the hub."""
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name)
-    except Exception as error:  # datasets and the hub client each raise their own
-        reason = (str(error).strip().splitlines() or [""])[0][:150]
+        splits = _read_splits(name)
+    except Exception as error:  # datasets, pyarrow and the hub client each raise their own
         raise UserError(
             f"Expected testbed:SPLIT, a folder of images, a .parquet or .npz file or a reachable hub id, but '{name}' "
-            f"cannot be loaded ({type(error).__name__}: {reason})."
+            f"cannot be loaded ({type(error).__name__}: {first_line(error)[:150]})."
         ) from error
-    if (split or next(iter(loaded))) not in loaded or (not split and len(loaded) > 1):
-        raise UserError(
-            f"Expected one of the splits of '{name}' as {name}@SPLIT, got '{split}'.{nearest(split, loaded)}"
-        )
-    data = loaded[split or next(iter(loaded))]
-    if not isinstance(data.features.get("image"), datasets.Image):
-        raise UserError(f"Expected a column 'image' of images in '{name}', found: {data.column_names}.")
+    if not split and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        hint = nearest(split, filter(None, splits))
+        raise UserError(f"Expected one of the splits of '{name}' as {name}@SPLIT, got '{split}'.{hint}")
+    data = splits[split]
+    if "image" not in data.column_names:
+        raise UserError(f"Expected a column 'image' in '{name}', found: {', '.join(data.column_names)}.")
+    if isinstance(data.features["image"], datasets.Image):
+        data = data.cast_column("image", datasets.Image(decode=False))
     chosen = _choose(len(data), n, seed, name)
-    data = data.cast_column("image", datasets.Image(decode=False)).select(chosen)
-    images = functools.cache(lambda: _encoded(data["image"], chosen, name))
-    return _Source(_key("hub", name, split, data._fingerprint), images)
+    data = data.select(chosen)
+
+    @functools.cache
+    def encoded() -> list[bytes]:
+        return [_encoded(cell, f"row {row} of '{name}'") for row, cell in zip(chosen, data["image"], strict=True)]
+
+    return _Source(
+        _key("table", name, split, data._fingerprint),
+        lambda: [_digest(cell) for cell in encoded()],
+        lambda i: _decode(encoded()[i], f"row {chosen[i]} of '{name}'"),
+    )
 
 
-def _encoded(cells: Any, rows: list[int], name: str) -> _Images:
-    """Read the images of a table's cells: encoded bytes, or ``{"bytes", "path"}``."""
-    encoded: list[bytes] = []
-    for row, cell in zip(rows, cells, strict=True):
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if data is None and isinstance(cell, dict) and cell.get("path"):
-            data = Path(cell["path"]).read_bytes()
-        if not isinstance(data, bytes):
-            kind = type(cell).__name__
-            raise UserError(f"Expected an encoded image in row {row} of '{name}', got {kind}; remove the row.")
-        encoded.append(data)
-    digests = [hashlib.sha256(data).hexdigest() for data in encoded]
-    return _Images(digests, lambda i: _decode(encoded[i], f"row {rows[i]} of '{name}'"))
+def _read_splits(name: str) -> dict[str, Any]:
+    """Load a dataset by split: of a parquet file all rows, "", and those of each value in the column ``split``."""
+    import datasets
+
+    if not name.endswith(".parquet"):
+        return dict(datasets.load_dataset(name))
+    rows = datasets.load_dataset("parquet", data_files=name)["train"]
+    names = np.array(rows["split"] if "split" in rows.column_names else [])
+    return {"": rows} | {str(split): rows.select(np.flatnonzero(names == split)) for split in np.unique(names)}
+
+
+def _encoded(cell: Any, where: str) -> bytes:
+    """Read a table's cell: an encoded image, or ``{"bytes", "path"}``."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if data is None and isinstance(cell, dict) and cell.get("path"):
+        data = Path(cell["path"]).read_bytes()
+    if not isinstance(data, bytes):
+        raise UserError(f"Expected an encoded image in {where}, got {type(cell).__name__}; remove the row.")
+    return data
 
 
 def _decode(data: bytes, where: str) -> Image.Image:
@@ -288,7 +242,11 @@ def _choose(available: int, n: int | None, seed: int, where: str) -> list[int]:
 
 
 def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return _digest(json.dumps(parts).encode())[:16]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _cache_path(cache: str | os.PathLike[str], extractor: Extractor, pictures: _Source) -> Path:

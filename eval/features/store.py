@@ -19,7 +19,6 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm.auto import tqdm
 
-from eval.features.extractors import ClassExtractor
 from guidance.utils.errors import UserError
 from guidance.utils.io import append_bytes, read_json, write_json
 
@@ -49,6 +48,7 @@ class FeatureStore:
         self, folder: str | os.PathLike[str], extractor_key: str, *, extractor_name: str = "", process_index: int = 0
     ) -> None:
         self.folder, self.key, self.extractor_name = Path(folder), extractor_key, extractor_name
+        self._header = self.folder / "header.json"
         self._file = self.folder / f"rows-{process_index}-{uuid.uuid4().hex[:12]}.bin"
         self._read_header()
 
@@ -57,12 +57,11 @@ class FeatureStore:
         self._read_header()  # another process may have begun the folder
         wanted = {bytes.fromhex(digest): digest for digest in digests}
         found: dict[str, np.ndarray] = {}
-        if not wanted or self.width is None:
-            return found
-        for file in sorted(self.folder.glob("rows-*.bin")):
-            rows = _whole_rows(file, self._row)
+        for file in sorted(self.folder.glob("rows-*.bin")) if wanted and self.width else ():
+            count = file.stat().st_size // self._row.itemsize  # complete rows
+            rows = np.memmap(file, self._row, "r", shape=(count,)) if count else np.empty(0, self._row)
             names = rows["digest"].tobytes()
-            for i in range(len(rows)):
+            for i in range(count):
                 if (key := names[32 * i : 32 * i + 32]) in wanted:
                     found[wanted[key]] = rows["features"][i]
         return found
@@ -72,28 +71,20 @@ class FeatureStore:
         assert features.shape == (len(digests), self.width or features.shape[1]), features.shape
         if self.width is None or not self._header.is_file():
             self.width = features.shape[1]
-            write_json(self._header, self._described())
+            write_json(self._header, self._described)
         rows = np.empty(len(digests), self._row)
         rows["digest"] = [np.frombuffer(bytes.fromhex(digest), np.uint8) for digest in digests]
         rows["features"] = features
         append_bytes(self._file, rows.tobytes())  # all or nothing, so that later rows are aligned
 
     @property
-    def _header(self) -> Path:
-        return self.folder / "header.json"
-
-    @property
     def _row(self) -> np.dtype[Any]:
         return np.dtype([("digest", np.uint8, 32), ("features", "<f4", (self.width,))])
 
+    @property
     def _described(self) -> dict[str, Any]:
-        return {
-            "format": _FORMAT,
-            "extractor": self.extractor_name,
-            "fingerprint": self.key,
-            "width": self.width,
-            "dtype": "<f4",
-        }
+        described = {"format": _FORMAT, "extractor": self.extractor_name, "fingerprint": self.key}
+        return described | {"width": self.width, "dtype": "<f4"}
 
     def _read_header(self) -> None:
         """Validate the folder and learn its width."""
@@ -107,10 +98,10 @@ class FeatureStore:
                 )
             return
         header = read_json(self._header)
-        width = header.get("width") if isinstance(header, dict) else None
-        self.width = self.width or width
-        expected = self._described() | {"extractor": header.get("extractor")} if isinstance(header, dict) else None
-        if header != expected or not isinstance(width, int) or width < 1:
+        header = header if isinstance(header, dict) else {}
+        self.width = self.width or header.get("width")
+        expected = header | self._described | {"extractor": header.get("extractor")}
+        if header != expected or not isinstance(self.width, int) or self.width < 1:
             raise UserError(
                 f"Expected the features of '{self.extractor_name}' in '{self.folder}', but its header.json says "
                 "otherwise; remove the folder or choose another."
@@ -160,7 +151,7 @@ def features_of(
         UserError: If the cache is damaged, the network cannot take an image or gives features that are not finite.
     """
     first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
-    unique = sorted(first, key=first.__getitem__)
+    unique = list(dict.fromkeys(digests))
     store, found = None, dict[str, np.ndarray]()
     if folder is not None:
         place = Path(folder) / re.sub(r"[^\w.-]", "_", f"{extractor.fingerprint}-{what}")
@@ -171,7 +162,11 @@ def features_of(
     missing, batch = [d for d in unique if d not in found], getattr(extractor, "batch_size", _BATCH)
     with tqdm(total=len(missing), desc=progress, unit="image", disable=not (progress and missing)) as bar:
         for part in (missing[i : i + batch] for i in range(0, len(missing), batch)):
-            features = _compute([open_image(first[digest]) for digest in part], extractor, what)
+            images = [open_image(first[digest]) for digest in part]
+            features = getattr(extractor, what)(images)
+            if not np.isfinite(features).all():
+                name = extractor.name
+                raise UserError(f"Expected finite features from '{name}', got NaN or infinity; check its weights.")
             if store:
                 store.add(part, features)
             found.update(zip(part, features, strict=True))
@@ -180,20 +175,3 @@ def features_of(
     if num_processes == 1 and not all(np.isfinite(row).all() for row in found.values()):
         raise UserError(f"Expected finite features in '{folder}', found NaN or infinity; remove the folder.")
     return np.stack([found.get(digest, missing_row) for digest in digests]).astype(np.float32, copy=False)
-
-
-def _compute(images: list[Image.Image], extractor: Embedder, what: What) -> Float[np.ndarray, "n d"]:
-    if what == "probabilities":
-        assert isinstance(extractor, ClassExtractor)
-        features = extractor.probabilities(images)
-    else:
-        features = extractor.embed(images)
-    if not np.isfinite(features).all():
-        raise UserError(f"Expected finite features from '{extractor.name}', got NaN or infinity; check its weights.")
-    return features
-
-
-def _whole_rows(file: Path, row: np.dtype[Any]) -> np.ndarray:
-    """Map the complete rows of a file into memory."""
-    count = file.stat().st_size // row.itemsize
-    return np.memmap(file, row, "r", shape=(count,)) if count else np.empty(0, row)

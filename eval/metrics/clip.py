@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,7 @@ def image_similarity(before: Features, after: Features) -> Float[np.ndarray, " n
     """Return ``cos(I1, I2)`` of each pair of image embeddings, float64 in -1..1.
 
     Args:
-        before, after: Embeddings of any length, paired row by row (tensors or arrays).
-
-    Raises:
-        UserError: If shapes differ, or an embedding is zero or not finite.
+        before, after: Embeddings of any length, paired row by row (tensors or arrays), checked by `unit_pairs`.
 
     >>> image_similarity(np.array([[3.0, 4.0]]), np.array([[0.0, 2.0]])).round(6).tolist()
     [0.8]
@@ -43,9 +41,6 @@ def directional_similarity(
     Returns:
         float64 ``(n,)`` in -1..1; NaN where the images or the captions do not differ (a difference shorter than
         1e-5), which has no direction.  Count those and drop them on both sides of a comparison.
-
-    Raises:
-        UserError: If shapes differ, or an embedding is zero or not finite.
 
     Reference:
         Gal et al. 2022, StyleGAN-NADA: CLIP-guided domain adaptation of image generators, equation 3 (a loss
@@ -72,9 +67,6 @@ def clip_score(image_emb: Features, text_emb: Features) -> Float[np.ndarray, " n
         image_emb: Image embeddings of any length (arrays or tensors).
         text_emb: Embeddings of the images' captions, row by row.
 
-    Raises:
-        UserError: If shapes differ, or a row is zero or not finite.
-
     Reference:
         Hessel et al. 2021, CLIPScore: a reference-free evaluation metric for image captioning.
 
@@ -91,6 +83,7 @@ class MeanOverPairs(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    values: Callable[..., Float[np.ndarray, " n"]]
     total: Tensor
     pairs: Tensor
     excluded: Tensor
@@ -100,16 +93,17 @@ class MeanOverPairs(Metric):
         for state in ("total", "pairs", "excluded"):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def compute(self) -> dict[str, Float[Tensor, ""]]:
-        """Return ``mean`` (NaN if no pair has a value), ``pairs`` (those with a value) and ``excluded``, float64."""
-        return {"mean": self.total / self.pairs, "pairs": self.pairs, "excluded": self.excluded}
-
-    def add(self, values: Float[np.ndarray, " n"]) -> None:
-        """Add the values of pairs, NaN where there is none."""
+    def update(self, *embeddings: Features) -> None:
+        """Add pairs; arguments as for the function of the same name."""
+        values = self.values(*embeddings)
         excluded = int(np.isnan(values).sum())
         self.total = self.total + float(np.nansum(values))
         self.pairs = self.pairs + len(values) - excluded
         self.excluded = self.excluded + excluded
+
+    def compute(self) -> dict[str, Float[Tensor, ""]]:
+        """Return ``mean`` (NaN if no pair has a value), ``pairs`` (those with a value) and ``excluded``, float64."""
+        return {"mean": self.total / self.pairs, "pairs": self.pairs, "excluded": self.excluded}
 
 
 class DirectionalSimilarity(MeanOverPairs):
@@ -121,9 +115,7 @@ class DirectionalSimilarity(MeanOverPairs):
     {'mean': 0.5, 'pairs': 1.0, 'excluded': 1.0}
     """
 
-    def update(self, before: Features, after: Features, text_before: Features, text_after: Features) -> None:
-        """Add pairs; arguments as for `directional_similarity`."""
-        self.add(directional_similarity(before, after, text_before, text_after))
+    values = staticmethod(directional_similarity)
 
 
 class ClipScore(MeanOverPairs):
@@ -138,6 +130,4 @@ class ClipScore(MeanOverPairs):
     (-10.0, 2)
     """
 
-    def update(self, image_emb: Features, text_emb: Features) -> None:
-        """Add pairs; arguments as for `clip_score`."""
-        self.add(clip_score(image_emb, text_emb))
+    values = staticmethod(clip_score)

@@ -1,8 +1,12 @@
-"""Validation and ordering of sets of features, shared by the metrics."""
+"""Validation and ordering of sets of features, shared by the metrics.
+
+Every metric takes tensors or arrays, and refuses (`UserError`) features that are not finite, of different widths or the
+same for all images, and embeddings that are zero.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +18,7 @@ from guidance.utils.errors import UserError
 Features = Float[np.ndarray, "n d"] | Float[Tensor, "n d"]
 
 
-@dataclasses.dataclass(frozen=True)
-class MeanSd:
+class MeanSd(NamedTuple):
     """Mean and standard deviation (ddof 0, as published) of a value over parts of a set."""
 
     mean: float
@@ -50,11 +53,7 @@ def unit_rows(embeddings: Features) -> Float[Tensor, "n d"]:
 
 
 def unit_pairs(*embeddings: Features) -> list[Float[Tensor, "n d"]]:
-    """Return `unit_rows` of embeddings that belong together row by row.
-
-    Raises:
-        UserError: If shapes differ, there are no rows, or one is zero or not finite.
-    """
+    """Return `unit_rows` of embeddings that belong together row by row; refuse those of different shapes."""
     units = [unit_rows(x) for x in embeddings]
     if len({u.shape for u in units}) > 1:
         shapes = ", ".join(str(tuple(u.shape)) for u in units)

@@ -129,15 +129,15 @@ class FrechetDistance(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    n: Tensor
+    total: Tensor
+    outer: Tensor
 
     def __init__(self, num_features: int, *, reset_real: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_features, self.reset_real = num_features, reset_real
-        for side in ("real", "fake"):
-            self.add_state(f"{side}_n", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
-            outer = torch.zeros(num_features, num_features, dtype=torch.float64)
-            self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum")
+        for name, shape in (("n", ()), ("total", (num_features,)), ("outer", (num_features, num_features))):
+            self.add_state(name, torch.zeros(2, *shape, dtype=torch.float64), dist_reduce_fx="sum")  # generated, real
 
     def update(self, features: Features, real: bool) -> None:
         """Add features (tensor or array) to the real or the generated side.
@@ -145,10 +145,10 @@ class FrechetDistance(Metric):
         Raises:
             UserError: If their width is another or one is not finite.
         """
-        x = feature_rows(features, width=self.num_features).to(self.real_sum)
-        side = "real" if real else "fake"
-        for part, value in (("n", len(x)), ("sum", x.sum(0)), ("outer", x.T @ x)):
-            setattr(self, f"{side}_{part}", getattr(self, f"{side}_{part}") + value)
+        x = feature_rows(features, width=self.num_features).to(self.total)
+        self.n[int(real)] += len(x)
+        self.total[int(real)] += x.sum(0)
+        self.outer[int(real)] += x.T @ x
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the distance of the two sides, float64.
@@ -156,7 +156,7 @@ class FrechetDistance(Metric):
         Raises:
             UserError: If a side has fewer than two samples.
         """
-        least = int(min(self.real_n, self.fake_n))
+        least = int(self.n.min())
         if 2 <= least < 2 * self.num_features:
             warnings.warn(
                 f"Frechet distance of {least} samples with {self.num_features} features is biased upwards: "
@@ -164,7 +164,7 @@ class FrechetDistance(Metric):
                 stacklevel=2,
             )
         value = frechet_distance(*self.statistics(real=True), *self.statistics(real=False))
-        return torch.tensor(value, dtype=torch.float64, device=self.real_sum.device)
+        return torch.tensor(value, dtype=torch.float64, device=self.n.device)
 
     def statistics(self, *, real: bool) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
         """Return mean and covariance (ddof 1) of a side.
@@ -172,8 +172,7 @@ class FrechetDistance(Metric):
         Raises:
             UserError: If it has fewer than two samples.
         """
-        side = "real" if real else "fake"
-        n, total, outer = (getattr(self, f"{side}_{part}") for part in ("n", "sum", "outer"))
+        n, total, outer = (state[int(real)] for state in (self.n, self.total, self.outer))
         if n < 2:
             raise UserError(f"Expected two or more samples, got {int(n)}; call update(features, real={real}) first.")
         mean = total / n
@@ -181,8 +180,8 @@ class FrechetDistance(Metric):
 
     def reset(self) -> None:
         """Clear the generated side, and the real side too unless ``reset_real=False``."""
-        kept = {name: getattr(self, name) for name in ("real_n", "real_sum", "real_outer")}
+        real = {name: state[1] for name, state in self.metric_state.items()}
         super().reset()
         if not self.reset_real:
-            for name, value in kept.items():
-                setattr(self, name, value)
+            for name, value in real.items():
+                getattr(self, name)[1] = value

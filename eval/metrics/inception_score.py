@@ -26,9 +26,6 @@ def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0)
     Returns:
         Mean and standard deviation over parts; each score lies between 1 and the number of classes.
 
-    Raises:
-        UserError: If rows are no probabilities, all rows are the same, or there are fewer than two rows a part.
-
     Reference:
         Salimans et al. 2016, Improved techniques for training GANs; the standard deviation has ddof 0 as in
         their code (torchmetrics has ddof 1).

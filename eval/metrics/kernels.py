@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +18,11 @@ Kernel = Callable[[Float[Tensor, "n d"], Float[Tensor, "m d"]], Float[Tensor, "n
 BLOCK = 1024  # rows of a kernel matrix held at once
 
 
-@dataclasses.dataclass(frozen=True)
-class MMD:
-    """Two estimates of one squared discrepancy.
+class MMD(NamedTuple):
+    """Two estimates of one squared discrepancy."""
 
-    Attributes:
-        biased: The V-statistic, pairs of a row with itself included: never negative, above 0 for unequal samples
-            of one distribution.
-        unbiased: The U-statistic without those pairs: 0 on average for one distribution, so it can be negative.
-    """
-
-    biased: float
-    unbiased: float
+    biased: float  # V-statistic, with pairs of a row and itself: above 0 for unequal samples of one distribution
+    unbiased: float  # U-statistic, without them: 0 on average for one distribution, hence also negative
 
 
 def cubic_kernel(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
@@ -86,9 +79,6 @@ def kid(real: Features, generated: Features, *, subsets: int = 100, subset_size:
         Mean and standard deviation over subsets; 0 on average for samples of one distribution, hence also
         negative.  Often shown times 1000.
 
-    Raises:
-        UserError: If widths differ, a value is not finite, a set is constant or smaller than a subset.
-
     Reference:
         Binkowski et al. 2018, Demystifying MMD GANs.
 
@@ -119,10 +109,6 @@ def cmmd(real: Features, generated: Features) -> MMD:
 
     Args:
         real, generated: Embeddings of one CLIP (tensors or arrays), of any length: they are normalised here.
-
-    Raises:
-        UserError: If widths differ, an embedding is zero or not finite, or a set is constant or has fewer than
-            two rows.
 
     Reference:
         Jayasumana et al. 2024, Rethinking FID: Towards a better evaluation metric for image generation.

@@ -40,9 +40,6 @@ def diversity(embeddings: Features, prompt: Int[np.ndarray, " n"]) -> Float[np.n
     Returns:
         float64 ``(n,)`` in 0..2; 0 where all seeds look alike.
 
-    Raises:
-        UserError: If an embedding is zero or not finite.
-
     >>> diversity(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), np.array([0, 0, 1])).tolist()
     [1.0, 1.0, nan]
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,17 +15,11 @@ _BLOCK = 1024  # rows of a distance matrix held at once
 _EXACT = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # else equal points are not at distance 0
 
 
-@dataclasses.dataclass(frozen=True)
-class PrecisionRecall:
-    """Shares in 0..1; equal sets have both at 1.
+class PrecisionRecall(NamedTuple):
+    """Shares in 0..1; equal sets have both at 1."""
 
-    Attributes:
-        precision: Generated images within the manifold of real ones.
-        recall: Real images within the manifold of generated ones.
-    """
-
-    precision: float
-    recall: float
+    precision: float  # generated images within the manifold of real ones
+    recall: float  # real images within the manifold of generated ones
 
 
 def precision_recall(real: Features, generated: Features, k: int = 3) -> PrecisionRecall:
@@ -34,9 +28,6 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Precisi
     Args:
         real, generated: Features (tensors or arrays); sets of equal size make values of different runs comparable.
         k: Neighbour that sets the radius.
-
-    Raises:
-        UserError: If widths differ, a value is not finite, or a set is constant or has no more than k rows.
 
     Reference:
         Kynkaanniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", NeurIPS 2019.

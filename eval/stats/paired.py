@@ -22,38 +22,23 @@ Method = Literal["t", "bca"]
 
 @dataclasses.dataclass(frozen=True)
 class PairedDifference:
-    """Difference of b from a; see `paired_difference`.
+    """Difference of b from a; see `paired_difference`."""
 
-    Attributes:
-        n_prompts: Prompts, the units.
-        n_images: Images on each side.
-        mean_a, mean_b: Means over prompts.
-        mean_diff: ``mean_b - mean_a``.
-        interval: Confidence interval of ``mean_diff`` over prompts.
-        effect_size: ``mean_diff`` in standard deviations of the images of a; NaN if they are all equal.
-        effect_interval: ``interval`` in the same unit (the standard deviation is taken as known).
-        wins, ties, losses: Number of prompts on which b's mean is higher, equal, lower.
-        share_improved: ``(wins + ties / 2) / n_prompts``.
-        share_interval: Its Wilson interval, from the prompts that are no ties.
-        wilcoxon_p: Two-sided Wilcoxon signed-rank test on prompt means; 1 if all are equal.
-        confidence: Of the intervals.
-    """
-
-    n_prompts: int
-    n_images: int
-    mean_a: float
+    n_prompts: int  # the units
+    n_images: int  # on each side
+    mean_a: float  # over prompts
     mean_b: float
-    mean_diff: float
-    interval: tuple[float, float]
-    effect_size: float
-    effect_interval: tuple[float, float]
-    wins: int
+    mean_diff: float  # mean_b - mean_a
+    interval: tuple[float, float]  # confidence interval of mean_diff over prompts
+    effect_size: float  # mean_diff in standard deviations of the images of a; NaN if they are all equal
+    effect_interval: tuple[float, float]  # interval in the same unit (the standard deviation is taken as known)
+    wins: int  # prompts on which b's mean is higher
     ties: int
     losses: int
-    share_improved: float
-    share_interval: tuple[float, float]
-    wilcoxon_p: float
-    confidence: float
+    share_improved: float  # (wins + ties / 2) / n_prompts
+    share_interval: tuple[float, float]  # Wilson's, from the prompts that are no ties
+    wilcoxon_p: float  # two-sided Wilcoxon signed-rank test on prompt means; 1 if all are equal
+    confidence: float  # of the intervals
 
 
 def paired_difference(
@@ -92,7 +77,7 @@ def paired_difference(
     if len(set(prompts)) < 2:
         raise UserError(f"Expected two or more prompts, the units, got {len(set(prompts))}.")
     group = prompt_numbers(prompts)
-    mean_a, mean_b = (_group_means(x, group) for x in (a, b))
+    mean_a, mean_b = (np.bincount(group, x) / np.bincount(group) for x in (a, b))
     diff = mean_b - mean_a
     # differences of means carry rounding: what is equal in exact arithmetic must count as a tie
     diff[np.abs(diff) <= 1e-12 * np.maximum(np.abs(mean_a), np.abs(mean_b))] = 0.0
@@ -158,12 +143,11 @@ def mean_interval(
     if method == "t":
         half = quantile * float(x.std(ddof=1)) / np.sqrt(n)
         return float(x.mean() - half), float(x.mean() + half)
-    batch = max(1, 2_000_000 // n)  # bounds memory; the draws do not depend on it
     result = stats.bootstrap(
         (x,),
         np.mean,
         n_resamples=resamples,
-        batch=batch,
+        batch=max(1, 2_000_000 // n),  # bounds memory; the draws do not depend on it
         confidence_level=float(2 * stats.norm.cdf(np.sqrt(n / (n - 1)) * quantile) - 1),
         method="BCa",
         rng=np.random.default_rng(seed),
@@ -214,7 +198,3 @@ def holm(pvalues: Sequence[float]) -> Float[np.ndarray, " m"]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
     return adjusted
-
-
-def _group_means(x: Float[np.ndarray, " n"], group: np.ndarray) -> np.ndarray:
-    return np.bincount(group, x) / np.bincount(group)

@@ -14,8 +14,8 @@ have a statistic at least as large as the observed one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,17 +33,11 @@ MIN_PROMPTS = 6
 Index = Int[np.ndarray, " n"]
 
 
-@dataclasses.dataclass(frozen=True)
-class PermutationResult:
-    """Result of a permutation test.
+class PermutationResult(NamedTuple):
+    """Result of a permutation test."""
 
-    Attributes:
-        statistic: Value for the sets as they are.
-        p: Share of swaps, this one included, with a statistic at least as large.
-    """
-
-    statistic: float
-    p: float
+    statistic: float  # for the sets as they are
+    p: float  # share of swaps, this one included, with a statistic at least as large
 
 
 def permutation_test(
@@ -149,13 +143,10 @@ def _swap_shares(
 
 
 def _groups(prompts: Sequence[Hashable]) -> Index:
-    group = prompt_numbers(prompts)
-    if len(set(prompts)) < MIN_PROMPTS:
-        raise UserError(
-            f"Expected {MIN_PROMPTS} or more prompts, the units, got {len(set(prompts))}; with fewer no result "
-            "could be significant at 5%."
-        )
-    return group
+    if (number := len(set(prompts))) < MIN_PROMPTS:
+        few = "with fewer no result could be significant at 5%"
+        raise UserError(f"Expected {MIN_PROMPTS} or more prompts, the units, got {number}; {few}.")
+    return prompt_numbers(prompts)
 
 
 def _swaps(prompts: int, permutations: int, seed: int) -> Bool[np.ndarray, "permutations prompts"]:
