@@ -16,7 +16,7 @@ import itertools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ class GuidedDenoiser:
         self.prompts, self.factors = None if prompts is None else tuple(prompts), factors
         self.module, self.denoiser = called_denoiser(pipe), denoiser_of(pipe)
         self.groups = group_guides([g for g in guides if g.guidance_scale != 0])
+        require_moving(self.groups, pipe.scheduler)
         self.channels = latent_channels(self.denoiser)
         self.num_weights = sum(p.numel() for p in self.denoiser.parameters())
         self.forward: Callable[..., Any] = self.module.forward
@@ -303,7 +304,8 @@ class GuidedDenoiser:
     def call(self, given: Arguments, *, tapped: bool = False) -> Any:
         """Run the denoiser as the pipeline does, or uncompiled, so that hooks see its modules."""
         forward = self.forward if self.module is self.denoiser or not tapped else self.denoiser
-        return self._in_its_place(forward, given.x_t, timestep=given.t, **given.others)
+        others = {k: list(v) if isinstance(v, list) else v for k, v in given.others.items()}  # T2I residuals are popped
+        return self._in_its_place(forward, given.x_t, timestep=given.t, **others)
 
     def _in_its_place(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a forward that may take off hooks of its own, as offloading does, and with them what stood in for it."""
@@ -483,11 +485,7 @@ class GuidedDenoiser:
 
     def _move_in(self, scheduler: Any) -> None:
         """Let a scheduler's step move the latents first, by the push of the denoiser call before it."""
-        if hasattr(scheduler, "last_sample"):
-            raise UserError(
-                f"Expected a scheduler that goes on from the latents it is given, got {type(scheduler).__name__}, "
-                "whose corrector starts from its own; use space='eps', or scheduler='dpm++'."
-            )
+        require_moving(self.groups, scheduler)
         step = scheduler.step
 
         @functools.wraps(step)  # pipelines inspect its signature to see whether it takes a generator
@@ -505,6 +503,15 @@ class GuidedDenoiser:
         self.run.push = None
         self.handle.pushes += 1
         return moved
+
+
+def require_moving(guides: Iterable[Guide | Group], scheduler: Any) -> None:
+    """Refuse a scheduler whose corrector would undo what guides with ``space="x"`` do to the latents."""
+    if hasattr(scheduler, "last_sample") and any(guide.space == "x" for guide in guides):
+        raise UserError(
+            f"Expected a scheduler that goes on from the latents it is given, got {type(scheduler).__name__}, whose "
+            "corrector starts from its own; use space='eps', or scheduler='dpm++'."
+        )
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------

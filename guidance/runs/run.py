@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from guidance.apply.guided import require_moving
 from guidance.apply.values import GuidanceHandle
 from guidance.data.edits import EditPair, load_edit_pairs
 from guidance.data.prompts import Prompt, load_prompts
@@ -265,6 +266,7 @@ def check_sampling(pipe: Pipeline, arms: Sequence[Arm], sampling: Sampling, batc
             modulate.prepare(pipe)
         for guide in itertools.chain.from_iterable(arm.guides for arm in arms):
             guide.prepare(pipe)
+            require_moving([guide], pipe.scheduler)
         for steering, guides in ((arm.steering, arm.guides) for arm in arms if arm.steering is not None):
             steering.guide.prepare(pipe)
             if steering.particles > 1 and steering.threshold > 0:
