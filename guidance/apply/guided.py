@@ -91,7 +91,8 @@ class GuidedDenoiser:
         self.pipe, self.handle, self.observers = pipe, handle, observers
         self.given = None if parts is None else Parts.of(parts)
         self.prompts, self.factors = None if prompts is None else tuple(prompts), factors
-        self.module, self.denoiser = called_denoiser(pipe), denoiser_of(pipe)
+        self.module: Any = called_denoiser(pipe)
+        self.denoiser = denoiser_of(pipe)
         self.groups = group_guides([g for g in guides if g.guidance_scale != 0])
         require_moving(self.groups, pipe.scheduler)
         self.channels = latent_channels(self.denoiser)
