@@ -26,17 +26,8 @@ from guidance.utils.config import parse_config
 from guidance.utils.errors import UserError, friendly_errors, nearest
 
 #: Modules of :mod:`eval.studies`, each with a ``Config`` and ``run(bench, config) -> rows``.
-STUDIES = (
-    "classes",
-    "clip",
-    "discriminator",
-    "steering",
-    "amortised",
-    "two_guides",
-    "overoptimisation",
-    "cfg_variants",
-    "edits",
-)
+STUDIES = ["classes", "clip", "discriminator", "steering", "amortised"]
+STUDIES += ["two_guides", "overoptimisation", "cfg_variants", "edits"]
 
 
 @friendly_errors("eval.guides")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
-from eval.studies.common import StudyBench, StudyConfig, load_class_head, mean_seconds, share
+from eval.studies.common import StudyBench, StudyConfig, load_class_head, share
 from guidance.guides.midblock import MidBlockGuide
 from guidance.runs.arms import Arm, guide_arms
+from guidance.testbed.scenes import ATTRIBUTES
 from guidance.utils.config import option
 
 
@@ -37,19 +36,20 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
             return guide_arms([spec], config.scales)
 
         sampled = bench.sample_classes(f"classes/{attribute}", attribute, arms)
-        base = mean_seconds(sampled["unguided"])
-        for arm, parts in sampled.items():
-            hits = bench.class_hits(attribute, parts)
-            worst = min(hits, key=lambda label: hits[label].mean())
+        labels = ATTRIBUTES[attribute]
+        for arm, s in sampled.items():
+            hits = bench.class_hits(attribute, s)
+            shares = dict(zip(labels, hits.reshape(len(labels), -1).mean(1), strict=True))
+            worst = min(labels, key=shares.__getitem__)
             rows.append(
                 {
                     "attribute": attribute,
                     "arm": arm,
-                    "judge agrees, % [95%]": share(np.concatenate(list(hits.values()))),
-                    "precision": bench.precision(parts),
-                    "worst class": f"{worst} {100 * hits[worst].mean():.0f}",
-                    "chance": f"{100 / len(hits):.1f}",
-                    "time": f"{mean_seconds(parts) / base:.2f}x",
+                    "judge agrees, % [95%]": share(hits),
+                    "precision": bench.precision(s),
+                    "worst class": f"{worst} {100 * shares[worst]:.0f}",
+                    "chance": f"{100 / len(labels):.1f}",
+                    "time": s.slowdown(sampled["unguided"]),
                 }
             )
     return rows

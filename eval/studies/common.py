@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,9 +154,7 @@ class StudyBench:
             sampled[arm.name] = Sampled(load_images(store.folder, records), records)
         return sampled
 
-    def sample_classes(
-        self, folder: str, attribute: str, arms: Callable[[str], Sequence[Arm]]
-    ) -> dict[str, dict[str, Sampled]]:
+    def sample_classes(self, folder: str, attribute: str, arms: Callable[[str], Sequence[Arm]]) -> dict[str, Sampled]:
         """Sample each class of an attribute from the empty prompt without CFG; the images are spread over the classes.
 
         Args:
@@ -165,53 +163,47 @@ class StudyBench:
             arms: Returns the arms that guide to a class.
 
         Returns:
-            Images by arm and class.  All classes start from the same noises.
+            Images by arm, class by class; the prompt id of a record is ATTRIBUTE-CLASS.  All classes start from the
+            same noises.
         """
         labels = ATTRIBUTES[attribute]
-        sampled: dict[str, dict[str, Sampled]] = {}
+        parts: dict[str, list[Sampled]] = {}
         for label in labels:
             name = f"{attribute}-{label}"
             jobs = list_jobs([Prompt(name, "", name)], self.config.num_images // len(labels), self.config.seed)
             unconditional = [dataclasses.replace(arm, conditioning="") for arm in arms(label)]
             images = self.sample(folder.format(label=label), jobs, unconditional, cfg_scale=1.0)
             for arm, s in images.items():
-                sampled.setdefault(arm, {})[label] = s
-        return sampled
+                parts.setdefault(arm, []).append(s)
+        return {
+            arm: Sampled(np.concatenate([s.images for s in found]), [r for s in found for r in s.records])
+            for arm, found in parts.items()
+        }
 
     def agreement(self, sampled: Sampled) -> str:
         """Format the shares of images in which the judge classifier sees the caption's object, colour and time."""
         seen = self.judges.agreement(sampled.images, [r.prompt for r in sampled.records])
         return " / ".join(f"{100 * seen[name].mean():.1f}" for name in ("object", "colour", "time"))
 
-    def class_hits(self, attribute: str, parts: Mapping[str, Sampled]) -> dict[str, Bool[np.ndarray, " n"]]:
-        """Tell, by class, in which images the judge classifier sees that class."""
-        labels = ATTRIBUTES[attribute]
-        seen = {label: self.judges.classify(s.images)[attribute] for label, s in parts.items()}
-        return {label: found == labels.index(label) for label, found in seen.items()}
+    def class_hits(self, attribute: str, sampled: Sampled) -> Bool[np.ndarray, " n"]:
+        """Tell in which images of :meth:`sample_classes` the judge classifier sees their class."""
+        classes = np.array(ATTRIBUTES[attribute])[self.judges.classify(sampled.images)[attribute]]
+        return np.array([r.prompt_id for r in sampled.records]) == np.char.add(f"{attribute}-", classes)
 
-    def precision(self, parts: Mapping[str, Sampled]) -> str:
-        """Format the precision of images of all classes; 0 if they are all alike, as under far too strong a guide."""
-        features = self.judges.features(np.concatenate([s.images for s in parts.values()]))
+    def precision(self, sampled: Sampled) -> str:
+        """Format the precision of images; 0 if they are all alike, as under far too strong a guide."""
+        features = self.judges.features(sampled.images)
         varied = np.ptp(features, axis=0).any()
         return f"{precision_recall(self.real, features).precision if varied else 0.0:.2f}"
 
 
 def load_class_head(folder: str) -> tuple[Head, str]:
-    """Load a class head of the testbed, and name its attribute.
-
-    Raises:
-        UserError: If it predicts something else.
-    """
+    """Load a class head of the testbed, and name its attribute; refuse heads that predict something else."""
     head = load_head(folder)
     attribute = head.config.target
     if attribute not in ATTRIBUTES:
         raise UserError(f"Expected a class head for {', '.join(ATTRIBUTES)}, got '{attribute}' in '{folder}'.")
     return head, attribute
-
-
-def mean_seconds(parts: Mapping[str, Sampled]) -> float:
-    """Return the mean over the classes of the median seconds per image."""
-    return float(np.mean([s.seconds for s in parts.values()]))
 
 
 def share(hits: Sequence[bool] | np.ndarray) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from eval.metrics.frechet import frechet_distance, moments
 from eval.metrics.precision_recall import precision_recall
-from eval.studies.common import StudyBench, StudyConfig
+from eval.studies.common import Sampled, StudyBench, StudyConfig
 from guidance.data.prompts import Prompt
 from guidance.guides.midblock import MidBlockGuide
 from guidance.runs.arms import guide_arms
@@ -51,7 +51,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     rows = []
     for cfg in config.cfg_scales:
         spec = MidBlockGuide(start=config.start, stop=config.stop, head=config.head, objective="binary", normalize=None)
-        found: dict[str, list[tuple[float, float, float, float, str, float]]] = {}
+        found: dict[str, list[tuple[list[float], Sampled]]] = {}
         for block in range(config.blocks):
             captions = [s.caption for s in scenes(split, n, start=_STRIDE * (block + 1))]
             prompts = [Prompt(f"scene{block}-{i:05d}", text) for i, text in enumerate(captions)]
@@ -59,15 +59,12 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
             arms = guide_arms([spec], config.scales)
             for name, s in bench.sample(f"discriminator/cfg{cfg:g}", jobs, arms, cfg_scale=cfg).items():
                 features = bench.judges.features(s.images)
-                pr = precision_recall(bench.real, features)
-                fds = _distances(features, references)
-                found.setdefault(name, []).append(
-                    (fds[0], fds[1], pr.precision, pr.recall, bench.agreement(s), s.seconds)
-                )
+                block_values = [*_distances(features, references), *precision_recall(bench.real, features)]
+                found.setdefault(name, []).append((block_values, s))
         base = found["unguided"]
         for name, measured in found.items():
-            values = np.array([m[:4] for m in measured]).T
-            changes = 100 * (values[:2] / np.array([m[:2] for m in base]).T - 1)
+            values, unguided = (np.array([v for v, _ in blocks]).T for blocks in (measured, base))
+            changes = 100 * (values[:2] / unguided[:2] - 1)
             rows.append(
                 {
                     "CFG": f"{cfg:g}",
@@ -77,8 +74,8 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
                     _REBUILT: _blocks(values[1], ".1f"),
                     f"change {_REBUILT}": _blocks(changes[1], "+.0f", "%"),
                     "precision / recall": f"{values[2].mean():.2f} / {values[3].mean():.2f}",
-                    "object / colour / time agree": measured[0][4],
-                    "time": f"{measured[0][5] / base[0][5]:.2f}x",
+                    "object / colour / time agree": bench.agreement(measured[0][1]),
+                    "time": measured[0][1].slowdown(base[0][1]),
                 }
             )
     others = render_scenes(scenes(split, n, start=_STRIDE))
@@ -97,9 +94,8 @@ def _distances(features: Float[np.ndarray, "n d"], references: Sequence[tuple[np
 
 def _through_vae(bench: StudyBench, images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
     """Encode and decode images."""
-    size = bench.config.batch_size
-    parts = [images[i : i + size] for i in range(0, len(images), size)]
-    return np.concatenate([decode_latents(bench.pipe, encode_images(bench.pipe, p)) for p in parts])
+    parts = np.split(images, range(bench.config.batch_size, len(images), bench.config.batch_size))
+    return np.concatenate([decode_latents(bench.pipe, encode_images(bench.pipe, part)) for part in parts])
 
 
 def _blocks(values: np.ndarray, spec: str, unit: str = "") -> str:

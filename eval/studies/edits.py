@@ -99,20 +99,19 @@ def _show(file: Path, captions: list[str], shown: dict[str, np.ndarray]) -> None
 def _judge(
     bench: StudyBench, pairs: Any, source: np.ndarray, target: np.ndarray, masks: np.ndarray, images: np.ndarray
 ) -> dict[str, str]:
-    seen = bench.judges.classify(images)
-    edited, kept = [], []
-    for i, (old, new) in enumerate(zip(pairs["caption"], pairs["edited_caption"], strict=True)):
-        before, after = parse_caption(old), parse_caption(new)
-        right = {name: ATTRIBUTES[name][seen[name][i]] == after[name] for name in ATTRIBUTES}
-        edited.append(all(right[name] for name in ATTRIBUTES if before[name] != after[name]))
-        kept.append(all(right[name] for name in ATTRIBUTES if before[name] == after[name]))
+    before, after = ([parse_caption(text) for text in pairs[key]] for key in ("caption", "edited_caption"))
+    changed = np.array(
+        [[old[name] != new[name] for name in ATTRIBUTES] for old, new in zip(before, after, strict=True)]
+    )
+    agreement = bench.judges.agreement(images, pairs["edited_caption"])
+    right = np.stack([agreement[name] for name in ATTRIBUTES], 1)
     outside = ~masks[..., None]
     moved = np.square(images.astype(np.float32) - source) * outside
     counted = np.maximum(3 * outside.sum((1, 2, 3)), 1)
     truth = truth_score(images)
     return {
-        "edit seen, % [95%]": share(edited),
-        "all others kept, % [95%]": share(kept),
+        "edit seen, % [95%]": share((right | ~changed).all(1)),
+        "all others kept, % [95%]": share((right | changed).all(1)),
         "moved outside the edit, grey levels": f"{np.sqrt(moved.sum((1, 2, 3)) / counted).mean():.1f}",
         "from the edited scene, grey levels": f"{pixel_rms(images, target).mean():.1f}",
         "truth [95%]": with_interval(float(truth.mean()), mean_interval(truth)),

@@ -60,22 +60,21 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     scores = {name: head_scores(rate, s) for name, s in sampled.items()}
     base, rows = sampled["unguided"], []
     curves: dict[str, list[tuple[float, float, float]]] = {}
-    for name, guided in arms.items():
-        for arm in guided:
-            s = sampled[arm.name]
-            truth = s.change(base, s.truth, base.truth)
-            score = s.change(base, scores[arm.name], scores["unguided"])
-            scale = arm.descriptions[0]["guidance_scale"]
-            curves.setdefault(name, []).append((scale, truth.effect_size, score.effect_size))
-            rows.append(
-                {
-                    "guide": name,
-                    "scale": f"{scale:g}",
-                    "truth, sd [95%]": with_interval(truth.effect_size, truth.effect_interval),
-                    "the head's own score, sd [95%]": with_interval(score.effect_size, score.effect_interval),
-                    "object / colour / time agree": bench.agreement(s),
-                }
-            )
+    for name, arm in ((name, arm) for name, guided in arms.items() for arm in guided):
+        s = sampled[arm.name]
+        truth = s.change(base, s.truth, base.truth)
+        score = s.change(base, scores[arm.name], scores["unguided"])
+        scale = arm.descriptions[0]["guidance_scale"]
+        curves.setdefault(name, []).append((scale, truth.effect_size, score.effect_size))
+        rows.append(
+            {
+                "guide": name,
+                "scale": f"{scale:g}",
+                "truth, sd [95%]": with_interval(truth.effect_size, truth.effect_interval),
+                "the head's own score, sd [95%]": with_interval(score.effect_size, score.effect_interval),
+                "object / colour / time agree": bench.agreement(s),
+            }
+        )
     if bench.state.is_main_process:
         _plot(bench.folder / "overoptimisation.png", curves)
     return rows

@@ -6,11 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from eval.stats.paired import paired_difference
 from eval.stats.tables import with_interval
-from eval.studies.common import StudyBench, StudyConfig, load_class_head, mean_seconds, share
+from eval.studies.common import StudyBench, StudyConfig, load_class_head, share
 from guidance.guides import MidBlockGuide
 from guidance.heads import Head, load_head
 from guidance.runs.arms import Arm, Steering, midblock_arms
@@ -81,20 +79,19 @@ def _steer_to_classes(bench: StudyBench, config: Config, folder: str) -> list[di
     sampled = bench.sample_classes(
         images, attribute, lambda label: _arms(config, folder, network, objective="class", target=label)
     )
-    hits = {name: np.concatenate(list(bench.class_hits(attribute, parts).values())) for name, parts in sampled.items()}
-    noises = [r.seed for s in sampled["unguided"].values() for r in s.records]
+    hits = {name: bench.class_hits(attribute, s) for name, s in sampled.items()}
+    noises = [r.seed for r in sampled["unguided"].records]
     rows = []
-    for name, parts in sampled.items():
-        steered = next(iter(parts.values())).records[0].steering is not None
+    for name, s in sampled.items():
         points = paired_difference(100.0 * hits[best], 100.0 * hits[name], noises)
         rows.append(
             {
                 "arm": name,
                 f"judge agrees on the {attribute}, % [95%]": share(hits[name]),
                 f"against {best}, points [95%]": with_interval(points.mean_diff, points.interval, "+.1f"),
-                "precision": bench.precision(parts),
-                "denoiser calls an image": f"{config.particles if steered else 1}x",
-                "time": f"{mean_seconds(parts) / mean_seconds(sampled['unguided']):.2f}x",
+                "precision": bench.precision(s),
+                "denoiser calls an image": f"{config.particles if s.records[0].steering else 1}x",
+                "time": s.slowdown(sampled["unguided"]),
             }
         )
     return rows

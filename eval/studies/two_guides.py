@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from eval.stats.tables import with_interval
-from eval.studies.common import Sampled, StudyBench, StudyConfig, load_class_head, resampled, share
+from eval.studies.common import StudyBench, StudyConfig, load_class_head, resampled, share
 from guidance.guides.midblock import MidBlockGuide
 from guidance.runs.arms import Arm, guide_arms
 from guidance.utils.config import option
@@ -38,13 +38,9 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         guided = [dataclasses.replace(guide_arms(s, [1.0])[1], name=name) for name, s in specs.items()]
         return [Arm("unguided"), *guided]
 
-    by_class = bench.sample_classes(f"two/{attribute}-{{label}}", attribute, arms)
-    sampled = {name: _join(list(parts.values())) for name, parts in by_class.items()}
+    sampled = bench.sample_classes(f"two/{attribute}-{{label}}", attribute, arms)
     truth = {name: s.truth for name, s in sampled.items()}
-    hits = {
-        name: np.concatenate(list(bench.class_hits(attribute, parts).values())).astype(float)
-        for name, parts in by_class.items()
-    }
+    hits = {name: bench.class_hits(attribute, s).astype(float) for name, s in sampled.items()}
     base = sampled["unguided"]
     return [
         {
@@ -57,10 +53,6 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         }
         for name, s in sampled.items()
     ]
-
-
-def _join(parts: list[Sampled]) -> Sampled:
-    return Sampled(np.concatenate([p.images for p in parts]), [r for p in parts for r in p.records])
 
 
 def _retained(base: np.ndarray, alone: np.ndarray, together: np.ndarray) -> str:
