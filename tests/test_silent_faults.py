@@ -412,3 +412,18 @@ def test_a_timestep_that_is_not_the_schedulers_gets_a_sentence(pipe: Any) -> Non
     with apply_guidance(pipe, [PatternGuide()], parts=1), pytest.raises(UserError, match=r"got 0.5; call scheduler"):
         pipe.unet(noise(), 0.5, states(1))
     assert StepPlan.of(pipe.scheduler).locate(pipe.scheduler, pipe.scheduler.timesteps[2]).number == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_samples_at_timesteps_of_their_own_are_shifted_by_their_own_factors(pipe: Any, prediction: str) -> None:
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
+    x, text = noise(2), states(2)
+    times = torch.tensor([700, 40])
+    both = {"guidance_scale": 5.0, "normalize": None}
+    with apply_guidance(pipe, [PatternGuide(**both)], parts=1):
+        together = pipe.unet(x, times, text).sample
+    for i in range(2):
+        with apply_guidance(pipe, [PatternGuide(**both)], parts=1):
+            alone = pipe.unet(x[i : i + 1], times[i], text[i : i + 1]).sample
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-3, atol=1e-5)

@@ -190,8 +190,9 @@ class GuidedDenoiser:
         each = tuple(cut_part(whole, i, number) for i in range(number)) if number > 1 else (whole,)
         x_t = each[parts.conditional].x_t
         times = torch.as_tensor(each[parts.conditional].t, device=x_t.device).reshape(-1).float().expand(len(x_t))
-        _, sigma = run.schedule.alpha_sigma(times[0])
-        factor = run.schedule.shift_factor(times[0])
+        sigma, factor = (
+            rearrange(v, "b -> b 1 1 1") for v in (run.schedule.alpha_sigma(times)[1], run.schedule.shift_factor(times))
+        )
         return Call(whole, each, parts, x_t, times, step, run.schedule, sigma, factor)
 
     def _begin(self, scheduler: Any) -> Run:

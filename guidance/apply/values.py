@@ -89,8 +89,8 @@ class Call(NamedTuple):
         times: Timesteps of one part's samples.
         step: Place in the run.
         schedule: Noise schedule.
-        sigma: ``sigma_t`` of the denoiser's input.
-        factor: ``d prediction / d eps``, see :meth:`~guidance.schedule.NoiseSchedule.shift_factor`.
+        sigma: ``sigma_t`` of each sample's input, (b, 1, 1, 1).
+        factor: ``d prediction / d eps`` likewise, see :meth:`~guidance.schedule.NoiseSchedule.shift_factor`.
     """
 
     whole: Arguments
