@@ -335,7 +335,7 @@ def read_until(forward: Callable[[], Any], model: nn.Module, taps: Sequence[str]
 
     def hook_for(name: str) -> Hook:
         def hook(output: Any, grid: Grid) -> None:
-            found[name] = read_output(output, grid).detach()
+            found[name] = read_output(output, grid).detach().clone()  # later blocks may write into it (FreeU)
             if len(found) == len(names):
                 raise _Stop
 
@@ -475,7 +475,7 @@ class _Tapped:
         if self.complete:  # gradient checkpointing runs the block a second time
             return None
         h = read_output(output, grid)
-        self.live[name] = h if type(h) is Tensor else plain(h)
+        self.live[name] = (h if type(h) is Tensor else plain(h)).clone()  # later blocks may write into it (FreeU)
         self.complete = len(self.live) == len(self.modules)
         if not self.complete or X0_THROUGH_UNET in self.virtual:
             return None
