@@ -59,11 +59,14 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
     from guidance.utils.io import write_json
 
     pipe, judges = load_pipeline(config.model), load_judges()
-    truth_scenes = list(scenes("test", config.reference))
-    reference = render_scenes(truth_scenes)
-    seen = judges.agreement(reference, [s.caption for s in truth_scenes])
-    features = judges.features(reference)
+    reference = list(scenes("test", config.reference))
+    pictures = render_scenes(reference)
+    features = judges.features(pictures)
     half = len(features) // 2
+
+    def agreement(images: Any, captions: list[str]) -> dict[str, float]:
+        return {k: float(v.mean()) for k, v in judges.agreement(images, captions).items()}
+
     captions = [s.caption for s in scenes("test", config.num_images, start=100_000)]
     rows = []
     for cfg in config.cfg_scales:
@@ -75,14 +78,14 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
             {
                 "cfg_scale": cfg,
                 "images_per_second": len(images) / (time.perf_counter() - start),
-                "agreement": {k: float(v.mean()) for k, v in judges.agreement(images, captions).items()},
+                "agreement": agreement(images, captions),
                 "frechet": frechet_distance(*moments(features), *moments(judges.features(images))),
             }
         )
         print(rows[-1], flush=True)
     result = {
         "rows": rows,
-        "judge_on_test_scenes": {k: float(v.mean()) for k, v in seen.items()},
+        "judge_on_test_scenes": agreement(pictures, [s.caption for s in reference]),
         "frechet_between_halves": frechet_distance(*moments(features[:half]), *moments(features[half:])),
         "num_images": config.num_images,
         "reference": config.reference,
@@ -93,29 +96,29 @@ def measure_quality(config: MeasureConfig) -> dict[str, Any]:
 
 def quality_table(result: dict[str, Any]) -> str:
     """Format the result of :func:`measure_quality` as Markdown."""
-    lines = ["| CFG | object | colour | time | terrain | images/s | FD-judge |", "|---|---|---|---|---|---|---|"]
-    for row in result["rows"]:
-        a = row["agreement"]
-        cells = " | ".join(f"{100 * a[k]:.1f}%" for k in ("object", "colour", "time", "terrain"))
-        lines.append(f"| {row['cfg_scale']:g} | {cells} | {row['images_per_second']:.1f} | {row['frechet']:.1f} |")
-    j = result["judge_on_test_scenes"]
-    judged = ", ".join(f"{k} {100 * j[k]:.1f}%" for k in ("object", "colour", "time", "terrain"))
-    lines.append("")
-    lines.append(
+    from eval.stats.tables import markdown
+
+    def percent(shares: dict[str, float]) -> dict[str, str]:
+        return {name: f"{100 * share:.1f}%" for name, share in shares.items()}
+
+    rows = [
+        {"CFG": f"{row['cfg_scale']:g}"}
+        | percent(row["agreement"])
+        | {"images/s": f"{row['images_per_second']:.1f}", "FD-judge": f"{row['frechet']:.1f}"}
+        for row in result["rows"]
+    ]
+    judged = ", ".join(f"{name} {share}" for name, share in percent(result["judge_on_test_scenes"]).items())
+    return (
+        f"{markdown(rows)}\n\n"
         f"Agreement of the judge classifier with the caption, {result['num_images']} test captions, 25 DDIM "
         f"steps. On {result['reference']} rendered test scenes the judge itself agrees on {judged}. FD-judge: "
         f"Frechet distance on the judge's 128 features to {result['reference']} test scenes; between two halves "
         f"of them {result['frechet_between_halves']:.1f}."
     )
-    return "\n".join(lines)
 
 
-def measure_guidance(config: MeasureConfig, command: str = "") -> str:
-    """Sample the arms of every setting into run folders, evaluate them there and tabulate them.
-
-    Returns:
-        Markdown: one table per (scheduler, steps).
-    """
+def measure_guidance(config: MeasureConfig, command: str = "") -> None:
+    """Sample the arms of every setting into run folders, evaluate them there and write a table of each."""
     from eval.images import EvalImagesConfig, evaluate_images
     from eval.stats.tables import arm_table
     from guidance.heads import load_head
@@ -138,10 +141,9 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> str:
             runs.append(([Arm(f"unguided, CFG {config.cfg_matched:g}")], config.cfg_matched))
         store = RecordStore(Path(config.output) / f"{scheduler}-{steps}")
         for arms, cfg in runs:
-            options: dict[str, Any] = {"model": config.model, "batch_size": config.batch_size}
-            sample_arms(pipe, jobs, arms, store, Sampling(steps, cfg, scheduler), **options)
-        judged = EvalImagesConfig([str(store.folder)], reference_size=config.reference)
-        found = evaluate_images(judged, command)
+            sampling = Sampling(steps, cfg, scheduler)
+            sample_arms(pipe, jobs, arms, store, sampling, model=config.model, batch_size=config.batch_size)
+        found = evaluate_images(EvalImagesConfig([str(store.folder)], reference_size=config.reference), command)
         assert found is not None  # one process
         text.append(f"### {scheduler}, {steps} steps\n{arm_table(found)}")
         print("\n" + text[-1], flush=True)
@@ -149,7 +151,6 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> str:
         write_json(Path(config.output) / "guidance.json", summary)
     with atomic_path(Path(config.output) / "guidance.md") as temporary:
         temporary.write_text("\n\n".join(text) + "\n")
-    return "\n\n".join(text)
 
 
 def _fresh_prompts(n: int, seed: int) -> list[Prompt]:

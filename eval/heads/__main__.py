@@ -44,12 +44,8 @@ class EvalHeadsConfig:
     data: FeatureRecipe = option(FeatureRecipe, "where features come from")
 
 
-def evaluate_heads(config: EvalHeadsConfig, *, progress: bool = True) -> dict[str, Any]:
+def evaluate_heads(config: EvalHeadsConfig) -> dict[str, Any]:
     """Measure heads and write the results.
-
-    Args:
-        config: Heads and data.
-        progress: Show a bar over the rows.
 
     Returns:
         Head -> ``{"folder", "task", "target", "features", "overall", "bins"}`` and, where it has classes,
@@ -82,11 +78,9 @@ def evaluate_heads(config: EvalHeadsConfig, *, progress: bool = True) -> dict[st
         compare=config.compare,
     )
     results = {}
-    for name, folder in folders.items():
-        source, settings = features[name]
-        bar = f"measure {name}" if progress else None
-        found = measure(heads[name], source, settings["draws"], accelerator, config.compare, bar)
-        results[name] = {"folder": folder, "features": settings} | found
+    for name, (source, settings) in features.items():
+        found = measure(heads[name], source, settings["draws"], accelerator, config.compare, f"measure {name}")
+        results[name] = {"folder": folders[name], "features": settings} | found
     curves = {name: r["reliability"] for name, r in results.items() if "reliability" in r}
     title = f"{config.split} rows; bands: 95% over images; dotted: chance"
     plot_metrics(results, output / "metrics.png", title=title)
@@ -98,12 +92,7 @@ def evaluate_heads(config: EvalHeadsConfig, *, progress: bool = True) -> dict[st
 
 
 def measure(
-    head: Head,
-    source: FeatureSource,
-    draws: int,
-    accelerator: Any,
-    compare: Sequence[str] = (),
-    progress: str | None = None,
+    head: Head, source: FeatureSource, draws: int, accelerator: Any, compare: Sequence[str], progress: str
 ) -> dict[str, Any]:
     """Measure one head on all rows of a source, with and without its temperatures.
 
@@ -113,7 +102,7 @@ def measure(
         draws: Rows per image.
         accelerator: Where to compute.
         compare: Columns to rank ratings and numbers against.
-        progress: Label of the progress bar; None shows none.
+        progress: Label of the progress bar.
     """
     import numpy as np
 
@@ -137,17 +126,15 @@ def measure(
     originals = len(source) // 2 if task.generated else len(source)
     image = np.arange(len(source)) % originals // draws
     intervals = head_intervals(scaled, target, t, config, image)
-    for entry, more in zip(
-        [result["overall"], *result["bins"]], [intervals["overall"], *intervals["bins"]], strict=True
-    ):
+    result["overall"].update(intervals["overall"])
+    for entry, more in zip(result["bins"], intervals["bins"], strict=True):
         entry.update(more)
     found = {"task": config.task, "target": config.target} | result
-    curves = {"without temperatures": task.logits(outputs)}
-    curves |= {"with temperatures": task.logits(scaled)} if temperatures else {}
-    reliabilities = {
-        label: reliability(logits, task.class_index(target)) for label, logits in curves.items() if logits is not None
-    }
-    return found | ({"reliability": reliabilities} if reliabilities else {})
+    if task.logits(outputs) is not None:
+        curves = {"without temperatures": outputs} | ({"with temperatures": scaled} if temperatures else {})
+        index = task.class_index(target)
+        found["reliability"] = {label: reliability(task.logits(x), index) for label, x in curves.items()}
+    return found
 
 
 def _names(folders: Sequence[str]) -> dict[str, str]:

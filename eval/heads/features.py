@@ -48,7 +48,7 @@ def open_features(
         if get_task(config.task).generated and (cache is None or generated is None):
             raise UserError(
                 f"Expected cached features of real and of generated images for the discriminator '{name}', got "
-                f"cache={_word(cache)} and generated={_word(generated)}; give both folders; 'accelerate launch "
+                f"cache={cache or 'null'} and generated={generated or 'null'}; give both folders; 'accelerate launch "
                 "train/head.py --config configs/head/testbed-discriminator.yaml' makes them."
             )
     tasks = [(config.target, get_task(config.task)) for config in heads.values()]
@@ -57,18 +57,18 @@ def open_features(
     given = with_targets(recipe, targets, rating)
     recipes = {name: _head_recipe(name, config, given) for name, config in heads.items()}
     found: dict[str, tuple[FeatureSource, dict[str, Any]]] = {}
-    opened: list[tuple[FeatureRecipe, tuple[FeatureSource, dict[str, Any]]]] = []
+    live: dict[str, tuple[FeatureSource, dict[str, Any]]] = {}  # heads that read the same features share them
     if cache is not None:
         real = _cached(given, recipes, cache, split)
     for name, config in heads.items():
         if cache is not None:
             found[name] = real, real.manifest["settings"]
-        else:  # heads that read the same features share them
-            same = next((features for other, features in opened if other == recipes[name]), None)
-            found[name] = same or _live(recipes[name], split)
-            opened.append((recipes[name], found[name]))
+        else:
+            if (key := repr(recipes[name])) not in live:
+                sources, settings = live_splits(recipes[name], [split])
+                live[key] = sources[split], settings
+            found[name] = live[key]
         _check_fits(name, config, found[name][1], "the model" if cache is None else f"the cache '{cache}'")
-    for name, config in heads.items():
         if get_task(config.task).generated:
             found[name] = open_generated(real, str(generated), split), found[name][1]
     return found
@@ -77,13 +77,13 @@ def open_features(
 def _head_recipe(name: str, config: HeadConfig, recipe: FeatureRecipe) -> FeatureRecipe:
     """Complete a recipe with the settings a head was trained with."""
     default = FeatureRecipe()
-    for key in ("tap", "noise", "caption"):
-        if getattr(recipe, key) not in (getattr(default, key), getattr(config, key)):
-            raise UserError(
-                f"Expected data.{key}={getattr(config, key)}, which '{name}' was trained with, got "
-                f"{getattr(recipe, key)}; leave it out: it is taken from the head."
-            )
     trained: dict[str, Any] = {key: getattr(config, key) for key in ("tap", "noise", "caption")}
+    for key, value in trained.items():
+        if (asked := getattr(recipe, key)) not in (getattr(default, key), value):
+            raise UserError(
+                f"Expected data.{key}={value}, which '{name}' was trained with, got {asked}; leave it out: it is taken "
+                "from the head."
+            )
     if recipe.model == default.model and config.base_model:
         trained["model"] = config.base_model
     return dataclasses.replace(recipe, **trained, timesteps=recipe.timesteps or config.timesteps)
@@ -92,20 +92,14 @@ def _head_recipe(name: str, config: HeadConfig, recipe: FeatureRecipe) -> Featur
 def _cached(given: FeatureRecipe, recipes: Mapping[str, FeatureRecipe], folder: str, split: str) -> FeatureCache:
     """Open the cache, after adding the split if it is missing, for heads that read the same features."""
     if open_cache(given, folder, [split]) is None:
-        (first, recipe), *others = recipes.items()
-        for name, other in others:
-            if other != recipe:
-                raise UserError(
-                    f"Expected heads that read the same features to fill the cache '{folder}', but '{first}' and "
-                    f"'{name}' differ in model, tap, noise, caption or timesteps; set cache=null."
-                )
-        build_cache(recipe, folder, splits=[split])
+        first, *_ = recipes
+        if other := next((name for name in recipes if recipes[name] != recipes[first]), None):
+            raise UserError(
+                f"Expected heads that read the same features to fill the cache '{folder}', but '{first}' and "
+                f"'{other}' differ in model, tap, noise, caption or timesteps; set cache=null."
+            )
+        build_cache(recipes[first], folder, splits=[split])
     return FeatureCache(folder, split)
-
-
-def _live(recipe: FeatureRecipe, split: str) -> tuple[FeatureSource, dict[str, Any]]:
-    live, settings = live_splits(recipe, [split])
-    return live[split], settings
 
 
 def _check_fits(name: str, config: HeadConfig, settings: Mapping[str, Any], where: str) -> None:
@@ -121,7 +115,3 @@ def _check_fits(name: str, config: HeadConfig, settings: Mapping[str, Any], wher
             f"trained with, but {where} gives {key}={got[key]} of {settings['base_model']}; choose another cache "
             "or model, or train a head for this one."
         )
-
-
-def _word(value: str | None) -> str:
-    return "null" if value is None else value

@@ -38,31 +38,27 @@ def arm_table(summary: Mapping[str, Any]) -> str:
     deltas = {(d["metric"], d["arm"]): d["paired"] for d in summary["deltas"]}
     frechet = {v["arm"]: v["value"] for v in summary["set_values"] if v["metric"] == "fd"}
     first, second = summary["arms"][:2]
-
-    def mean(metric: str, arm: str) -> float:
-        if arm == first["name"]:
-            return deltas[metric, second["name"]]["mean_a"]
-        return deltas[metric, arm]["mean_b"]
-
     rows = []
     for arm in summary["arms"]:
-        name, change, share = arm["name"], "-", "-"
+        name, side, change, share, ratio = second["name"], "mean_a", "-", "-", ""
         if arm is not first:
-            d = deltas["truth", name]
+            name, side, d = arm["name"], "mean_b", deltas["truth", arm["name"]]
             change = with_interval(d["effect_size"], d["effect_interval"])
             low, high = d["share_interval"]
             share = f"{100 * d['share_improved']:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
-        agree = " / ".join(f"{100 * mean(k, name):.1f}" for k in ("object", "colour", "time"))
-        ratio = "" if arm is first else f" ({arm['seconds'] / first['seconds']:.2f}x)"
+            ratio = f" ({arm['seconds'] / first['seconds']:.2f}x)"
+        mean = {metric: paired[side] for (metric, other), paired in deltas.items() if other == name}
         rows.append(
             {
-                "arm": name,
-                "truth": f"{mean('truth', name):+.2f}",
+                "arm": arm["name"],
+                "truth": f"{mean['truth']:+.2f}",
                 "change in sd [95%]": change,
                 "prompts improved [95%]": share,
-                "object / colour / time agree": agree,
-                "judge CLIP score": f"{mean('clip_score', name):.1f}",
-                "FD-judge": f"{frechet[name]:.1f}",
+                "object / colour / time agree": " / ".join(
+                    f"{100 * mean[k]:.1f}" for k in ("object", "colour", "time")
+                ),
+                "judge CLIP score": f"{mean['clip_score']:.1f}",
+                "FD-judge": f"{frechet[arm['name']]:.1f}",
                 "s per image": f"{arm['seconds']:.3f}{ratio}",
             }
         )
