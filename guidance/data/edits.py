@@ -36,7 +36,6 @@ HUB_PAIRS = {"instruct-pix2pix": "timbrooks/instructpix2pix-clip-filtered"}
 TESTBED_PAIRS = {"testbed": "test", **{f"testbed:{split}": split for split in ("test", "validation", "train")}}
 
 _TESTBED_DEFAULT = 64
-
 _SHUFFLED = 256  # rows of the hub among which the next one is drawn
 
 
@@ -61,16 +60,12 @@ class EditPair:
     @property
     def image(self) -> Image.Image | None:
         """Decode the image; None where the source has none."""
-        return _decode(self.image_data)
+        return None if self.image_data is None else decode_image(self.image_data).convert("RGB")
 
     @property
     def edited_image(self) -> Image.Image | None:
         """Decode the edited image; None where the source has none."""
-        return _decode(self.edited_image_data)
-
-
-def _decode(data: Any) -> Image.Image | None:
-    return None if data is None else decode_image(data).convert("RGB")
+        return None if self.edited_image_data is None else decode_image(self.edited_image_data).convert("RGB")
 
 
 def load_edit_pairs(source: str | os.PathLike[str], n: int | None = None, seed: int = 0) -> list[EditPair]:
@@ -91,7 +86,12 @@ def load_edit_pairs(source: str | os.PathLike[str], n: int | None = None, seed: 
         raise UserError(f"Expected at least one edit pair, got n={n}.")
     name, path = str(source), Path(source).expanduser()
     if name in TESTBED_PAIRS:
-        return _from_testbed(TESTBED_PAIRS[name], _TESTBED_DEFAULT if n is None else n, seed)
+        from guidance.testbed.data import draw_edit_pairs
+
+        split = TESTBED_PAIRS[name]
+        rows = _encoded(draw_edit_pairs(split, _TESTBED_DEFAULT if n is None else n, seed=seed))
+        tag = f"testbed-{split}-edit" + (f"-s{seed}" if seed else "")
+        return list(_pairs(tag, rows, "the testbed", unique=False))  # the n-th pair is of the n-th scene
     if path.is_file() or path.is_dir():
         found = list(_pairs(slug(path.stem), _rows(path), f"'{path}'"))
     elif path.suffix.lower() in READERS or ("/" not in name and name not in HUB_PAIRS):
@@ -108,23 +108,14 @@ def load_edit_pairs(source: str | os.PathLike[str], n: int | None = None, seed: 
     return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:n]]
 
 
-def _from_testbed(split: str, n: int, seed: int) -> list[EditPair]:
-    from guidance.testbed.data import draw_edit_pairs
-
-    tag = f"testbed-{split}-edit" + (f"-s{seed}" if seed else "")
-    rows = _encoded(draw_edit_pairs(split, n, seed=seed))
-    return list(_pairs(tag, rows, "the testbed", unique=False))  # the n-th pair is of the n-th scene
-
-
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
     """Return the rows of a file or folder, images encoded or as absolute paths."""
     if path.is_dir() or path.suffix.lower() == ".parquet":
         import datasets
 
+        where = {"path": str(path)} if path.is_dir() else {"path": "parquet", "data_files": str(path)}
         try:
-            if path.is_dir():
-                return _encoded(datasets.load_dataset(os.fspath(path), split="train"))
-            return _encoded(datasets.load_dataset("parquet", data_files=os.fspath(path), split="train"))
+            return _encoded(datasets.load_dataset(**where, split="train"))
         except Exception as error:  # datasets and pyarrow each raise their own
             raise UserError(
                 f"Expected a dataset of edit pairs in '{path}', cannot load it ({first_line(error)[:120]})."
@@ -134,8 +125,7 @@ def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
     base = path.resolve().parent
     rows = [dict(row) for row in read_rows(path)]
     for row in rows:
-        for names in IMAGE_COLUMNS.values():
-            key = find_key(row, names)
+        for key in (find_key(row, names) for names in IMAGE_COLUMNS.values()):
             if key is not None and isinstance(row[key], str):
                 row[key] = os.fspath(base / row[key]) if row[key] else None
     return rows

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from guidance.data.tables import (
-    CATEGORY_COLUMNS,
-    CHALLENGE_COLUMNS,
+    CLASS_COLUMNS,
     PROMPT_COLUMNS,
     READERS,
     Row,
     find_key,
+    known_columns,
     read_rows,
     require_cell,
 )
@@ -79,15 +80,16 @@ def load_prompts(
     wanted = [category] if isinstance(category, str) else list(category or [])
     chosen = bool(wanted) or per_category is not None
     if isinstance(source, str | os.PathLike) and str(source) in PROMPT_SETS:
-        load = PROMPT_SETS[str(source)]
-        return _choose_endless(load, str(source), n, seed, wanted, per_category) if chosen else load(n, seed)
+        name = str(source)
+        return _choose_endless(name, n, seed, wanted, per_category) if chosen else PROMPT_SETS[name](n, seed)
     prompts, where = _load_all(source)
     if chosen:
         _check_categories(prompts, wanted, where)
-    if isinstance(source, str | os.PathLike) and (n is not None or per_category is not None):
+    if not isinstance(source, str | os.PathLike):
+        n = None
+    elif n is not None or per_category is not None:
         prompts = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
-        return _choose(prompts, wanted, per_category)[:n]
-    return _choose(prompts, wanted, per_category)
+    return _choose(prompts, wanted, per_category)[:n]
 
 
 def _load_all(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[Prompt], str]:
@@ -103,25 +105,22 @@ def _load_all(source: str | os.PathLike[str] | Sequence[str]) -> tuple[list[Prom
     return _unique(slug(file.stem), read_rows(file), f"'{file}'"), f"'{file}'"
 
 
-def _testbed(split: str) -> Callable[[int | None, int], list[Prompt]]:
-    def load(n: int | None, seed: int) -> list[Prompt]:
-        from guidance.testbed.scenes import parse_caption, prompts
+def _testbed(split: str, n: int | None, seed: int) -> list[Prompt]:
+    from guidance.testbed.scenes import parse_caption, prompts
 
-        tag = f"testbed-{split}" + (f"-s{seed}" if seed else "")
-        found = []
-        for i, text in enumerate(prompts(split, TESTBED_DEFAULT if n is None else n, seed=seed)):
-            said = parse_caption(text)
-            challenge = "two objects" if said["second_object"] else "place" if said["place"] else "basic"
-            found.append(Prompt(f"{tag}-{i:04d}", text, said["object"], challenge))
-        return found
-
-    return load
+    tag = f"testbed-{split}" + (f"-s{seed}" if seed else "")
+    found = []
+    for i, text in enumerate(prompts(split, TESTBED_DEFAULT if n is None else n, seed=seed)):
+        said = parse_caption(text)
+        challenge = "two objects" if said["second_object"] else "place" if said["place"] else "basic"
+        found.append(Prompt(f"{tag}-{i:04d}", text, said["object"], challenge))
+    return found
 
 
 #: Sets of the testbed: name -> ``load(n, seed)``.
 PROMPT_SETS: dict[str, Callable[[int | None, int], list[Prompt]]] = {
-    "testbed": _testbed("test"),
-    **{f"testbed:{split}": _testbed(split) for split in ("test", "validation", "train")},
+    "testbed": functools.partial(_testbed, "test"),
+    **{f"testbed:{split}": functools.partial(_testbed, split) for split in ("test", "validation", "train")},
 }
 
 
@@ -140,22 +139,17 @@ def _choose(prompts: Sequence[Prompt], wanted: Sequence[str], per_category: int 
 
 
 def _choose_endless(
-    load: Callable[[int | None, int], list[Prompt]],
-    name: str,
-    n: int | None,
-    seed: int,
-    wanted: Sequence[str],
-    per_category: int | None,
+    name: str, n: int | None, seed: int, wanted: Sequence[str], per_category: int | None
 ) -> list[Prompt]:
     """Draw prompts until there are enough of the wanted categories."""
-    pool = load(4 * TESTBED_DEFAULT, seed)
+    pool = PROMPT_SETS[name](4 * TESTBED_DEFAULT, seed)
     _check_categories(pool, wanted, f"the first {len(pool)} prompts of '{name}'")
     enough = TESTBED_DEFAULT if n is None else n
     if per_category is not None:
         most = per_category * len(set(wanted) or {prompt.category for prompt in pool})
         enough = most if n is None else min(n, most)
     while len(found := _choose(pool, wanted, per_category)) < enough:
-        pool = load(2 * len(pool), seed)
+        pool = PROMPT_SETS[name](2 * len(pool), seed)
     return found[:enough]
 
 
@@ -181,7 +175,7 @@ def _unique(tag: str, rows: Iterable[Mapping[str, Any]], where: str) -> list[Pro
             cell = cell[0] if cell else ""
         text = " ".join(str(cell).split())
         if text and text not in found:
-            keys = find_key(row, CATEGORY_COLUMNS), find_key(row, CHALLENGE_COLUMNS)
+            keys = [find_key(row, names) for names in CLASS_COLUMNS]
             classes = [str(row[key] or "") if key else "" for key in keys]
             found[text] = Prompt(f"{tag}-{index:04d}", text, *classes)
     if not found:
@@ -208,18 +202,10 @@ def _not_found(file: Path) -> str:
     return f"Expected a set of prompts or a file of them, found none called '{file}'.{hint}"
 
 
-@dataclasses.dataclass(frozen=True)
-class PublishedSet:
-    """The origin of a published prompt set.
+class PublishedSet(NamedTuple):
+    """The origin of a published prompt set: a data set on the hub, or a file of rows (:mod:`guidance.data.tables`)."""
 
-    Attributes:
-        file: File to fetch by hand where the hub cannot be reached.
-        hub: Dataset on the hub; "" where ``url`` is read instead.
-        split: Split of the dataset on the hub.
-        url: File of rows in one of the formats of :mod:`guidance.data.tables`.
-    """
-
-    file: str
+    file: str  # to fetch by hand where the hub cannot be reached
     hub: str = ""
     split: str = "train"
     url: str = ""
@@ -233,9 +219,7 @@ PUBLISHED_SETS: dict[str, PublishedSet] = {
     "parti": PublishedSet("PartiPrompts.tsv from github.com/google-research/parti", hub="nateraw/parti-prompts"),
     "drawbench": PublishedSet("the CSV file of huggingface.co/datasets/sayakpaul/drawbench", hub="sayakpaul/drawbench"),
     "coco": PublishedSet(
-        "captions_val2017.json, in annotations_trainval2017.zip from cocodataset.org",
-        hub="phiyodr/coco2017",
-        split="validation",
+        "captions_val2017.json, in annotations_trainval2017.zip from cocodataset.org", "phiyodr/coco2017", "validation"
     ),
     "geneval": PublishedSet(
         "prompts/evaluation_metadata.jsonl from github.com/djghosh13/geneval",
@@ -248,8 +232,13 @@ PUBLISHED_SETS: dict[str, PublishedSet] = {
 def read_published(name: str) -> list[Row]:
     """Read the rows of a named set, which is downloaded on first use."""
     published = PUBLISHED_SETS[name]
+    import datasets
+
     try:
-        return _from_hub(published) if published.hub else _from_url(published.url)
+        if not published.hub:
+            return _from_url(published.url)
+        data = datasets.load_dataset(published.hub, split=published.split)
+        return list(data.select_columns(known_columns(data.column_names)))  # no images are decoded
     except UserError:
         raise
     except Exception as error:  # datasets, pyarrow and the hub client each raise their own
@@ -263,15 +252,6 @@ def unreachable(key: str, name: str, origin: str, error: Exception, file: str) -
         f"Expected to load '{name}' from {origin}, but it cannot be reached ({type(error).__name__}: {reason}); "
         f"fetch {file} on a machine that can, put it anywhere here and give its path, {key}=FILE."
     )
-
-
-def _from_hub(published: PublishedSet) -> list[Row]:
-    import datasets
-
-    data = datasets.load_dataset(published.hub, split=published.split)
-    wanted = {*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *CHALLENGE_COLUMNS}
-    kept = [name for name in data.column_names if name.lower() in wanted]  # no images are decoded
-    return list(data.select_columns(kept) if kept else data)
 
 
 def _from_url(url: str) -> list[Row]:

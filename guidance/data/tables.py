@@ -15,9 +15,8 @@ from guidance.utils.errors import UserError, first_line
 #: captions in COCO on the hub (a list, of which the first is taken), original_prompt or input in instruct-pix2pix.
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text", "captions", "original_prompt", "input")
 
-CATEGORY_COLUMNS = ("category", "tag")  # GenEval: tag
-
-CHALLENGE_COLUMNS = ("challenge",)
+#: The same for the category (GenEval's tag) and the challenge of a prompt.
+CLASS_COLUMNS = (("category", "tag"), ("challenge",))
 
 Row = Mapping[str, Any]
 
@@ -57,6 +56,12 @@ def require_cell(row: Row, names: Sequence[str], where: str, what: str = "prompt
     return "" if row[key] is None else row[key]
 
 
+def known_columns(names: Sequence[str]) -> list[str]:
+    """Return those of these columns that are of use in a file of prompts; all if there are none."""
+    wanted = {*PROMPT_COLUMNS, *CLASS_COLUMNS[0], *CLASS_COLUMNS[1]}
+    return [name for name in names if name.lower() in wanted] or list(names)
+
+
 def _read_lines(file: Path) -> list[Row]:
     return [{"prompt": line} for line in file.read_text(encoding="utf-8-sig").splitlines()]
 
@@ -86,10 +91,8 @@ def _read_json_lines(file: Path) -> list[Row]:
 def _read_parquet(file: Path) -> list[Row]:
     import pyarrow.parquet as parquet
 
-    wanted = {*PROMPT_COLUMNS, *CATEGORY_COLUMNS, *CHALLENGE_COLUMNS}
-    names = parquet.read_schema(file).names
-    kept = [name for name in names if name.lower() in wanted]  # images beside the prompts are not read
-    rows: list[Row] = parquet.read_table(file, columns=kept or names).to_pylist()
+    columns = known_columns(parquet.read_schema(file).names)  # images beside the prompts are not read
+    rows: list[Row] = parquet.read_table(file, columns=columns).to_pylist()
     return rows
 
 
