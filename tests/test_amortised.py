@@ -46,7 +46,7 @@ from guidance.training.adapters import (
     measure_adapter,
     read_teacher,
 )
-from guidance.training.loop import Stage
+from guidance.training.recipes import PairOptions, Stage
 from guidance.utils.errors import UserError
 from train.amortise import AmortiseConfig
 
@@ -54,7 +54,7 @@ PROMPTS = {
     "train": ["a red balloon over the sea at dusk", "a white tower in the hills at noon"],
     "test": ["a blue car in the desert at dawn"],
 }
-STATES = SampledStates(PROMPTS, num_steps=(3, 4))
+STATES = SampledStates(PROMPTS, PairOptions(num_steps=[3, 4]))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -282,7 +282,7 @@ def test_noised_latents_are_asked_inside_the_teachers_range(pipe, head) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
     table = {"image": [Image.fromarray(p) for p in pixels], "caption": PROMPTS["train"] + PROMPTS["test"]}
     dataset = datasets.Dataset.from_dict(table)
-    source = NoisedLatents("mine", {"train": dataset, "test": dataset})
+    source = NoisedLatents({"train": dataset, "test": dataset}, PairOptions(dataset="mine"))
     recorder = source.record(pipe, [MidBlockGuide(head)], "train", 3, 2, np.random.default_rng(0))
     h, t = torch.cat(recorder.pairs).float(), torch.cat(recorder.times)
     assert h.shape == (6, 16, 8, 8) and t[0] > t[3] and t.min() >= 100  # the head stops at 0.9 of the steps
@@ -317,12 +317,11 @@ class FakeSource:
         return recorder
 
 
-def fake_pairs(folder: Path, source=None, **options) -> FeatureCache:
-    options = {"rows": {"train": 500, "test": 60}, "batch_size": 16, "calls_per_run": 4, **options}
+def fake_pairs(folder: Path, source=None, seed: int = 0, **options) -> FeatureCache:
+    data = PairOptions(**{"train": 500, "test": 60, **options}, batch_size=16, calls_per_run=4)
     nothing = SimpleNamespace(scheduler=None)
-    return cache_pairs(
-        nothing, [], source or FakeSource(), folder, described={"teacher": []}, progress=False, **options
-    )
+    described = {"described": {"teacher": []}, "progress": False}
+    return cache_pairs(nothing, [], source or FakeSource(), folder, data, seed=seed, **described)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -341,7 +340,7 @@ def test_a_killed_recording_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     fake_pairs(tmp_path / "whole")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list(tmp_path.rglob("*.tmp-*"))
-    with pytest.raises(UserError, match="found seed=0 instead of 1"):
+    with pytest.raises(UserError, match="another seed: 1 instead of 0"):
         fake_pairs(tmp_path / "killed", seed=1)
 
 
@@ -376,9 +375,9 @@ def pairs(pipe, tmp_path_factory) -> FeatureCache:
     """
     torch.manual_seed(0)
     head = build_head(HeadConfig("conv", 8, hidden=16, tap="conv_in", prediction_type="v_prediction"))
-    options = {"rows": {"train": 512, "test": 128}, "batch_size": 64, "calls_per_run": 2, "progress": False}
+    data = PairOptions(train=512, test=128, batch_size=64, calls_per_run=2)
     folder = tmp_path_factory.mktemp("pairs") / "random"
-    return cache_pairs(pipe, [MidBlockGuide(head)], STATES, folder, described={}, **options)
+    return cache_pairs(pipe, [MidBlockGuide(head)], STATES, folder, data, described={}, progress=False)
 
 
 def train(pairs, work: Path, steps: int = 200, **options):
@@ -399,7 +398,7 @@ def test_an_adapter_learns_the_teacher_and_not_a_shuffled_one(pairs: FeatureCach
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch) -> None:
-    pairs = fake_pairs(tmp_path / "pairs", rows={"train": 64, "test": 64}).select("train")
+    pairs = fake_pairs(tmp_path / "pairs", train=64, test=64).select("train")
     whole = train(pairs, tmp_path / "a", steps=6, checkpoint_every=0.0).state_dict()
 
     class Dies:
@@ -481,7 +480,7 @@ def test_two_processes_record_the_bytes_of_one_and_train_its_weights(options, tm
     done = subprocess.run(launch, env=env, cwd=root, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("cosine") == 1  # one process speaks
-    assert done.stderr.count("record pairs:   0%") == 1 and (two / kept / "h.npy").stat().st_mtime_ns == before
+    assert done.stderr.count("record train pairs:   0%") == 1 and (two / kept / "h.npy").stat().st_mtime_ns == before
     assert contents(one / "pairs") == contents(two / "pairs")
     wanted, got = load_adapter(one / "a").state_dict(), load_adapter(two / "a").state_dict()
     start = small(patch=2, base_model="x").state_dict()
@@ -510,6 +509,6 @@ def test_bad_input_gets_a_sentence_and_leaves_no_adapter(options, tmp_path, caps
 def test_a_teacher_describes_itself(head, tmp_path: Path) -> None:
     save_head(head, tmp_path / "h")
     terms = read_teacher([{"head": str(tmp_path / "h"), "guidance_scale": -1.0}])
-    (description,) = describe_teacher(terms, [terms[0].guide()])
+    (description,) = describe_teacher(terms)
     assert description["guidance_scale"] == -1.0 and description["fingerprint"] == fingerprint(head)
-    assert terms[0].guide().guidance_scale == -1.0 and description["predicts"] == "rating"
+    assert terms[0].guidance_scale == -1.0 and description["predicts"] == "rating"

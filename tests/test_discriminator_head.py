@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,8 +122,8 @@ def test_killed_generation_goes_on_to_the_same_bytes(tiny_pipe, tmp_path, monkey
     assert generate_latents(tiny_pipe, CAPTIONS, tmp_path / "killed", FAST, **options) == 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     for rank in (0, 1):
-        share = {"process_index": rank, "num_processes": 2}
-        generate_latents(tiny_pipe, CAPTIONS, tmp_path / "two", FAST, **options, **share)
+        share = SimpleNamespace(process_index=rank, num_processes=2)
+        generate_latents(tiny_pipe, CAPTIONS, tmp_path / "two", FAST, **options, state=share)
     assert contents(tmp_path / "two") == contents(tmp_path / "whole")
     latents = load_latents(tmp_path / "whole", "train", 5)
     assert latents.dtype == np.float32 and len({row.tobytes() for row in latents}) == 5

@@ -18,47 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from guidance.training.recipes import FeatureRecipe, check_positive, decisive_options
+from guidance.training.recipes import FeatureRecipe, PairOptions, Stage, check_positive, decisive_options
 from guidance.utils.config import option, parse_config, to_yaml
 from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
     from guidance.heads.adapter import Adapter
     from guidance.training.adapters import NoisedLatents, SampledStates
-
-
-@dataclasses.dataclass
-class PairOptions:
-    """Source and number of the teacher pairs."""
-
-    source: Literal["sampling", "latents"] = option(
-        "sampling", "states of sampling runs under the teacher, or noised latents of images"
-    )
-    prompts: str = option("testbed:train", "sampling: a set of prompts or a file of them")
-    num_prompts: int | None = option(600, "sampling: how many; null for all of a file")
-    held_out: float = option(0.1, "sampling: share of the prompts kept for the test, above 0 and below 1")
-    scales: list[float] = option(
-        [-1.0, 0.0, 0.5, 1.0, 2.0], "sampling: multiples of the teacher's shift, drawn per sample"
-    )
-    num_steps: list[int] = option([12, 40], "sampling: lowest and highest number of steps, drawn per run")
-    cfg_scales: list[float] = option([4.0], "sampling: classifier-free guidance weights, drawn per run")
-    scheduler: str | None = option(None, "sampling: scheduler; null keeps the model's")
-    dataset: str = option("testbed", "latents: testbed, a data file, an image folder or a hub id")
-    image_column: str = option("image", "latents: dataset column of the images")
-    caption_column: str | None = option("caption", "latents: dataset column of the captions; null for none")
-    train: int = option(17_500, "pairs to train on, rounded up to whole runs")
-    test: int = option(2_000, "pairs of held-out prompts or images, rounded up to whole runs")
-    batch_size: int = option(50, "samples per run")
-    calls_per_run: int = option(10, "denoiser calls recorded of each run; a killed recording loses at most one run")
-
-    def __post_init__(self) -> None:
-        check_positive(self, "train", "test", "batch_size", "calls_per_run", prefix="data.")
-        if not 0 < self.held_out < 1:
-            raise UserError(f"Expected data.held_out above 0 and below 1, got {self.held_out}.")
-        if not self.scales or not self.cfg_scales:
-            raise UserError("Expected at least one of data.scales and of data.cfg_scales, got an empty list.")
-        if len(self.num_steps) != 2 or not 1 <= self.num_steps[0] <= self.num_steps[1]:
-            raise UserError(f"Expected data.num_steps as [low, high] from 1 on, got {self.num_steps}.")
 
 
 @dataclasses.dataclass
@@ -96,15 +62,9 @@ class AmortiseConfig:
 
 
 def amortise(config: AmortiseConfig) -> Adapter:
-    """Train an adapter, or return the one that this config has already trained.
+    """Train an adapter, or return the one that this config has already trained, frozen, in eval mode on the CPU.
 
     All processes of a launch call this, share the work, and return the same adapter.
-
-    Args:
-        config: Teacher, pairs, network, training, and where to put the result.
-
-    Returns:
-        The adapter, frozen, in eval mode on the CPU; it lies in ``config.output``.
 
     Raises:
         UserError: If teacher, model, prompts or output cannot be used.
@@ -115,16 +75,17 @@ def amortise(config: AmortiseConfig) -> Adapter:
     from guidance.schedule import NoiseSchedule
     from guidance.training.adapters import cache_pairs, describe_teacher, fit_adapter, measure_adapter, read_teacher
     from guidance.training.caching import load_finished
-    from guidance.training.loop import Stage
     from guidance.utils.io import check_writable
     from guidance.utils.processes import join_processes
 
-    terms = read_teacher(config.teacher)
+    guides = read_teacher(config.teacher)
     finished = load_finished(Adapter, config, decisive_options, FeatureRecipe(model=config.model))
     if finished is not None:
         return finished
     check_writable(config.output)
-    guides, source = [term.guide() for term in terms], _source(config)
+    for guide in guides:
+        guide.load()
+    source = _source(config)
     state = join_processes()
     pipe = load_on(state, config.model, revision=None, device=config.device, dtype=config.dtype)
     schedule, device = NoiseSchedule.from_scheduler(pipe.scheduler), pipe.unet.device
@@ -133,20 +94,9 @@ def amortise(config: AmortiseConfig) -> Adapter:
         "base_fingerprint": fingerprint(pipe.unet),
         "prediction_type": schedule.prediction_type,
         "num_train_timesteps": schedule.num_train_timesteps,
-        "teacher": describe_teacher(terms, guides),
+        "teacher": describe_teacher(guides),
     }
-    pairs = cache_pairs(
-        pipe,
-        guides,
-        source,
-        config.pairs,
-        rows={"train": config.data.train, "test": config.data.test},
-        described=model,
-        batch_size=config.data.batch_size,
-        calls_per_run=config.data.calls_per_run,
-        seed=config.seed,
-        state=state,
-    )
+    pairs = cache_pairs(pipe, guides, source, config.pairs, config.data, described=model, seed=config.seed, state=state)
     t = pairs.column("t")
     shape = AdapterConfig(latent_channels(pipe.unet), config.width, config.depth, config.patch, **model)
     shape.timesteps = [int(t.min()), int(t.max())]
@@ -156,21 +106,14 @@ def amortise(config: AmortiseConfig) -> Adapter:
     stage.warmup = max(1, round(config.warmup * config.steps))
     identity = json.dumps([decisive_options(config), pairs.manifest], sort_keys=True, default=str)
     work = Path(f"{config.output}.training")
-    result = fit_adapter(
-        adapter,
-        pairs.select("train"),
-        stage,
-        work / hashlib.sha256(identity.encode()).hexdigest()[:12],
-        mse_weight=config.mse_weight,
-        seed=config.seed,
-        device=device,
-        checkpoint_every=config.checkpoint_every,
-    )
+    part = work / hashlib.sha256(identity.encode()).hexdigest()[:12]
+    options = {"seed": config.seed, "device": device, "checkpoint_every": config.checkpoint_every}
+    result = fit_adapter(adapter, pairs.select("train"), stage, part, mse_weight=config.mse_weight, **options)
     state.wait_for_everyone()  # all have read the checkpoint before it goes
     if state.is_main_process:
         shape.metrics = measure_adapter(adapter, pairs.select("test"))
-        facts: dict[str, Any] = {"pairs": len(pairs.select("train")), "steps": result.steps}
-        facts |= {"processes": state.num_processes, "seconds": round(result.seconds, 1)}
+        facts: dict[str, Any] = {"pairs": len(pairs.select("train")), "steps": result["steps"]}
+        facts |= {"processes": state.num_processes, "seconds": round(result["seconds"], 1)}
         save_adapter(adapter, config.output, _card(adapter, config.output, facts), train=to_yaml(config))
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
@@ -184,17 +127,15 @@ def _source(config: AmortiseConfig) -> SampledStates | NoisedLatents:
     from guidance.training.adapters import NoisedLatents, SampledStates
 
     data = config.data
-    columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column}
     if data.source == "latents":
-        splits = {"train": "train", "test": "validation"}
-        examples = {s: load_examples(data.dataset, name, target_columns=(), **columns) for s, name in splits.items()}
-        return NoisedLatents(data.dataset, examples, **columns)
+        columns: dict[str, Any] = {name: getattr(data, name) for name in ("image_column", "caption_column")}
+        train, test = (load_examples(data.dataset, s, target_columns=(), **columns) for s in ("train", "validation"))
+        return NoisedLatents({"train": train, "test": test}, data)
     prompts = [prompt.text for prompt in load_prompts(data.prompts, data.num_prompts, config.seed)]
     if len(prompts) < 2:
         raise UserError(f"Expected two prompts or more in '{data.prompts}', got one; one part is held out.")
     cut = min(max(1, round(len(prompts) * (1 - data.held_out))), len(prompts) - 1)
-    split = {"train": prompts[:cut], "test": prompts[cut:]}
-    return SampledStates(split, data.scales, (data.num_steps[0], data.num_steps[1]), data.cfg_scales, data.scheduler)
+    return SampledStates({"train": prompts[:cut], "test": prompts[cut:]}, data)
 
 
 def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:
@@ -202,8 +143,9 @@ def _card(adapter: Adapter, output: str, facts: dict[str, Any]) -> str:
     from guidance.heads.hub import adapter_card
 
     metrics, bins = adapter.config.metrics, adapter.config.metrics["bins"]
-    cells = [(b["low"], b["high"], b["rows"], "-" if b["cosine"] is None else f"{b['cosine']:.3f}") for b in bins]
-    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+    cosines = ["-" if b["cosine"] is None else f"{b['cosine']:.3f}" for b in bins]
+    rows = zip(bins, cosines, strict=True)
+    table = "\n".join(f"| {b['low']} | {b['high']} | {b['rows']} | {cosine} |" for b, cosine in rows)
     trained = f"trained: {', '.join(f'{key} {value}' for key, value in facts.items())}"
     measured = f"""Cosine between predicted and true direction on {metrics["rows"]} held-out pairs: \
 {metrics["cosine"]:.3f}. By timestep:

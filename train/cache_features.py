@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from guidance.training.recipes import FeatureRecipe
 from guidance.utils.config import option, parse_config
 from guidance.utils.errors import friendly_errors
-
-if TYPE_CHECKING:
-    from guidance.data.cache import FeatureCache
 
 
 @dataclasses.dataclass
@@ -26,28 +22,6 @@ class CacheConfig(FeatureRecipe):
     """Options of this script."""
 
     folder: str = option("runs/cache/testbed", "folder of the cache")
-
-
-def cache_dataset(config: CacheConfig) -> FeatureCache:
-    """Cache all splits, sharing the work among the processes, and return the whole cache.
-
-    Raises:
-        UserError: If the dataset, the model or the folder cannot be used.
-    """
-    from guidance.data.cache import FeatureCache
-    from guidance.training.caching import build_cache
-    from guidance.utils.processes import join_processes
-
-    state = join_processes()
-    build_cache(
-        config,
-        config.folder,
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        progress=state.is_main_process,
-    )
-    state.wait_for_everyone()
-    return FeatureCache(config.folder)
 
 
 @friendly_errors("train/cache_features.py")
@@ -60,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Cache features of a dataset for training heads.",
         default_config="configs/cache/testbed.yaml",
     )
+    from guidance.training.caching import build_cache
     from guidance.utils.processes import join_processes, leave_processes
 
     state = join_processes()
-    cache = cache_dataset(config)
+    cache = build_cache(config, config.folder, state=state)
     if state.is_main_process:
         shape = "x".join(map(str, cache.feature_shape))
         print(f"{len(cache)} rows of {shape} features from {state.num_processes} process(es) in {config.folder}")

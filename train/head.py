@@ -49,13 +49,7 @@ class HeadTrainConfig(HeadRecipe):
 
 
 def train_head(config: HeadTrainConfig) -> Head:
-    """Train a head, or return the one that this config has already trained.
-
-    Args:
-        config: What to train, on what, and where to put it.
-
-    Returns:
-        The head, frozen, in eval mode on the CPU; it lies in ``config.output``.
+    """Train a head, or return the one that this config has already trained, frozen, in eval mode on the CPU.
 
     Raises:
         UserError: If data, model or output cannot be used.
@@ -76,19 +70,11 @@ def train_head(config: HeadTrainConfig) -> Head:
     accelerator = _accelerator(config, work)
     sources, settings = _features(config, accelerator)
     head, targets = prepare_head(sources, config, settings)
-    trainer = HeadTrainer(
-        head,
-        sources["train"],
-        sources["validation"],
-        targets,
-        config,
-        accelerator,
-        work,
-        identity=_identity(config, settings),
-        checkpoint_every=config.checkpoint_every,
-    )
+    identity = json.dumps([_plain(config), settings], sort_keys=True, default=str)
+    options = {"identity": identity, "checkpoint_every": config.checkpoint_every}
+    trainer = HeadTrainer(head, sources, targets, config, accelerator, work, **options)
     log = start_tracking(accelerator, "midblock-guidance", dataclasses.asdict(config), Path(config.output).name)
-    state = trainer.fit(log, progress=accelerator.is_main_process)
+    state = trainer.fit(log)
     results = measure_head(head, sources, targets, accelerator, calibrate=config.calibrate, compare=config.compare)
     log({f"test/{name}": value for name, value in head.config.metrics.items()}, state.step)
     stop_tracking(accelerator)
@@ -157,7 +143,6 @@ def _accelerator(config: HeadTrainConfig, work: Path) -> Any:
 
 def _features(config: HeadTrainConfig, accelerator: Any) -> tuple[Mapping[str, FeatureSource], dict[str, Any]]:
     """Open the cache, fill it first where it is absent or unfinished, or compute features on the fly."""
-    from guidance.data.cache import FeatureCache
     from guidance.heads.tasks import get_task
     from guidance.training.caching import build_cache, live_splits, open_cache, with_targets
 
@@ -169,15 +154,7 @@ def _features(config: HeadTrainConfig, accelerator: Any) -> tuple[Mapping[str, F
     cache = open_cache(recipe, config.cache)
     accelerator.wait_for_everyone()  # all have looked before any writes
     if cache is None:
-        build_cache(
-            recipe,
-            config.cache,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=accelerator.is_main_process,
-        )
-        accelerator.wait_for_everyone()
-        cache = FeatureCache(config.cache)
+        cache = build_cache(recipe, config.cache, state=accelerator)
     splits = {split: cache.select(split) for split in cache.splits}
     if task.generated:
         from guidance.training.discriminator import pair_with_generated
@@ -186,11 +163,6 @@ def _features(config: HeadTrainConfig, accelerator: Any) -> tuple[Mapping[str, F
         paired = pair_with_generated(splits, recipe, config.generated, folder, accelerator=accelerator)
         return paired, cache.manifest["settings"]
     return splits, cache.manifest["settings"]
-
-
-def _identity(config: HeadTrainConfig, settings: Mapping[str, Any]) -> str:
-    """Identify a training, for its checkpoint: the config and the features."""
-    return json.dumps([_plain(config), settings], sort_keys=True, default=str)
 
 
 @friendly_errors("train/head.py")

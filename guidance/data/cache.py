@@ -1,4 +1,4 @@
-"""Read cached features: memory-mapped shards of (h, t, targets), written once and read many times.
+"""Write and read cached features: memory-mapped shards of (h, t, targets), written once and read many times.
 
 A cache is a folder::
 
@@ -15,10 +15,10 @@ with the missing shards.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,14 +27,13 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from guidance.utils.errors import UserError, nearest
-from guidance.utils.io import read_json
+from guidance.utils.io import atomic_dir, atomic_path, read_json, write_json
 
 FORMAT_VERSION = 1
-
 MANIFEST = "manifest.json"
-
 _OPEN_SHARDS = 64  # memory maps kept open: each takes a file descriptor
 
 
@@ -50,11 +49,6 @@ class FeatureSource(Protocol):
 
     def read(self, rows: Sequence[int] | NDArray[np.int64], epoch: int = 0) -> tuple[Tensor, Tensor]:
         """Return features (b, c, y, x) and timesteps (b,) of rows; a live source draws new noise each epoch."""
-
-
-def shard_name(split: str, index: int) -> str:
-    """Return the folder of a shard inside its cache."""
-    return f"{split}/shard-{index:05d}"
 
 
 class FeatureCache:
@@ -86,16 +80,10 @@ class FeatureCache:
         splits: dict[str, dict[str, int]] = self.manifest["splits"]
         if split is not None and split not in splits:
             raise UserError(f"Expected the split '{split}' in the cache '{folder}'.{nearest(split, splits)}")
-        self._shards: list[str] = []
-        rows: list[int] = []
-        for name in [split] if split else splits:
-            per_shard, total = splits[name]["rows_per_shard"], splits[name]["rows"]
-            for index, first in enumerate(range(0, total, per_shard)):
-                self._shards.append(shard_name(name, index))
-                rows.append(min(per_shard, total - first))
-        self._ends = np.cumsum(rows)
-        self._maps: OrderedDict[int, NDArray[np.float16]] = OrderedDict()
+        rows = {k: len(part) for s in ([split] if split else splits) for k, part in _shards(s, **splits[s]).items()}
+        self._shards, self._ends = [self.folder / name for name in rows], np.cumsum(list(rows.values()))
         self.feature_shape = self._check_shards(rows)
+        self._map = functools.lru_cache(_OPEN_SHARDS)(lambda shard: _open(self._shards[shard] / "h.npy"))
         self._t = self._load("t")
 
     def select(self, split: str) -> FeatureCache:
@@ -137,69 +125,133 @@ class FeatureCache:
         rows = np.asarray(rows, np.int64)
         h = np.empty((len(rows), *self.feature_shape), np.float16)
         shards = np.searchsorted(self._ends, rows, side="right")
-        for shard in np.unique(shards):
+        for shard in np.unique(shards).tolist():
             here = np.flatnonzero(shards == shard)
-            first = self._ends[shard - 1] if shard else 0
-            h[here] = self._map(int(shard))[rows[here] - first]
+            h[here] = self._map(shard)[rows[here] - (self._ends[shard - 1] if shard else 0)]
         return torch.from_numpy(h), torch.from_numpy(self._t[rows])
-
-    def _map(self, shard: int) -> NDArray[np.float16]:
-        """Memory-map the features of a shard; the least recently used maps are dropped."""
-        if shard not in self._maps:
-            self._maps[shard] = _open(self.folder / self._shards[shard] / "h.npy")
-            if len(self._maps) > _OPEN_SHARDS:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(shard)
-        return self._maps[shard]
 
     def _load(self, name: str) -> NDArray[Any]:
         """Load a small array of all shards."""
-        return np.concatenate([np.asarray(_open(self.folder / s / f"{name}.npy")) for s in self._shards])
+        return np.concatenate([np.asarray(_open(shard / f"{name}.npy")) for shard in self._shards])
 
-    def _check_shards(self, rows: Sequence[int]) -> tuple[int, int, int]:
+    def _check_shards(self, rows: Mapping[str, int]) -> tuple[int, int, int]:
         """Check every shard against the manifest and return the shape of one row's features."""
-        missing = [s for s in self._shards if not (self.folder / s).is_dir()]
+        missing = [name for name in rows if not (self.folder / name).is_dir()]
         if missing:
             raise UserError(
-                f"Expected {len(self._shards)} shards in the cache '{self.folder}', but {len(missing)} are "
-                f"missing, the first is {missing[0]}: caching was cut short; run the same command "
-                "again to finish it."
+                f"Expected {len(rows)} shards in the cache '{self.folder}', but {len(missing)} are missing, the first "
+                f"is {missing[0]}: caching was cut short; run the same command again to finish it."
             )
-        shapes = [
-            check_shard(self.folder / shard, n, self.columns) for shard, n in zip(self._shards, rows, strict=True)
-        ]
-        other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-        if other is not None:
-            reason = f"its features have shape {shapes[other]}, those of the first shard {shapes[0]}"
-            raise _broken(self.folder / self._shards[other], reason)
-        return shapes[0]
+        files = ("h", "t", *self.columns)
+        shapes = [_check_shard(path, n, files) for path, n in zip(self._shards, rows.values(), strict=True)]
+        for path, shape in zip(self._shards, shapes, strict=True):
+            if shape != shapes[0]:
+                raise _broken(path, f"its features have shape {shape}, those of the first shard {shapes[0]}")
+        return shapes[0][0], shapes[0][1], shapes[0][2]
 
 
-def check_shard(folder: Path, rows: int, columns: Sequence[str]) -> tuple[int, int, int]:
-    """Check that a shard is complete and return the shape (c, y, x) of one row's features.
+def write_shards(
+    folder: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    split: str,
+    rows: int,
+    per_shard: int,
+    compute: Callable[[range, Callable[[int], Any]], Mapping[str, NDArray[Any]]],
+    *,
+    label: str,
+    unit: str = "row",
+    files: Sequence[str] | None = None,
+    state: Any = None,
+    progress: bool = True,
+) -> int:
+    """Compute the shards of a split that are missing or broken; each appears complete or not at all.
+
+    Args:
+        folder: The cache; its manifest is written before its first shard.
+        settings: What decides its content, for the manifest; a folder with others is refused.
+        split: Name of the split.
+        rows, per_shard: Rows of the split, and of each shard but the last.
+        compute: Returns the arrays of a range of rows by name; calls its second argument with numbers of rows done.
+        label, unit: Of the progress bar.
+        files: Names of the arrays; None for a single one, whose file is the shard.
+        state: Processes that share the shards and all call this (accelerate's state); None for one process.
+        progress: Show a progress bar on the main process, of its own share.
+
+    Returns:
+        Number of rows that this process computed, without those that existed.
+
+    Raises:
+        UserError: If the folder has other settings, or another plan of the split.
+    """
+    folder, plan = Path(folder), {"rows": rows, "rows_per_shard": per_shard}
+    record = functools.partial(_record_plan, folder, settings, split, plan)
+    record(write=False)
+    index, processes = (state.process_index, state.num_processes) if state else (0, 1)
+    shards = [(folder / f"{name}{'' if files else '.npy'}", part) for name, part in _shards(split, **plan).items()]
+    todo = [s for s in shards[index::processes] if not _has_shard(s[0], len(s[1]), files)]
+    total = sum(len(part) for _, part in todo)
+    with tqdm(total=total, desc=label, unit=unit, disable=not progress or index > 0 or not todo) as bar:
+        for path, part in todo:
+            arrays = compute(part, bar.update)
+            record(write=True)  # not before: a refused run leaves nothing
+            with (atomic_dir if files else atomic_path)(path) as temporary:
+                for name, values in arrays.items():
+                    file = temporary / f"{name}.npy" if files else temporary
+                    file.parent.mkdir(parents=True, exist_ok=True)  # a hub id in a name has a slash
+                    np.save(file, values)
+    record(write=index == 0)
+    return total
+
+
+def _record_plan(
+    folder: Path, settings: Mapping[str, Any], split: str, plan: Mapping[str, int], *, write: bool
+) -> None:
+    """Check the plan of a split against the recorded one, or record it."""
+    manifest: dict[str, Any] = {"format_version": FORMAT_VERSION, "settings": settings, "splits": {}}
+    if (folder / MANIFEST).exists():
+        manifest = read_json(folder / MANIFEST)
+        old, new = manifest["settings"] | manifest["splits"].get(split, plan), {**settings, **plan}
+        key = first_difference(old, new)
+        if key is not None:
+            raise UserError(
+                f"Expected the settings of the cache in '{folder}', got another {key}: {new.get(key)} "
+                f"instead of {old.get(key)}; choose another folder, or delete this one."
+            )
+    if write and split not in manifest["splits"]:
+        manifest["splits"][split] = plan
+        write_json(folder / MANIFEST, manifest)
+
+
+def _shards(split: str, rows: int, rows_per_shard: int) -> dict[str, range]:
+    """Return the rows of each shard of a split by its name inside the folder."""
+    starts = range(0, rows, rows_per_shard)
+    return {f"{split}/shard-{k:05d}": range(i, min(i + rows_per_shard, rows)) for k, i in enumerate(starts)}
+
+
+def _has_shard(path: Path, rows: int, files: Sequence[str] | None) -> bool:
+    """Tell whether a shard is complete; remove what a killed run left of it."""
+    for leftover in path.parent.glob(f"*{path.stem}.tmp-*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    try:
+        _check_shard(path, rows, files)
+    except UserError:
+        return False
+    return True
+
+
+def _check_shard(path: Path, rows: int, files: Sequence[str] | None) -> tuple[int, ...]:
+    """Check that a shard is complete and return the shape (c, y, x) of one row's features, if it has some.
 
     Raises:
         UserError: If a file is missing, cut short or has another number of rows.
     """
     shape: tuple[int, ...] = ()
-    for name in ("h", "t", *columns):
-        path = folder / f"{name}.npy"
-        array = _open(path)
-        if len(array) != rows or (name == "h" and array.ndim != 4):
-            raise _broken(path, f"it has shape {array.shape} instead of {rows} rows")
-        shape = array.shape[1:] if name == "h" else shape
-    return (shape[0], shape[1], shape[2])
-
-
-def has_shard(folder: Path, rows: int, columns: Sequence[str]) -> bool:
-    """Tell whether a shard is complete; remove the leftovers of a killed run."""
-    for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        check_shard(folder, rows, columns)
-    except UserError:
-        return False
-    return True
+    for file in [path] if files is None else [path / f"{name}.npy" for name in files]:
+        array, is_features = _open(file), file.name == "h.npy"
+        if len(array) != rows or (is_features and array.ndim != 4):
+            raise _broken(file, f"it has shape {array.shape} instead of {rows} rows")
+        shape = array.shape[1:] if is_features else shape
+    return shape
 
 
 def first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:

@@ -61,7 +61,10 @@ class FeatureEncoder:
         self.tap_channels = _known_channels(pipe.unet, tap)
         self.pipe, self.tap, self.noise, self.caption = pipe, tap, noise, caption
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
-        self.timesteps = trained_timesteps(self.schedule, noise, timesteps)
+        last = 0 if noise == "none" else self.schedule.num_train_timesteps - 1
+        self.timesteps = (0, last) if noise == "none" or timesteps is None else timesteps
+        if not 0 <= self.timesteps[0] <= self.timesteps[1] <= last:
+            raise UserError(f"Expected timesteps with 0 <= low <= high <= {last}, got {[*self.timesteps]}.")
         self.seed, self.split = seed, split
         self.image_size = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
 
@@ -121,17 +124,6 @@ def _known_channels(unet: Denoiser, tap: str) -> list[int]:
             f"Expected several taps to be blocks, whose channels are known, got '{tap}'; see 'python -m guidance.taps'."
         )
     return known
-
-
-def trained_timesteps(schedule: NoiseSchedule, noise: str, timesteps: tuple[int, int] | None) -> tuple[int, int]:
-    """Check and return the range of timesteps that features cover."""
-    if noise == "none":
-        return 0, 0
-    last = schedule.num_train_timesteps - 1
-    low, high = timesteps or (0, last)
-    if not 0 <= low <= high <= last:
-        raise UserError(f"Expected timesteps with 0 <= low <= high <= {last}, got [{low}, {high}].")
-    return low, high
 
 
 @torch.no_grad()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import io
-import math
 import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,38 +17,20 @@ from PIL import Image, UnidentifiedImageError
 from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.processes import launched
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 TESTBED = "testbed"
+SPLITS = ("train", "validation", "test")
 
 #: Scenes per split of the testbed when no number is given; one scene costs about 8 ms to draw.
 TESTBED_SIZES = {"train": 4000, "validation": 1000, "test": 1000}
 
-SPLITS = ("train", "validation", "test")
-
 RATING_RANGE = (1, 10)
 
 _ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "validation"}
-
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
-
 _HELD_OUT = 0.1  # share of train that becomes a missing validation or test split
-
-
-@runtime_checkable
-class Examples(Protocol):
-    """A ``datasets.Dataset``: rows with named columns."""
-
-    column_names: list[str]
-    features: Any
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-    def __getitem__(self, key: Any) -> Any:
-        """Return a row, rows, or a column."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
 
 
 def load_examples(
@@ -64,7 +45,7 @@ def load_examples(
     split_column: str = "split",
     group_column: str | None = None,
     seed: int = 0,
-) -> Examples:
+) -> Dataset:
     """Load one split of a dataset and check its columns.
 
     A file may name the split of each row in ``split_column``.  A missing validation or test split is taken out of
@@ -115,7 +96,7 @@ def load_examples(
     return _keep_encoded(dataset, image_column, Path(source))
 
 
-def require_columns(dataset: Examples, columns: Sequence[str], source: str | os.PathLike[str]) -> None:
+def require_columns(dataset: Dataset, columns: Sequence[str], source: str | os.PathLike[str]) -> None:
     """Refuse a dataset that lacks a column, and list its columns."""
     for column in columns:
         if column not in dataset.column_names:
@@ -133,7 +114,8 @@ def check_ratings(values: Sequence[Any], column: str = "rating") -> None:
     guidance.utils.errors.UserError: Expected ratings from 1 to 10 in 'rating', got 11 in row 1 and 2 bad rows ...
     """
     low, high = RATING_RANGE
-    bad = [i for i, value in enumerate(values) if not (_is_number(value) and low <= value <= high)]
+    good = [isinstance(v, int | float | np.number) and not isinstance(v, bool) and low <= v <= high for v in values]
+    bad = np.flatnonzero(~np.asarray(good, bool)).tolist()
     if bad:
         rows = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
         raise UserError(
@@ -164,7 +146,7 @@ def decode_image(value: Any, row: int = 0) -> Image.Image:
     return value
 
 
-def column_array(dataset: Examples, name: str) -> NDArray[Any]:
+def column_array(dataset: Dataset, name: str) -> NDArray[Any]:
     """Return a dataset column as an array that ``numpy.save`` stores without pickling.
 
     Whole numbers become int64, others float64 (missing ones NaN), text fixed-width Unicode, lists of numbers
@@ -175,10 +157,9 @@ def column_array(dataset: Examples, name: str) -> NDArray[Any]:
     if hasattr(feature, "int2str"):
         return np.asarray([feature.int2str(value) if value is not None else "" for value in values])
     known = [value for value in values if value is not None]
-    if all(isinstance(value, bool | int) for value in known) and len(known) == len(values):
-        return np.asarray(values, np.int64)
     if all(isinstance(value, bool | int | float) for value in known):
-        return np.asarray([np.nan if value is None else value for value in values], np.float64)
+        whole = len(known) == len(values) and not any(isinstance(value, float) for value in known)
+        return np.asarray(values, np.int64 if whole else np.float64)  # a missing one becomes NaN
     if all(isinstance(value, str) for value in known):
         return np.asarray([value or "" for value in values])
     try:
@@ -190,13 +171,9 @@ def column_array(dataset: Examples, name: str) -> NDArray[Any]:
         ) from None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _choose_split(
-    by_name: dict[str, Examples], split: str, group_column: str | None, source: str | os.PathLike[str]
-) -> Examples:
+    by_name: dict[str, Dataset], split: str, group_column: str | None, source: str | os.PathLike[str]
+) -> Dataset:
     """Return a split by its name, or carve it out of the train split."""
     by_name = {_ALIASES.get(name, name): data for name, data in by_name.items()}
     if split in by_name and split != "train":
@@ -211,7 +188,7 @@ def _choose_split(
     return dataset.select(np.flatnonzero((low <= hashed) & (hashed < high)))
 
 
-def _load_all(source: str | os.PathLike[str], split_column: str) -> dict[str, Examples]:
+def _load_all(source: str | os.PathLike[str], split_column: str) -> dict[str, Dataset]:
     """Load every split of a file, folder or hub dataset by its name there."""
     import datasets
 
@@ -237,7 +214,7 @@ def _load_all(source: str | os.PathLike[str], split_column: str) -> dict[str, Ex
         ) from error
 
 
-def _by_column(dataset: Examples, split_column: str) -> dict[str, Examples]:
+def _by_column(dataset: Dataset, split_column: str) -> dict[str, Dataset]:
     """Divide the rows of a file by its column of split names, if it has one."""
     if split_column not in dataset.column_names:
         return {"train": dataset}
@@ -245,7 +222,7 @@ def _by_column(dataset: Examples, split_column: str) -> dict[str, Examples]:
     return {str(name): dataset.select(np.flatnonzero(names == name)) for name in np.unique(names)}
 
 
-def _keep_encoded(dataset: Examples, image_column: str, source: Path) -> Examples:
+def _keep_encoded(dataset: Dataset, image_column: str, source: Path) -> Dataset:
     """Keep images encoded for :func:`decode_image`, which can name the row; resolve file names."""
     import datasets
 

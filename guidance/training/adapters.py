@@ -9,96 +9,63 @@ several processes record the bytes that one does.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from guidance.apply.apply import apply_guidance
 from guidance.apply.guided import unit_rms
 from guidance.apply.values import Observation
-from guidance.data.cache import (
-    FORMAT_VERSION,
-    MANIFEST,
-    FeatureCache,
-    FeatureSource,
-    first_difference,
-    has_shard,
-    shard_name,
-)
+from guidance.data.cache import FeatureCache, FeatureSource, write_shards
+from guidance.data.encoding import FeatureEncoder
+from guidance.data.sources import decode_image
 from guidance.guides.base import Guide
 from guidance.guides.midblock import MidBlockGuide
 from guidance.heads.adapter import Adapter, direction_loss
-from guidance.heads.networks import load_head
-from guidance.heads.objectives import Target
 from guidance.models.types import Pipeline
 from guidance.sampling.loop import sample_latents, using_scheduler
 from guidance.schedule import NUM_BINS, timestep_bins
-from guidance.training.loop import FitResult, Stage, batch_indices, fit, world
+from guidance.training.loop import batch_indices, fit, world
+from guidance.training.recipes import PairOptions, Stage
 from guidance.utils.errors import UserError, nearest
-from guidance.utils.io import atomic_dir, read_json, write_json
-
-if TYPE_CHECKING:
-    from accelerate import PartialState
-
-
-SPLITS = ("train", "test")
 
 _STATISTICS_ROWS = 2048
 
-
-@runtime_checkable
-class PairSource(Protocol):
-    """A source of teacher pairs: sampling runs, or noised images."""
-
-    def settings(self) -> dict[str, Any]:
-        """Return everything that decides which pairs these are."""
-
-    def record(
-        self, pipe: Pipeline, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
-    ) -> PairRecorder:
-        """Record ``calls`` denoiser calls of ``n`` samples."""
+_TERM = ("head", "guidance_scale", "objective", "target")  # of a teacher's head, arguments of MidBlockGuide
 
 
-@dataclasses.dataclass(frozen=True)
 class SampledStates:
     """Teacher pairs at states of sampling runs under the teacher, which an adapter visits.
 
-    Attributes:
+    Args:
         prompts: Texts by split; none is in both.
-        scales: Multiples of the teacher's shift, drawn per sample; 0 is unguided sampling.
-        num_steps: Lowest and highest number of sampling steps, drawn per run.
-        cfg_scales: Classifier-free guidance weights, drawn per run.
-        scheduler: Key of :data:`guidance.sampling.loop.SCHEDULERS`; None keeps the pipeline's.
+        data: Scales (multiples of the teacher's shift, drawn per sample), steps, guidance weights and scheduler.
     """
 
-    prompts: Mapping[str, Sequence[str]]
-    scales: Sequence[float] = (-1.0, 0.0, 0.5, 1.0, 2.0)
-    num_steps: tuple[int, int] = (12, 40)
-    cfg_scales: Sequence[float] = (4.0,)
-    scheduler: str | None = None
+    def __init__(self, prompts: Mapping[str, Sequence[str]], data: PairOptions) -> None:
+        self.prompts, self.data = prompts, data
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides which pairs these are; of the prompts a checksum."""
         texts = {split: zlib.crc32("\n".join(texts).encode()) for split, texts in self.prompts.items()}
-        return {"source": "sampling"} | dataclasses.asdict(self) | {"prompts": texts}
+        decisive = {name: getattr(self.data, name) for name in ("scales", "num_steps", "cfg_scales", "scheduler")}
+        return {"source": "sampling", "prompts": texts} | decisive
 
     def record(
         self, pipe: Pipeline, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
     ) -> PairRecorder:
-        """Record ``calls`` random steps of one sampling run, out of those in which the teacher guides."""
-        low, high = self.num_steps
+        """Record ``calls`` random steps of a sampling run of ``n`` samples, of those in which the teacher guides."""
+        low, high = self.data.num_steps
         guided = {steps: guided_steps(teacher, steps) for steps in range(low, high + 1)}
         choices = [steps for steps, found in guided.items() if len(found) >= calls]
         if not choices:
@@ -108,49 +75,42 @@ class SampledStates:
             )
         steps = int(rng.choice(choices))
         kept = rng.choice(guided[steps], calls, replace=False).tolist()
-        recorder, factors = PairRecorder(kept), rng.choice(self.scales, n).tolist()
+        recorder, factors = PairRecorder(kept), rng.choice(self.data.scales, n).tolist()
         texts = [self.prompts[split][i] for i in rng.integers(len(self.prompts[split]), size=n)]
         seeds = rng.integers(2**48, size=n).tolist()
-        options: dict[str, Any] = {"num_steps": steps, "cfg_scale": float(rng.choice(self.cfg_scales))}
+        options: dict[str, Any] = {"num_steps": steps, "cfg_scale": float(rng.choice(self.data.cfg_scales))}
         options |= {"guides": teacher, "guide_factors": factors, "observe": [recorder]}
-        sample_latents(pipe, texts, seeds, scheduler=self.scheduler, **options)
+        sample_latents(pipe, texts, seeds, scheduler=self.data.scheduler, **options)
         return recorder
 
 
-@dataclasses.dataclass(frozen=True)
 class NoisedLatents:
     """Teacher pairs at noised latents of a dataset's images, one full forward each: no sampling, for large models.
 
-    Attributes:
-        dataset: As :func:`guidance.data.sources.load_examples` takes it.
-        examples: Its splits, by "train" and "test".
-        image_column, caption_column: Their columns; None for a dataset without captions.
+    Args:
+        examples: Splits of the dataset, by "train" and "test".
+        data: Its name and columns.
     """
 
-    dataset: str
-    examples: Mapping[str, Any]
-    image_column: str = "image"
-    caption_column: str | None = "caption"
+    def __init__(self, examples: Mapping[str, Any], data: PairOptions) -> None:
+        self.examples, self.data = examples, data
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides which pairs these are."""
         sizes = {split: len(rows) for split, rows in self.examples.items()}
-        return {"source": "latents", "dataset": self.dataset, "examples": sizes}
+        return {"source": "latents", "dataset": self.data.dataset, "examples": sizes}
 
     @torch.no_grad()
     def record(
         self, pipe: Pipeline, teacher: Sequence[Guide], split: str, n: int, calls: int, rng: np.random.Generator
     ) -> PairRecorder:
         """Record ``n`` random images, noised to ``calls`` timesteps in which the teacher guides."""
-        from guidance.data.encoding import FeatureEncoder
-        from guidance.data.sources import decode_image
-
         encoder, unet = FeatureEncoder(pipe), pipe.unet
         rows = rng.integers(len(self.examples[split]), size=n)
         picked = self.examples[split][rows]
-        cells = zip(picked[self.image_column], rows.tolist(), strict=True)
+        cells = zip(picked[self.data.image_column], rows.tolist(), strict=True)
         x0 = encoder.latents([decode_image(cell, row) for cell, row in cells])
-        captions = picked[self.caption_column] if self.caption_column else [""] * n
+        captions = picked[self.data.caption_column] if self.data.caption_column else [""] * n
         text = encoder.text([caption or "" for caption in captions])
         total = encoder.schedule.num_train_timesteps
         times = total - 1 - rng.choice(guided_steps(teacher, total), calls, replace=False)
@@ -167,78 +127,47 @@ class NoisedLatents:
 def cache_pairs(
     pipe: Pipeline,
     teacher: Sequence[Guide],
-    source: PairSource,
+    source: Any,
     folder: str | os.PathLike[str],
+    data: PairOptions,
     *,
-    rows: Mapping[str, int],
     described: Mapping[str, Any],
-    batch_size: int = 50,
-    calls_per_run: int = 10,
     seed: int = 0,
     progress: bool = True,
-    state: PartialState | None = None,
+    state: Any = None,
 ) -> FeatureCache:
     """Record teacher pairs into shards, one run each; complete shards are kept.
 
     Args:
         pipe: The diffusion model.
         teacher: Guides with ``every=1`` in eps space.
-        source: Source of the pairs.
+        source: Source of the pairs, :class:`SampledStates` or :class:`NoisedLatents`.
         folder: Folder of the cache.
-        rows: Pairs by split ("train", "test"), rounded up to whole runs.
+        data: Number of the pairs, rounded up to whole runs, and size of a run.
         described: Model and teacher, for the manifest.
-        batch_size: Samples per run.
-        calls_per_run: Denoiser calls recorded of each run.
         seed: Seed of prompts, noise, scales and steps.
-        progress: Show a progress bar on the main process, of its own share.
-        state: Processes that share the runs and all call this; None for one process.
-
-    Returns:
-        The cache, finished by all processes.
+        progress, state: See :func:`guidance.data.cache.write_shards`.
 
     Raises:
         UserError: If the cache was recorded with other settings, or predictions are not finite.
     """
-    folder, per_run = Path(folder), batch_size * calls_per_run
+    n, calls = data.batch_size, data.calls_per_run
     settings = {"target_columns": [], **described, **source.settings(), "seed": seed}
-    settings |= {"batch_size": batch_size, "calls_per_run": calls_per_run}
-    splits = {s: {"rows": math.ceil(rows[s] / per_run) * per_run, "rows_per_shard": per_run} for s in SPLITS}
-    manifest = {"format_version": FORMAT_VERSION, "settings": settings, "splits": splits}
-    _check_plan(folder, manifest)
-    index, processes = (state.process_index, state.num_processes) if state else (0, 1)
-    if state:
-        state.wait_for_everyone()  # all have looked before any writes
-    shards = [(split, i) for split in SPLITS for i in range(splits[split]["rows"] // per_run)]
-    shards = shards[index::processes]
-    todo = [(s, i) for s, i in shards if not has_shard(folder / shard_name(s, i), per_run, [])]
-    total = len(todo) * per_run
-    silent = not progress or index > 0 or not todo
-    with tqdm(total=total, desc="record pairs", unit="pair", disable=silent) as bar:
-        for split, i in todo:
-            rng = np.random.default_rng([seed, zlib.crc32(split.encode()), i])
-            recorder = source.record(pipe, teacher, split, batch_size, calls_per_run, rng)
-            write_json(folder / MANIFEST, manifest)  # not before: a refused run leaves nothing
-            with atomic_dir(folder / shard_name(split, i)) as temporary:
-                np.save(temporary / "h.npy", torch.cat(recorder.pairs).numpy())
-                np.save(temporary / "t.npy", torch.cat(recorder.times).numpy())
-            bar.update(per_run)
+    settings |= {"batch_size": n, "calls_per_run": calls}
+    for split, rows in (("train", data.train), ("test", data.test)):
+
+        def record(part: range, update: Callable[[int], Any], split: str = split) -> dict[str, NDArray[Any]]:
+            rng = np.random.default_rng([seed, zlib.crc32(split.encode()), part.start // len(part)])
+            found = source.record(pipe, teacher, split, n, calls, rng)
+            update(len(part))
+            return {"h": torch.cat(found.pairs).numpy(), "t": torch.cat(found.times).numpy()}
+
+        words: dict[str, Any] = {"label": f"record {split} pairs", "unit": "pair", "files": ["h", "t"]}
+        total = math.ceil(rows / (n * calls)) * n * calls
+        write_shards(folder, settings, split, total, n * calls, record, state=state, progress=progress, **words)
     if state:
         state.wait_for_everyone()
     return FeatureCache(folder)
-
-
-def _check_plan(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a cache of other settings."""
-    if not (folder / MANIFEST).exists():
-        return
-    both = read_json(folder / MANIFEST), json.loads(json.dumps(manifest))
-    old, new = ({**m["settings"], **m["splits"]} for m in both)
-    key = first_difference(old, new)
-    if key is not None:
-        raise UserError(
-            f"Expected teacher pairs of these settings in '{folder}', found {key}={old.get(key)} "
-            f"instead of {new.get(key)}; choose another folder with pairs=FOLDER, or delete this one."
-        )
 
 
 def read_pairs(pairs: FeatureSource, rows: Any, device: Any = "cpu") -> tuple[tuple[Tensor, ...], Tensor]:
@@ -250,18 +179,13 @@ def read_pairs(pairs: FeatureSource, rows: Any, device: Any = "cpu") -> tuple[tu
 
 def fit_adapter(
     adapter: Adapter, pairs: FeatureSource, stage: Stage, work: Path, *, mse_weight: float = 0.1, **options: Any
-) -> FitResult:
+) -> dict[str, Any]:
     """Train an adapter in place: AdamW, learning rate up and down once; resumes from its checkpoint in ``work``.
 
     Several processes of ``torch.distributed`` share each batch; the weights are those of one, up to rounding.
 
-    Args:
-        adapter: Built; its input statistics are set first.
-        pairs: The training split.
-        stage: Steps, batch size and learning rate.
-        work: Folder of the checkpoint.
-        mse_weight: See :func:`direction_loss`.
-        **options: ``seed``, ``device``, ``checkpoint_every`` of :func:`guidance.training.loop.fit`.
+    Its input statistics are set first.  Further options (seed, device, checkpoint_every) and the result are those of
+    :func:`guidance.training.loop.fit`.
     """
     rows = np.linspace(0, len(pairs) - 1, min(len(pairs), _STATISTICS_ROWS)).astype(np.int64)
     adapter.standardize(*read_pairs(pairs, rows)[0][:3])
@@ -347,42 +271,26 @@ def guided_steps(teacher: Sequence[Guide], num_steps: int) -> list[int]:
     return [i for i in range(num_steps) if any(g.active(i / num_steps) for g in teacher)]
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherHead:
-    """One term of the teacher's sum: arguments of :class:`MidBlockGuide`, the head by its folder."""
-
-    head: str
-    guidance_scale: float = 1.0
-    objective: str | None = None
-    target: Target = None
-
-    def guide(self) -> MidBlockGuide:
-        """Build the guide of this term."""
-        head = load_head(self.head)
-        return MidBlockGuide(head, self.guidance_scale, objective=self.objective, target=self.target)
-
-
-def describe_teacher(teacher: Sequence[TeacherHead], guides: Sequence[MidBlockGuide]) -> list[dict[str, Any]]:
+def describe_teacher(guides: Sequence[MidBlockGuide]) -> list[dict[str, Any]]:
     """Describe the teacher for the config of an adapter."""
     facts = [{"predicts": g.heads[0].config.target, "fingerprint": g.networks()[0]} for g in guides]
-    return [dataclasses.asdict(part) | fact for part, fact in zip(teacher, facts, strict=True)]
+    return [{name: getattr(g, name) for name in _TERM} | fact for g, fact in zip(guides, facts, strict=True)]
 
 
-def read_teacher(terms: Sequence[Mapping[str, Any]]) -> list[TeacherHead]:
-    """Read the terms of a teacher from plain dicts.
+def read_teacher(terms: Sequence[Mapping[str, Any]]) -> list[MidBlockGuide]:
+    """Read the terms of the teacher's sum from plain dicts; no head is loaded.
 
     Raises:
         UserError: If a term has an unknown key or no head, or none of them pushes.
     """
-    known = [field.name for field in dataclasses.fields(TeacherHead)]
     for term in terms:
-        unknown = [key for key in term if key not in known]
+        unknown = [key for key in term if key not in _TERM]
         if unknown:
-            hint = nearest(str(unknown[0]), known)
+            hint = nearest(str(unknown[0]), _TERM)
             raise UserError(f"Expected options of a head in 'teacher', got '{unknown[0]}'.{hint}")
         if "head" not in term:
             raise UserError(f"Expected a head in each term of 'teacher', got {dict(term)}; add head: FOLDER.")
-    heads = [TeacherHead(**term) for term in terms]
-    if not any(head.guidance_scale for head in heads):
+    guides = [MidBlockGuide(**term) for term in terms]
+    if not any(guide.guidance_scale for guide in guides):
         raise UserError("Expected a teacher with a guidance_scale other than 0, got none; add a head.")
-    return heads
+    return guides

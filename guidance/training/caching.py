@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from guidance.data.cache import FeatureCache
-from guidance.data.encoding import FeatureEncoder
 from guidance.data.features import (
     CLIP_PREFIX,
+    ENCODING,
     LiveFeatures,
     cache_features,
     clip_name,
     describe_embedders,
     describe_features,
+    live_features,
     load_embedders,
 )
 from guidance.data.sources import SPLITS, load_examples
@@ -35,12 +36,9 @@ RECORDED = ("dataset", "train", "validation", "test", "image_column", "caption_c
 
 
 def with_targets(recipe: FeatureRecipe, targets: Sequence[str], rating: str | None = None) -> FeatureRecipe:
-    """Return a recipe that stores the targets of heads beside the columns it was given.
+    """Return a recipe that stores the targets of heads beside the columns it was given, unless these are the default.
 
-    Args:
-        recipe: Its target columns are kept, unless they are the default.
-        targets: Columns to store.
-        rating: The one among them that must hold ratings in 1..10; None for none.
+    The column ``rating`` among them must hold ratings in 1..10.
     """
     given = [] if recipe.target_columns == FeatureRecipe().target_columns else recipe.target_columns
     columns = list(dict.fromkeys([*given, *targets]))
@@ -48,18 +46,11 @@ def with_targets(recipe: FeatureRecipe, targets: Sequence[str], rating: str | No
 
 
 def build_cache(
-    recipe: FeatureRecipe, folder: str | os.PathLike[str], *, splits: Sequence[str] = SPLITS, **share: Any
-) -> int:
+    recipe: FeatureRecipe, folder: str | os.PathLike[str], *, splits: Sequence[str] = SPLITS, state: Any = None
+) -> FeatureCache:
     """Cache splits of a recipe; resume what a killed run left.
 
-    Args:
-        recipe: Model, dataset and noise.
-        folder: The cache.
-        splits: Splits to cache; others can be added later.
-        **share: See :func:`cache_split`.
-
-    Returns:
-        Rows this process computed.
+    Other splits can be added later.  The processes of ``state`` (accelerate's) share the work and all call this.
 
     Raises:
         UserError: As :func:`guidance.data.features.cache_features` and :func:`guidance.data.sources.load_examples`.
@@ -67,36 +58,19 @@ def build_cache(
     examples = {split: load_split(recipe, split) for split in splits}  # refused before the model loads
     pipe = load_model(recipe)
     source = {name: getattr(recipe, name) for name in RECORDED}
-    return sum(cache_split(pipe, recipe, examples[s], folder, split=s, source=source, **share) for s in splits)
+    for split in splits:
+        cache_split(pipe, recipe, examples[split], folder, split=split, source=source, state=state)
+    if state:
+        state.wait_for_everyone()
+    return FeatureCache(folder)
 
 
 def cache_split(
     pipe: Pipeline, recipe: FeatureRecipe, examples: Any, folder: str | os.PathLike[str], **options: Any
 ) -> int:
-    """Cache the features of examples as a recipe says.
-
-    Args:
-        pipe: The recipe's model.
-        recipe: Columns, noise, batch size and shards.
-        examples: Rows of a data set.
-        folder: The cache.
-        **options: ``split``, ``source``, ``latents`` and the shares of processes (``process_index``,
-            ``num_processes``, ``progress``) of :func:`guidance.data.features.cache_features`.
-    """
-    return cache_features(
-        pipe,
-        examples,
-        folder,
-        image_column=recipe.image_column,
-        caption_column=recipe.caption_column,
-        target_columns=recipe.target_columns,
-        draws=recipe.draws,
-        batch_size=recipe.batch_size,
-        shard_size=recipe.shard_size,
-        base_model=recipe.model,
-        **options,
-        **encoding_options(recipe),
-    )
+    """Cache the features of examples as a recipe says; further options as of ``cache_features``."""
+    options |= _options(recipe) | {"target_columns": recipe.target_columns, "shard_size": recipe.shard_size}
+    return cache_features(pipe, examples, folder, base_model=recipe.model, **options)
 
 
 def open_cache(
@@ -105,10 +79,7 @@ def open_cache(
     """Open a cache that has these splits, or return None where it is absent or unfinished.
 
     A finished cache is used as it is, so its recipe need not be repeated; but an option that was given and
-    contradicts it is refused.
-
-    Raises:
-        UserError: If the recipe asks for other features than the cache holds.
+    contradicts it is refused (UserError).
     """
     try:
         cache = FeatureCache(folder)
@@ -139,11 +110,7 @@ def load_finished(
 ) -> M | None:
     """Load what this config has already trained; refuse to replace what another one has.
 
-    Args:
-        model: Class of the trained model.
-        config: Config of the training, with ``output`` and ``overwrite``.
-        decisive: Reduces a config to the values that decide what is trained.
-        recipe: Names the diffusion model.
+    ``decisive`` reduces a config to the values that decide what is trained; ``recipe`` names the diffusion model.
 
     Raises:
         UserError: If the output folder holds something else.
@@ -169,10 +136,7 @@ def load_finished(
 def check_current(
     recipe: FeatureRecipe, base_model: str, base_fingerprint: str, folder: str | os.PathLike[str]
 ) -> None:
-    """Refuse a folder that was made from other weights of the testbed than the present ones.
-
-    Only the testbed is checked: it loads within a second, and its weights change with the package.
-    """
+    """Refuse a folder made from other weights than the present ones of the testbed, which change with the package."""
     if recipe.model == base_model == TESTBED and fingerprint(load_model(recipe).unet) != base_fingerprint:
         raise UserError(
             f"Expected '{folder}' to be made from the testbed's present weights, but it was made from "
@@ -182,11 +146,8 @@ def check_current(
 
 def _check_clip(recipe: FeatureRecipe, settings: dict[str, Any], folder: str | os.PathLike[str]) -> None:
     """Refuse embeddings by other weights of the testbed's CLIP than the present ones."""
-    column = f"{CLIP_PREFIX}{TESTBED}"
-    if column not in recipe.target_columns:
-        return
-    present = describe_embedders(load_embedders([column], "cpu"))["clip"][TESTBED]
-    if settings.get("clip", {}).get(TESTBED) != present:
+    present = load_embedders({f"{CLIP_PREFIX}{TESTBED}"} & set(recipe.target_columns), "cpu")
+    if any(clip.fingerprint != settings.get("clip", {}).get(TESTBED) for clip in present.values()):
         raise UserError(
             f"Expected '{folder}' to hold embeddings by the testbed's present CLIP, but it holds another's; "
             "delete the folder to make it again."
@@ -199,22 +160,10 @@ def live_splits(
     """Return features that are computed when read, by split, and the settings for a manifest."""
     examples = {split: load_split(recipe, split) for split in splits}
     pipe = load_model(recipe)
-    encoders = {split: FeatureEncoder(pipe, split=split, **encoding_options(recipe)) for split in splits}
     embedders = load_embedders(recipe.target_columns, pipe.unet.device)
-    live = {
-        split: LiveFeatures(
-            encoders[split],
-            examples[split],
-            image_column=recipe.image_column,
-            caption_column=recipe.caption_column,
-            draws=recipe.draws,
-            batch_size=recipe.batch_size,
-            embedders=embedders,
-        )
-        for split in splits
-    }
-    settings = describe_features(encoders[splits[0]], draws=recipe.draws, base_model=recipe.model)
-    return live, settings | describe_embedders(embedders)
+    options = _options(recipe) | {"embedders": embedders}
+    live = {split: live_features(pipe, examples[split], split=split, **options) for split in splits}
+    return live, describe_features(live[splits[0]], recipe.model) | describe_embedders(embedders)
 
 
 def load_model(recipe: FeatureRecipe) -> Any:
@@ -224,25 +173,19 @@ def load_model(recipe: FeatureRecipe) -> Any:
 
 def load_split(recipe: FeatureRecipe, split: str) -> Any:
     """Load the examples of a recipe's split; columns ``clip:NAME`` are computed later, from the images."""
+    names = ("image_column", "caption_column", "rating_column", "group_column")
     return load_examples(
         recipe.dataset,
         split,
         getattr(recipe, split),
-        image_column=recipe.image_column,
-        caption_column=recipe.caption_column,
         target_columns=[name for name in recipe.target_columns if clip_name(name) is None],
-        rating_column=recipe.rating_column,
-        group_column=recipe.group_column,
         seed=recipe.seed if recipe.dataset != TESTBED else 0,
+        **{name: getattr(recipe, name) for name in names},
     )
 
 
-def encoding_options(recipe: FeatureRecipe) -> dict[str, Any]:
-    """Return the options of :class:`FeatureEncoder` in a recipe."""
-    return {
-        "tap": recipe.tap,
-        "noise": recipe.noise,
-        "caption": recipe.caption,
-        "timesteps": (recipe.timesteps[0], recipe.timesteps[1]) if recipe.timesteps else None,
-        "seed": recipe.seed,
-    }
+def _options(recipe: FeatureRecipe) -> dict[str, Any]:
+    """Return the options of :func:`guidance.data.features.live_features` in a recipe."""
+    names = (*ENCODING, "image_column", "caption_column", "draws", "batch_size")
+    options = {name: getattr(recipe, name) for name in names}
+    return options | {"timesteps": (recipe.timesteps[0], recipe.timesteps[1]) if recipe.timesteps else None}

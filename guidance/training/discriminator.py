@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,8 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from guidance.data.cache import FeatureCache, FeatureSource, first_difference, shard_name
-from guidance.data.features import write_manifest
+from guidance.data.cache import FeatureCache, FeatureSource, first_difference, write_shards
 from guidance.data.sources import SPLITS
 from guidance.models.denoiser import fingerprint
 from guidance.models.types import Pipeline
@@ -30,10 +28,11 @@ from guidance.sampling.loop import sample_latents
 from guidance.training.caching import RECORDED, cache_split, load_model, load_split
 from guidance.training.recipes import FeatureRecipe, GenerationRecipe
 from guidance.utils.errors import UserError
-from guidance.utils.io import atomic_path
 
 #: The target of a discriminator: 1 for a real image, 0 for a generated one.
 REAL = "real"
+
+_SAMPLING = ("cfg_scale", "num_steps", "scheduler")  # of a recipe, options of sample_latents
 
 
 class RealAndGenerated:
@@ -74,7 +73,7 @@ class RealAndGenerated:
         h, t = zip(
             self.real.read(rows[is_real], epoch), self.generated.read(rows[~is_real] - self.n, epoch), strict=True
         )
-        order = np.argsort(np.concatenate([np.flatnonzero(is_real), np.flatnonzero(~is_real)]))
+        order = np.argsort(np.argsort(~is_real, kind="stable"))
         return torch.cat(h)[order], torch.cat(t)[order]
 
 
@@ -90,26 +89,24 @@ def pair_with_generated(
 
     Every split is generated from its own captions.  A killed run is resumed.
 
-    Args:
-        real: Caches of the real images, by split.
-        recipe: Source of the real examples; the settings in their cache take precedence.
-        generation: Number and sampling of the generated images.
-        folder: Folder of the generated images.
-        accelerator: Its processes share the work.
+    The settings in the cache of the real images take precedence over the recipe's.
 
     Raises:
         UserError: If the folder holds images of other settings, or more are asked for than there are real ones.
     """
     settings: dict[str, Any] = real["train"].manifest["settings"]
-    draws = settings["draws"]
+    draws, features = settings["draws"], Path(folder) / "features"
     counts = {split: _count(generation, split, len(real[split]) // draws) for split in SPLITS}
-    features = Path(folder) / "features"
-    sampling = {name: getattr(generation, name) for name in ("cfg_scale", "num_steps", "scheduler", "seed")}
-    described = _describe(settings, sampling)
-    finished = _is_finished(features, described, {s: n * draws for s, n in counts.items()})
+    described = _describe(settings, {name: getattr(generation, name) for name in (*_SAMPLING, "seed")})
+    try:
+        manifest = FeatureCache(features).manifest
+        planned = {split: plan["rows"] // draws for split, plan in manifest["splits"].items()}
+        finished = manifest["settings"] == described and planned == counts
+    except UserError:
+        finished = False
     accelerator.wait_for_everyone()  # all have looked before any writes
     if not finished:
-        _generate(_recorded(recipe, settings), generation, Path(folder), counts, described, accelerator)
+        _generate(recipe, generation, Path(folder), counts, settings, described, accelerator)
     cache = FeatureCache(features)
     return {split: RealAndGenerated(real[split], cache.select(split)) for split in SPLITS}
 
@@ -117,13 +114,9 @@ def pair_with_generated(
 def open_generated(real: FeatureCache, folder: str | os.PathLike[str], split: str) -> RealAndGenerated:
     """Put rows of images that were generated before beside the real rows of a split.
 
-    Args:
-        real: Cache of the real images of the split.
-        folder: Where :func:`pair_with_generated` put the generated ones, however they were sampled.
-        split: Name of the split.
-
     Raises:
-        UserError: If there are none, or they go with other real images or other features.
+        UserError: If :func:`pair_with_generated` put none into the folder, or they go with other real images or other
+            features; they may be sampled in any way.
     """
     try:
         cache = FeatureCache(Path(folder) / "features", split)
@@ -160,32 +153,20 @@ def _describe(settings: Mapping[str, Any], sampling: Mapping[str, Any] | None) -
     return shared | {"target_columns": [], "source": settings["source"] | {"generated": sampling}}
 
 
-def _is_finished(folder: Path, described: Mapping[str, Any], rows: Mapping[str, int]) -> bool:
-    try:
-        manifest = FeatureCache(folder).manifest
-    except UserError:
-        return False
-    planned = {split: plan["rows"] for split, plan in manifest["splits"].items()}
-    return manifest["settings"] == described and planned == rows
-
-
-def _recorded(recipe: FeatureRecipe, settings: Mapping[str, Any]) -> FeatureRecipe:
-    """Return the recipe that the cache of the real rows was made with."""
-    known = {name: settings["source"][name] for name in RECORDED}
-    known |= {name: settings[name] for name in ("tap", "noise", "caption", "timesteps", "draws", "seed")}
-    known |= {"model": settings["base_model"], "target_columns": [], "rating_column": None}
-    return dataclasses.replace(recipe, **known)
-
-
 def _generate(
     recipe: FeatureRecipe,
     generation: GenerationRecipe,
     folder: Path,
     counts: Mapping[str, int],
+    settings: Mapping[str, Any],
     described: Mapping[str, Any],
     accelerator: Any,
 ) -> None:
-    """Sample the latents of every split and cache their features."""
+    """Sample the latents of every split and cache their features, by the recipe of the cache of the real rows."""
+    known = {name: settings["source"][name] for name in RECORDED}
+    known |= {name: settings[name] for name in ("tap", "noise", "caption", "timesteps", "draws", "seed")}
+    known |= {"model": settings["base_model"], "target_columns": [], "rating_column": None}
+    recipe = dataclasses.replace(recipe, **known)
     pipe = load_model(recipe)
     if fingerprint(pipe.unet) != described["base_fingerprint"]:
         raise UserError(
@@ -193,16 +174,14 @@ def _generate(
             f"others of '{recipe.model}' ({fingerprint(pipe.unet)}); delete the cache to make it again."
         )
     source = {name: described[name] for name in ("base_model", "base_fingerprint", "seed", "source")}
-    share: dict[str, Any] = {"process_index": accelerator.process_index}
-    share |= {"num_processes": accelerator.num_processes, "progress": accelerator.is_main_process}
     for split, n in counts.items():
         examples = load_split(recipe, split).select(range(n))
         column = recipe.caption_column
         captions = [text or "" for text in examples[column]] if column else [""] * n
-        generate_latents(pipe, captions, folder / "latents", generation, split=split, source=source, **share)
+        options = {"split": split, "state": accelerator}
+        generate_latents(pipe, captions, folder / "latents", generation, source=source, **options)
         accelerator.wait_for_everyone()
-        latents = load_latents(folder / "latents", split, n)
-        options = share | {"split": split, "source": described["source"], "latents": latents}
+        options |= {"source": described["source"], "latents": load_latents(folder / "latents", split, n)}
         cache_split(pipe, recipe, examples, folder / "features", **options)
         accelerator.wait_for_everyone()
 
@@ -215,84 +194,42 @@ def generate_latents(
     *,
     split: str,
     source: Mapping[str, Any] | None = None,
-    process_index: int = 0,
-    num_processes: int = 1,
+    state: Any = None,
     progress: bool = True,
 ) -> int:
     """Sample one image per caption and save its latents in shards; existing shards are kept.
 
     The seed of an image is a function of (seed, split, row) alone.
 
-    Args:
-        pipe: The diffusion model.
-        captions: Prompts.
-        folder: Folder of the latents.
-        recipe: Sampling, batch size and shard size.
-        split: Part of the folder, and of the seeds.
-        source: Everything else that decides the images, for the manifest.
-        process_index, num_processes: This process takes every ``num_processes``-th shard.
-        progress: Show a progress bar.
-
-    Returns:
-        Images this process sampled.
+    ``source`` is for the manifest: everything else that decides the images.  ``state``, ``progress`` and the result
+    are those of :func:`guidance.data.cache.write_shards`.
     """
-    size, n = recipe.shard_size, len(captions)
-    write_manifest(Path(folder), dict(source or {}), split, n, size, write=process_index == 0)
-    paths = [(Path(folder) / f"{shard_name(split, k)}.npy", i) for k, i in enumerate(range(0, n, size))]
-    todo = [(p, i) for p, i in paths[process_index::num_processes] if not _has(p, min(size, n - i))]
-    total = sum(min(size, n - i) for _, i in todo)
-    with tqdm(total=total, desc=f"sample {split}", unit="image", disable=not progress or not todo) as bar:
-        for path, first in todo:
-            parts = []
-            last = min(first + size, n)
-            for i in range(first, last, recipe.batch_size):
-                rows = range(i, min(i + recipe.batch_size, last))
-                parts.append(_sample(pipe, captions, rows, recipe, split))
-                bar.update(len(rows))
-            with atomic_path(path) as temporary:
-                np.save(temporary, torch.cat(parts).numpy())
-    return total
-
-
-def _sample(
-    pipe: Pipeline, captions: Sequence[str], rows: range, recipe: GenerationRecipe, split: str
-) -> Float[Tensor, "b c y x"]:
+    options = {name: getattr(recipe, name) for name in _SAMPLING}
     salt = zlib.crc32(f"generated {split}".encode())  # differs from that of the features' noise
-    states = [np.random.SeedSequence([recipe.seed, salt, i]).generate_state(1, np.uint64)[0] for i in rows]
-    latents = sample_latents(
-        pipe,
-        [captions[i] for i in rows],
-        [int(state >> 1) for state in states],
-        num_steps=recipe.num_steps,
-        cfg_scale=recipe.cfg_scale,
-        scheduler=recipe.scheduler,
-    )
-    if not latents.isfinite().all():
-        raise UserError(
-            f"Expected finite latents, got others in rows {rows[0]} to {rows[-1]} of {split}; run the model in "
-            "float32 (data.dtype=float32), or check its weights."
-        )
-    return latents.float().cpu()
 
+    def compute(part: range, update: Callable[[int], Any]) -> dict[str, NDArray[Any]]:
+        found = []
+        for first in range(0, len(part), recipe.batch_size):
+            rows = part[first : first + recipe.batch_size]
+            states = [np.random.SeedSequence([recipe.seed, salt, i]).generate_state(1, np.uint64)[0] for i in rows]
+            seeds = [int(state >> 1) for state in states]
+            found.append(sample_latents(pipe, [captions[i] for i in rows], seeds, **options).float().cpu())
+            if not found[-1].isfinite().all():
+                raise UserError(
+                    f"Expected finite latents, got others in rows {rows[0]} to {rows[-1]} of {split}; run the model in "
+                    "float32 (data.dtype=float32), or check its weights."
+                )
+            update(len(rows))
+        return {"latents": torch.cat(found).numpy()}
 
-def _has(path: Path, rows: int) -> bool:
-    """Tell whether a shard is complete; remove what a killed run left of it."""
-    for leftover in path.parent.glob(f".{path.stem}.tmp-*"):
-        leftover.unlink(missing_ok=True)
-    try:
-        return len(np.load(path, mmap_mode="r", allow_pickle=False)) == rows
-    except (FileNotFoundError, ValueError, EOFError):
-        return False
+    size, n = recipe.shard_size, len(captions)
+    words: dict[str, Any] = {"label": f"sample {split}", "unit": "image", "state": state, "progress": progress}
+    return write_shards(folder, source or {}, split, n, size, compute, **words)
 
 
 def load_latents(folder: str | os.PathLike[str], split: str, rows: int) -> Float[np.ndarray, "n c y x"]:
-    """Load the latents of a split.
-
-    Raises:
-        UserError: If some of them are missing.
-    """
-    files = sorted((Path(folder) / split).glob("shard-*.npy"))
-    latents = [np.load(file, allow_pickle=False) for file in files]
+    """Load the latents of a split; UserError if some of them are missing."""
+    latents = [np.load(file, allow_pickle=False) for file in sorted((Path(folder) / split).glob("shard-*.npy"))]
     if sum(map(len, latents)) != rows:
         raise UserError(
             f"Expected {rows} latents of {split} in '{folder}', got {sum(map(len, latents))}; run the same command "

@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from guidance.testbed import models
 from guidance.testbed.judges import load_classifier
-from guidance.training.testbed import Recipe, describe
+from guidance.training.testbed import STEPS, Recipe, describe
 from guidance.utils.errors import UserError
 from guidance.utils.io import atomic_dir, atomic_path, read_json, write_json
 
@@ -37,7 +37,7 @@ format: `StableDiffusionPipeline.from_pretrained("guidance/testbed/weights")`. I
 `judge_clip` and `judge_classifier` are trained apart (other architectures and seeds) and never used for guidance.
 
 ## Training
-{scenes} scenes of the train split ({captions} different captions), seed {seed}; made by `python -m train.testbed`.
+{scenes:,} scenes of the train split ({captions:,} different captions), seed {seed}; made by `python -m train.testbed`.
 Whole combinations of time, terrain, object and colour are held out for validation and test.
 
 | network | steps | samples | batch | minutes | hardware |
@@ -51,20 +51,26 @@ Whole combinations of time, terrain, object and colour are held out for validati
 """
 
 
+#: Parts of the pipeline, and what they are for.
+USES = {
+    "unet": "denoiser, v-prediction",
+    "vae": "4x autoencoder, 4 latent channels",
+    "text_encoder": "the text tower of `clip`",
+    "clip": "guiding CLIP",
+    "judge_clip": "judge: CLIP score",
+    "judge_classifier": "judge: attributes, Frechet features",
+}
+
+
 @torch.no_grad()
 def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
-    """Write the pipeline, both CLIPs and the judge classifier to ``folder``; replaces it as a whole.
-
-    Args:
-        recipe: A recipe whose steps are all finished.
-        folder: Final folder, in diffusers format.
-        notes: A paragraph for the model card.
+    """Write the pipeline, both CLIPs and the judge classifier in diffusers format; replaces ``folder`` as a whole.
 
     Raises:
-        UserError: If a step is missing.
+        UserError: If a step of the recipe is not finished.
     """
     records = describe(recipe.work)
-    missing = [s for s in ("data", "vae", "clip", "judge_classifier", "judge_clip", "unet") if s not in records]
+    missing = [step for step in STEPS if step not in records]
     if missing:
         raise UserError(f"Expected all training steps to be done, {', '.join(missing)} are not; run them first.")
     recipe.device = "cpu"
@@ -77,7 +83,7 @@ def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
         vae=vae,
         text_encoder=models.build_text_encoder(clip),
         tokenizer=recipe.tokenizer,
-        unet=recipe.load("unet", models.build_unet(recipe.unet_channels)),
+        unet=recipe.load("unet", recipe.build_unet()),
         scheduler=models.build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -99,18 +105,20 @@ def export(recipe: Recipe, folder: Path, notes: str = "") -> Path:
         (temporary / "judge_classifier" / "config.json").write_text(json.dumps({"width": 32}) + "\n")
         parts = {"unet": pipe.unet, "vae": vae, "text_encoder": pipe.text_encoder, "clip": clip}
         parts |= {"judge_clip": judge_clip, "judge_classifier": classifier}
-        card = {"records": records, "seed": recipe.seed, "parts": {k: _describe(m) for k, m in parts.items()}}
-        (temporary / "training.json").write_text(json.dumps(card | {"notes": notes}, indent=1) + "\n")
-        (temporary / "README.md").write_text(render_card(card | {"notes": notes}, "Not measured yet."))
+        sizes = {
+            name: {"class": type(part).__name__, "parameters": sum(p.numel() for p in part.parameters())}
+            for name, part in parts.items()
+        }
+        card = {"records": records, "seed": recipe.config.seed, "parts": sizes, "notes": notes}
+        (temporary / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+        (temporary / "README.md").write_text(render_card(card, "Not measured yet."))
     return folder
 
 
 def adopt(recipe: Recipe, folder: Path) -> None:
-    """Start a working folder from an exported pipeline: only the denoiser is trained, from its exported weights.
+    """Start a working folder from a pipeline of :func:`export`: only the denoiser is trained, from its weights there.
 
-    Args:
-        recipe: Its data step must be finished, with the scenes of the exported pipeline (same seed).
-        folder: Result of :func:`export`.
+    The data step must be finished, with the scenes of the exported pipeline (same seed).
     """
     work, records = recipe.work, read_json(folder / "training.json")["records"]
     if (work / "unet-start.json").exists():
@@ -132,21 +140,9 @@ def adopt(recipe: Recipe, folder: Path) -> None:
     write_json(work / "unet-start.json", records["unet"])
 
 
-def _describe(model: nn.Module) -> dict[str, Any]:
-    return {"class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
-
-
 def render_card(card: dict[str, Any], quality: str) -> str:
     """Write the model card from ``training.json`` and a Markdown table of measured quality."""
-    uses = {
-        "unet": "denoiser, v-prediction",
-        "vae": "4x autoencoder, 4 latent channels",
-        "text_encoder": "the text tower of `clip`",
-        "clip": "guiding CLIP",
-        "judge_clip": "judge: CLIP score",
-        "judge_classifier": "judge: attributes, Frechet features",
-    }
-    parts = [f"| {n} | {p['class']} | {p['parameters']:,} | {uses[n]} |" for n, p in card["parts"].items()]
+    parts = [f"| {n} | {p['class']} | {p['parameters']:,} | {USES[n]} |" for n, p in card["parts"].items()]
     rows = [(n, r) for n, r in card["records"].items() if "stage" in r]
     earlier = card["records"]["unet"].get("continued_from")
     while earlier:
@@ -157,13 +153,5 @@ def render_card(card: dict[str, Any], quality: str) -> str:
         f"| {r['seconds'] / 60:.0f} | {r['hardware']} |"
         for n, r in rows
     ]
-    data = card["records"]["data"]
-    return CARD.format(
-        parts="\n".join(parts),
-        training="\n".join(training),
-        scenes=f"{data['scenes']:,}",
-        captions=f"{data['captions']:,}",
-        seed=card["seed"],
-        notes=card["notes"],
-        quality=quality,
-    )
+    tables = {"parts": "\n".join(parts), "training": "\n".join(training), "quality": quality}
+    return CARD.format(**card["records"]["data"], seed=card["seed"], notes=card["notes"], **tables)

@@ -7,9 +7,7 @@ ends with the weights of an uninterrupted one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -28,124 +23,96 @@ from guidance.data.features import clip_name
 from guidance.heads.config import HeadConfig
 from guidance.heads.networks import Head, build_head
 from guidance.heads.tasks import get_task
-from guidance.training.loop import learning_rate
+from guidance.training.loop import Loop, Progress, learning_rate, permutation
 from guidance.training.recipes import HeadRecipe
 from guidance.utils.errors import UserError
-from guidance.utils.io import atomic_path
 
 CHECKPOINT = "checkpoint.safetensors"
-
+EPOCH_LOSS = "epoch loss"  # beside the best weights in what a checkpoint keeps
 _LOG_EVERY = 20
 
 Log = Callable[[dict[str, float], int], None]
 
 
 @dataclasses.dataclass
-class FitState:
+class FitState(Progress):
     """Progress of a training, kept in its checkpoint.
 
     Attributes:
-        step: Optimiser steps done.
-        seconds: Training time.
         best_loss, best_epoch: The best validation loss so far, and the number of epochs that led to it.
         history: Per epoch its number, training loss and validation loss.
         stopped: Whether early stopping has ended the training.
     """
 
-    step: int = 0
-    seconds: float = 0.0
     best_loss: float = math.inf
     best_epoch: int = 0
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
     stopped: bool = False
 
 
-class HeadTrainer:
+class HeadTrainer(Loop):
     """Train a head with accelerate: any number of processes, mixed precision, resumable.
 
     Args:
         head: Built and initialised; changed in place.
-        train, validation: Features.
-        targets: "train" and "validation" targets, see :meth:`guidance.heads.tasks.Task.encode`.
+        sources, targets: "train" and "validation" features, and their encoded targets.
         recipe: How to train.
         accelerator: An ``accelerate.Accelerator``.
         work: Folder of the checkpoint.
-        identity: Identifies the training: a checkpoint of another one is refused.
-        checkpoint_every: Seconds between checkpoints; one is also written after every epoch.
+        **options: ``identity`` and ``checkpoint_every`` of :class:`~guidance.training.loop.Loop`.
     """
 
     def __init__(
         self,
         head: Head,
-        train: FeatureSource,
-        validation: FeatureSource,
-        targets: dict[str, Tensor],
+        sources: Mapping[str, FeatureSource],
+        targets: Mapping[str, Tensor],
         recipe: HeadRecipe,
         accelerator: Any,
         work: Path,
-        *,
-        identity: str = "",
-        checkpoint_every: float = 60.0,
+        **options: Any,
     ) -> None:
-        self.head, self.train, self.validation, self.targets = head, train, validation, targets
-        self.recipe, self.accelerator, self.path = recipe, accelerator, work / CHECKPOINT
-        self.identity, self.checkpoint_every = identity, checkpoint_every
-        self.state = FitState()
-        self.best: dict[str, Tensor] = {}
-        self.epoch_loss = torch.zeros((), device=accelerator.device)  # sum over the steps of this epoch
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        world = accelerator.num_processes
-        self.batch_size = min(recipe.batch_size, len(train) // world * world)
+        self.head, self.sources, self.targets, self.recipe = head, sources, targets, recipe
+        self.accelerator, world = accelerator, accelerator.num_processes
+        self.rows = len(sources["train"])
+        self.batch_size = min(recipe.batch_size, self.rows // world * world)
         if self.batch_size % world or not self.batch_size:
             raise UserError(
-                f"Expected a batch_size (now {recipe.batch_size}) and training rows (now {len(train)}) that "
+                f"Expected a batch_size (now {recipe.batch_size}) and training rows (now {self.rows}) that "
                 f"{world} processes can share equally; change batch_size."
             )
-        self.steps_per_epoch = len(train) // self.batch_size
-        self.total = self.steps_per_epoch * recipe.epochs
+        self.steps_per_epoch = self.rows // self.batch_size
         self.task = get_task(head.config.task)
         self.scale = self.task.scale(targets["train"])
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         optimizer = kinds[recipe.optimizer](head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.model, self.optimizer = accelerator.prepare(head, optimizer)
+        slots = {name: (self.optimizer, parameter) for name, parameter in head.named_parameters()}
+        options |= {"main": accelerator.is_main_process, "scaler": accelerator.scaler}
+        kept = {EPOCH_LOSS: torch.zeros((), device=accelerator.device)}
+        total = self.steps_per_epoch * recipe.epochs
+        super().__init__("head", head, slots, work / CHECKPOINT, FitState(), total, kept, **options)
 
-    def fit(self, log: Log = lambda values, step: None, *, progress: bool = True) -> FitState:
+    def fit(self, log: Log = lambda values, step: None) -> FitState:
         """Train to the end; leaves the chosen weights in the head, in eval mode."""
-        self._resume()
-        state, started = self.state, time.monotonic()
-        saved, before = started, state.seconds
-        bar = tqdm(total=self.total, initial=state.step, desc="train head", unit="step", disable=not progress)
-        while state.step < self.total and not state.stopped:
-            loss_here = self._step(state.step)
-            self.epoch_loss += loss_here
-            state.step += 1
-            bar.update()
-            if state.step % _LOG_EVERY == 0:
-                loss = self._average(loss_here)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                log({"train/loss": loss, "train/lr": self.optimizer.param_groups[0]["lr"]}, state.step)
-            state.seconds = before + time.monotonic() - started
-            if state.step % self.steps_per_epoch == 0:
-                self._end_epoch(log)
-            elif time.monotonic() - saved > self.checkpoint_every:
-                self._save()
-                saved = time.monotonic()
-        bar.total = state.step  # early stopping leaves no half bar
-        bar.close()
-        if self.best:
-            self.head.load_state_dict(self.best)
+        self.log = log
+        self.run()
+        best = {name: value for name, value in self.kept.items() if name != EPOCH_LOSS}
+        if best:
+            self.head.load_state_dict(best)
         self.head.eval()
-        return state
+        return self.state
 
-    def _step(self, step: int) -> Tensor:
+    def unfinished(self) -> bool:
+        return self.state.step < self.total and not self.state.stopped
+
+    def take_step(self, step: int) -> Tensor:
         """Take one optimiser step; every process has an equal, interleaved part of the batch."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.train))
-        rows = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+        rows = permutation(self.rows, self.recipe.seed, epoch)[position * self.batch_size :][: self.batch_size]
         rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         device = self.accelerator.device
-        h, t = (x.to(device) for x in self.train.read(rows, epoch))
+        h, t = (x.to(device) for x in self.sources["train"].read(rows, epoch))
         lr, beta1 = learning_rate(self.recipe.schedule, step, self.total, self.recipe.lr)
         for group in self.optimizer.param_groups:
             group["lr"], group["betas"] = lr, (beta1, group["betas"][1])
@@ -159,85 +126,45 @@ class HeadTrainer:
         self.optimizer.step()
         return loss.detach()
 
+    def after_step(self, loss: Tensor, bar: tqdm) -> bool:
+        """Note the loss; at the end of an epoch measure the head on the validation rows and keep the best."""
+        state = self.state
+        self.kept[EPOCH_LOSS] += loss  # sum over the steps of this epoch
+        if state.step % _LOG_EVERY == 0:
+            average = self._average(loss)
+            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+            self.log({"train/loss": average, "train/lr": self.optimizer.param_groups[0]["lr"]}, state.step)
+        if state.step % self.steps_per_epoch:
+            return False
+        train_loss = self._average(self.kept[EPOCH_LOSS] / self.steps_per_epoch)
+        self.kept[EPOCH_LOSS].zero_()
+        outputs, _ = predict(self.head, self.sources["validation"], self.accelerator, self.batch_size)
+        validation_loss = float(self.task.loss(outputs, self.targets["validation"], self.recipe, self.scale))
+        epoch = state.step // self.steps_per_epoch
+        state.history.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": validation_loss})
+        self.log({"validation/loss": validation_loss}, state.step)
+        if self.recipe.patience is not None:
+            if validation_loss < state.best_loss:
+                state.best_loss, state.best_epoch = validation_loss, epoch
+                self.kept |= {k: v.detach().clone() for k, v in self.head.state_dict().items()}
+            state.stopped = epoch - state.best_epoch >= self.recipe.patience
+        return True
+
     def _average(self, loss_here: Tensor) -> float:
         loss = float(self.accelerator.reduce(loss_here, "mean"))
         if not math.isfinite(loss):
             raise UserError(f"Expected a finite loss, got {loss} at step {self.state.step}; lower the lr.")
         return loss
 
-    def _end_epoch(self, log: Log) -> None:
-        state = self.state
-        train_loss = self._average(self.epoch_loss / self.steps_per_epoch)
-        self.epoch_loss.zero_()
-        outputs, _ = predict(self.head, self.validation, self.accelerator, self.batch_size)
-        loss = float(self.task.loss(outputs, self.targets["validation"], self.recipe, self.scale))
-        epoch = state.step // self.steps_per_epoch
-        state.history.append({"epoch": epoch, "train_loss": train_loss, "validation_loss": loss})
-        log({"validation/loss": loss}, state.step)
-        if self.recipe.patience is not None:
-            if loss < state.best_loss:
-                state.best_loss, state.best_epoch = loss, epoch
-                self.best = {k: v.detach().clone() for k, v in self.head.state_dict().items()}
-            state.stopped = epoch - state.best_epoch >= self.recipe.patience
-        self._save()
-
-    def _save(self) -> None:
-        """Write the state of the training atomically, from the main process."""
-        if not self.accelerator.is_main_process:
-            return
-        tensors = {f"model.{k}": v for k, v in self.head.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best.items()} | {"epoch_loss": self.epoch_loss}
-        for name, parameter in self.head.named_parameters():
-            moments = self.optimizer.state[parameter]
-            tensors |= {f"{k}.{name}": moments[k] for k in ("exp_avg", "exp_avg_sq")}
-        meta = {"state": json.dumps(dataclasses.asdict(self.state)), "identity": self.identity}
-        if self.accelerator.scaler is not None:
-            meta["scaler"] = json.dumps(self.accelerator.scaler.state_dict())
-        with atomic_path(self.path) as temporary:
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, meta)
-
-    def _resume(self) -> None:
-        """Restore the checkpoint, if there is one of this training."""
-        if not self.path.exists():
-            return
-        with safe_open(self.path, "pt") as file:
-            meta = file.metadata()
-        if meta["identity"] != self.identity:
-            raise UserError(
-                f"Expected a checkpoint of this training in '{self.path}', found one of another config; "
-                "delete it, or choose another output."
-            )
-        tensors = load_file(self.path, device=str(self.accelerator.device))
-        self.state = FitState(**json.loads(meta["state"]))
-        self.head.load_state_dict(_part(tensors, "model."))
-        self.best = _part(tensors, "best.")
-        self.epoch_loss = tensors["epoch_loss"]
-        for name, parameter in self.head.named_parameters():
-            moments = {k: tensors[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.state.step)), **moments}
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(json.loads(meta["scaler"]))
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
 
 @torch.no_grad()
 def predict(
     head: Head, source: FeatureSource, accelerator: Any, batch_size: int = 256, *, progress: str | None = None
 ) -> tuple[Float[Tensor, "n outputs"], Float[Tensor, " n"]]:
-    """Run a head over all rows, shared among the processes.
+    """Run a head, which is on the accelerator's device, over all rows, shared among the processes.
 
-    Args:
-        head: The head, on the accelerator's device.
-        source: Features.
-        accelerator: Its processes share the rows.
-        batch_size: Rows per forward.
-        progress: Label of a progress bar; None shows none.
-
-    Returns:
-        Outputs and timesteps in the order of the rows, float32, on the CPU of every process.
+    Returns outputs and timesteps in the order of the rows, float32, on the CPU of every process.  ``progress`` is the
+    label of a progress bar.
     """
     world, device = accelerator.num_processes, accelerator.device
     padded = np.arange(math.ceil(len(source) / world) * world) % len(source)
@@ -256,7 +183,6 @@ def predict(
 
 
 _STATISTICS_ROWS = 4096  # enough for a mean and a deviation per channel
-
 _RECORDED = ("tap", "base_model", "base_fingerprint", "prediction_type", "num_train_timesteps", "timesteps")
 
 
@@ -265,13 +191,7 @@ def prepare_head(
 ) -> tuple[Head, dict[str, Tensor]]:
     """Build and initialise the head of a recipe, and encode the targets of every split.
 
-    Args:
-        sources: "train" and other splits.
-        recipe: Target, task and network of the head.
-        settings: Settings of the features, see :func:`guidance.data.features.describe_features`.
-
-    Returns:
-        The untrained head and its targets by split.
+    ``settings`` are those of the features, see :func:`guidance.data.features.describe_features`.
     """
     task = get_task(recipe.task)
     columns = {split: source.column(recipe.target) for split, source in sources.items()}

@@ -1,60 +1,148 @@
-"""One resumable training loop (:func:`fit`), its optimisers and its learning rates."""
+"""One resumable training loop (:class:`Loop`), its optimisers and its learning rates."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
+from guidance.training.recipes import Stage
+from guidance.utils.errors import UserError
 from guidance.utils.io import atomic_path
 
 Loss = Callable[[int, torch.Generator], Tensor]
+Slots = Mapping[str, tuple[torch.optim.Optimizer, Tensor]]
 
 
 @dataclasses.dataclass
-class Stage:
-    """Length, batch size and optimiser of the training of one network.
+class Progress:
+    """Optimiser steps done and training time in seconds; subclasses add what else a checkpoint keeps."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Loop:
+    """Train a network step by step; a killed training goes on from its checkpoint to the same weights.
+
+    Subclasses define :meth:`unfinished`, :meth:`take_step` and :meth:`after_step`.
 
     Attributes:
-        steps: Optimiser steps.
-        batch_size: Samples per step, all processes together.
-        lr: Peak learning rate of AdamW; linear warm-up over ``warmup`` steps, then cosine to 2%.
-        ema: Decay of the exponential moving average of the weights, reached gradually; 0 for none.
-        minutes: Stop after this much training time even if steps are left (0: no limit).  The schedule then runs
-            on time instead of steps, so it always ends at its lowest learning rate.
-        optimizer: "adamw", or "muon" (Jordan et al. 2024) for the hidden weight matrices, a convolution's seen as
-            (out, in * k * k), and AdamW for the rest; its update has AdamW's size, so ``lr`` is the same.
+        name: Name in the progress bar.
+        network: Trained in place.
+        slots: Its parameters by name, each with its optimiser and the tensor that this knows it by.
+        path: File of the checkpoint.
+        state: Plain values for the checkpoint.
+        total: Largest number of steps.
+        kept: Further tensors for the checkpoint.
+        identity: Identifies the training: a checkpoint of another one is refused.
+        checkpoint_every: Seconds between checkpoints; one is also written where :meth:`after_step` asks for it.
+        main: Whether this process shows the bar and writes checkpoints.
+        scaler: Scaler of the gradients in half precision, if there is one.
     """
 
-    steps: int = 1000
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: int = 100
-    ema: float = 0.0
-    minutes: float = 0.0
-    optimizer: str = "adamw"
+    name: str
+    network: nn.Module
+    slots: Slots
+    path: Path
+    state: Any
+    total: int
+    kept: dict[str, Tensor]
+    identity: str = ""
+    checkpoint_every: float = 60.0
+    main: bool = True
+    scaler: Any = None
+
+    def unfinished(self) -> bool:
+        """Tell whether there is a further step."""
+        raise NotImplementedError
+
+    def take_step(self, step: int) -> Tensor:
+        """Take a step of the optimiser and return the loss."""
+        raise NotImplementedError
+
+    def after_step(self, loss: Tensor, bar: tqdm) -> bool:
+        """Note a loss, and tell whether a checkpoint is due."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Train to the end, from the checkpoint if there is one."""
+        self._resume()
+        state, started = self.state, time.monotonic()
+        saved, before = started, state.seconds
+        options: dict[str, Any] = {"mininterval": 2.0, "dynamic_ncols": True, "disable": not self.main}
+        with tqdm(total=self.total, initial=state.step, desc=f"train {self.name}", unit="step", **options) as bar:
+            while self.unfinished():
+                loss = self.take_step(state.step)
+                state.step += 1
+                bar.update()
+                state.seconds = before + time.monotonic() - started
+                if self.after_step(loss, bar) or time.monotonic() - saved > self.checkpoint_every:
+                    self._save()
+                    saved = time.monotonic()
+            bar.total = state.step  # a training that ends early leaves no half bar
+        self._save()
+
+    def _save(self) -> None:
+        """Write the state of the training atomically, from the main process."""
+        if not self.main:
+            return
+        tensors = {f"model.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"kept.{k}": v for k, v in self.kept.items()}
+        for name, (optimizer, parameter) in self.slots.items():
+            tensors |= {f"optimizer.{k}.{name}": v for k, v in optimizer.state[parameter].items()}
+        meta = {"state": json.dumps(dataclasses.asdict(self.state)), "training": self.identity}
+        if self.scaler is not None:
+            meta["scaler"] = json.dumps(self.scaler.state_dict())
+        with atomic_path(self.path) as temporary:
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary, meta)
+
+    def _resume(self) -> None:
+        """Restore the checkpoint, if there is one of this training."""
+        if not self.path.exists():
+            return
+        with safe_open(self.path, "pt") as file:
+            meta = file.metadata()
+        if meta.get("training") != self.identity:
+            raise UserError(
+                f"Expected a checkpoint of this training in '{self.path}', found one of another config; "
+                "delete it, or choose another output."
+            )
+        if self.scaler is not None:
+            self.scaler.load_state_dict(json.loads(meta["scaler"]))
+        device = next(self.network.parameters()).device
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "kept": {}, "optimizer": {}}
+        for key, value in load_file(self.path).items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.state = type(self.state)(**json.loads(meta["state"]))
+        self.network.load_state_dict(parts["model"])
+        self.kept = {name: value.to(device) for name, value in parts["kept"].items()}
+        for key, value in parts["optimizer"].items():
+            kind, _, name = key.partition(".")
+            optimizer, parameter = self.slots[name]
+            optimizer.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
 
 
 @dataclasses.dataclass
-class FitResult:
-    """Length and result of a training: optimiser steps, samples seen, seconds, final smoothed loss."""
-
-    steps: int
-    samples: int
-    seconds: float
-    loss: float
+class _Smoothed(Progress):
+    loss: float = 0.0
 
 
 def fit(
@@ -67,7 +155,7 @@ def fit(
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoint_every: float = 120.0,
-) -> FitResult:
+) -> dict[str, Any]:
     """Train ``model`` in place; resume from ``folder/name.safetensors`` if it is there.
 
     With several processes of ``torch.distributed`` gradients are averaged; each process draws its own noise.
@@ -76,105 +164,73 @@ def fit(
         name: Name of the checkpoint and of the progress bar.
         model: Parameters that require gradients are trained; with ``stage.ema`` the averaged weights are left
             in the model at the end.
-        loss_fn: ``loss_fn(step, generator) -> scalar loss``; the generator is seeded by (seed, step).
-        stage: Steps, batch and learning rate.
-        folder: Where the checkpoint lives.
-        seed: Seed of data order and noise.
-        device: Where the generator (and the model) lives.
-        checkpoint_every: Seconds between checkpoints.
+        loss_fn: ``loss_fn(step, generator) -> scalar loss``; the generator, on ``device``, is seeded by (seed, step).
+        stage, folder, seed, device, checkpoint_every: As their names say; seconds between checkpoints.
+
+    Returns:
+        Optimiser steps, samples seen, seconds, and the final smoothed loss.
     """
-    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = Optimizer(params, stage.optimizer, stage.lr, stage.weight_decay)
-    ema = {n: p.detach().clone() for n, p in params.items()} if stage.ema else {}
-    path = folder / f"{name}.safetensors"
-    step, spent, smooth = _resume(path, model, params, optimizer, ema)
-    generator = torch.Generator(device)
-    bar = tqdm(
-        total=stage.steps,
-        initial=step,
-        desc=f"train {name}",
-        unit="step",
-        mininterval=2.0,
-        dynamic_ncols=True,
-        disable=world()[0] != 0,
-    )
-    started = saved = time.monotonic()
-    limit = stage.minutes * 60
+    loop = _StageLoop(name, model, loss_fn, stage, folder, seed, device, checkpoint_every)
+    loop.run()
+    with torch.no_grad():
+        for n, value in loop.kept.items():
+            loop.params[n].copy_(value)
+    state = loop.state
+    samples = state.step * stage.batch_size
+    return {"steps": state.step, "samples": samples, "seconds": state.seconds, "loss": state.loss}
 
-    rank, size = world()
 
-    def progress() -> float:
-        by_time = (spent + time.monotonic() - started) / limit if limit else 0.0
-        value = torch.tensor(max(by_time, step / stage.steps), device=device)
-        if size > 1:  # all processes go by the clock of the first
-            dist.broadcast(value, 0)
-        return float(value)
+class _StageLoop(Loop):
+    """The loop of :func:`fit`; ``kept`` are the averaged weights."""
 
-    while (done := progress()) < 1:
-        lr = stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * done)))
-        loss = loss_fn(step, generator.manual_seed((seed + 1009 * rank) * 1_000_003 + step))
-        model.zero_grad(set_to_none=True)
+    def __init__(self, name, model, loss_fn, stage, folder, seed, device, checkpoint_every) -> None:
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = Optimizer(self.params, stage.optimizer, stage.lr, stage.weight_decay)
+        path, slots = folder / f"{name}.safetensors", self.optimizer.slots
+        averages = {n: p.detach().clone() for n, p in self.params.items()} if stage.ema else {}
+        options = {"checkpoint_every": checkpoint_every, "main": world()[0] == 0}
+        super().__init__(name, model, slots, path, _Smoothed(), stage.steps, averages, **options)
+        self.loss_fn, self.stage, self.seed, self.generator = loss_fn, stage, seed, torch.Generator(device)
+
+    def unfinished(self) -> bool:
+        limit = self.stage.minutes * 60
+        by_time = self.state.seconds / limit if limit else 0.0
+        done = torch.tensor(max(by_time, self.state.step / self.stage.steps), device=self.generator.device)
+        if world()[1] > 1:  # all processes go by the clock of the first
+            dist.broadcast(done, 0)
+        self.done = float(done)
+        return self.done < 1
+
+    def take_step(self, step: int) -> Tensor:
+        stage, (rank, size) = self.stage, world()
+        lr = stage.lr * min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * self.done)))
+        loss = self.loss_fn(step, self.generator.manual_seed((self.seed + 1009 * rank) * 1_000_003 + step))
+        self.network.zero_grad(set_to_none=True)
         loss.backward()
         if size > 1:
-            _average([p.grad for p in params.values() if p.grad is not None])
-        nn.utils.clip_grad_norm_(params.values(), 1.0)
-        optimizer.step(float(lr))
-        step += 1
-        if ema:
-            decay = min(stage.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
-        if step % 10 == 0:
-            smooth = loss.item() if step == 10 else 0.95 * smooth + 0.05 * loss.item()
-            bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        bar.update()
-        if rank == 0 and time.monotonic() - saved > checkpoint_every:
-            saved = time.monotonic()
-            _checkpoint(path, model, optimizer, ema, step, spent + saved - started, smooth)
-    if rank == 0:
-        _checkpoint(path, model, optimizer, ema, step, spent + time.monotonic() - started, smooth)
-    bar.close()
-    with torch.no_grad():
-        for n, value in ema.items():
-            params[n].copy_(value)
-    return FitResult(step, step * stage.batch_size, spent + time.monotonic() - started, smooth)
+            gradients = [p.grad for p in self.params.values() if p.grad is not None]
+            average = parameters_to_vector(gradients)
+            dist.all_reduce(average)
+            vector_to_parameters(average / size, gradients)
+        nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        self.optimizer.step(float(lr))
+        return loss
+
+    def after_step(self, loss: Tensor, bar: tqdm) -> bool:
+        state = self.state
+        if self.kept:
+            decay = min(self.stage.ema, (1 + state.step) / (10 + state.step))
+            averages = [self.kept[n] for n in self.params]
+            torch._foreach_lerp_(averages, [p.detach() for p in self.params.values()], 1 - decay)
+        if state.step % 10 == 0:
+            state.loss = loss.item() if state.step == 10 else 0.95 * state.loss + 0.05 * loss.item()
+            bar.set_postfix(loss=f"{state.loss:.4f}", refresh=False)
+        return False
 
 
 def world() -> tuple[int, int]:
     """Return the rank of this process and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _average(tensors: list[Tensor]) -> None:
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(part.view_as(t))
-
-
-def _checkpoint(path, model, optimizer, ema, step, seconds, smooth) -> None:
-    tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
-    tensors |= {f"ema.{n}": t for n, t in ema.items()} | optimizer.tensors()
-    meta = {"step": str(step), "seconds": str(seconds), "loss": str(smooth)}
-    with atomic_path(path) as temporary:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, meta)
-
-
-def _resume(path: Path, model, params, optimizer, ema) -> tuple[int, float, float]:
-    if not path.exists():
-        return 0, 0.0, 0.0
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as f:
-        meta = f.metadata()
-    tensors = load_file(path)
-    step = int(meta["step"])
-    model.load_state_dict({k[6:]: t for k, t in tensors.items() if k.startswith("model.")})
-    optimizer.load(tensors, step)
-    for n in params:
-        if ema:
-            ema[n].copy_(tensors[f"ema.{n}"])
-    return step, float(meta["seconds"]), float(meta["loss"])
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> NDArray[np.int64]:
@@ -183,64 +239,46 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> NDArray[np.i
     out = np.empty(batch_size, np.int64)
     for epoch in np.unique(wanted // n):
         here = wanted // n == epoch
-        out[here] = _permutation(n, seed, int(epoch))[wanted[here] % n]
+        out[here] = permutation(n, seed, int(epoch))[wanted[here] % n]
     return out
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def permutation(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order of the items in an epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 class Optimizer:
     """AdamW on all parameters, or Muon (Jordan et al. 2024) on the hidden matrices and AdamW on the rest.
 
-    Args:
-        params: The trained parameters by name; their memory must stay where it is.
-        kind: "adamw" or "muon".
-        lr: Learning rate; Muon's update is scaled to AdamW's size, so it serves both.
-        weight_decay: Decoupled weight decay.
+    The memory of the parameters must stay where it is.  Muon's update is scaled to AdamW's size, so ``lr`` serves both.
+    ``slots`` holds each parameter's optimiser, and the tensor that this knows it by.
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], kind: str, lr: float, weight_decay: float) -> None:
+    def __init__(self, params: Mapping[str, nn.Parameter], kind: str, lr: float, weight_decay: float) -> None:
         def is_hidden(name: str, p: nn.Parameter) -> bool:
             ends = name.startswith(("conv_in", "conv_out"))
             return kind == "muon" and p.ndim >= 2 and not ends and min(p.flatten(1).shape) >= 16
 
         # torch's Muon takes matrices only: each is a view of the parameter's own memory
-        self._matrices = {
-            n: (p, nn.Parameter(p.detach().view(len(p), -1))) for n, p in params.items() if is_hidden(n, p)
-        }
-        self.state_of = {n: self._matrices[n][1] if n in self._matrices else p for n, p in params.items()}
-        rest = [p for n, p in params.items() if n not in self._matrices]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
-        ]
+        self._matrices = {p: nn.Parameter(p.detach().view(len(p), -1)) for n, p in params.items() if is_hidden(n, p)}
+        rest = [p for p in params.values() if p not in self._matrices]
+        adamw = torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+        self.parts: list[torch.optim.Optimizer] = [adamw]
         if self._matrices:
-            flat = [m for _, m in self._matrices.values()]
+            flat = list(self._matrices.values())
             self.parts.append(torch.optim.Muon(flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        self.slots = {n: (self.parts[p in self._matrices], self._matrices.get(p, p)) for n, p in params.items()}
 
     def step(self, lr: float) -> None:
         """Take a step at this learning rate, with the gradients of the model's parameters."""
-        for p, matrix in self._matrices.values():
+        for p, matrix in self._matrices.items():
             matrix.grad = None if p.grad is None else p.grad.view(matrix.shape)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's state as ``{"KEY.parameter": tensor}``, step counts left out."""
-        states = {n: next(o.state[p] for o in self.parts if p in o.state) for n, p in self.state_of.items()}
-        return {f"optimizer.{k}.{n}": v for n, s in states.items() for k, v in s.items() if k != "step"}
-
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Restore what :meth:`tensors` returned after ``step`` steps."""
-        for n, p in self.state_of.items():
-            part = self.parts[1 if n in self._matrices else 0]
-            keys = ("momentum_buffer",) if n in self._matrices else ("exp_avg", "exp_avg_sq")
-            state = {k: tensors[f"optimizer.{k}.{n}"].to(p.device) for k in keys}
-            part.state[p] = state if n in self._matrices else {"step": torch.tensor(float(step)), **state}
 
 
 def learning_rate(schedule: str, step: int, total: int, peak: float) -> tuple[float, float]:

@@ -24,7 +24,6 @@ from guidance.utils.io import atomic_path
 CLEAR_SKILL = 0.1
 
 _MIN_ROWS = 50  # fewer rows fit no temperature of their own
-
 _TEMPERATURE_RANGE = (0.05, 20.0)
 
 _PLOTTED = ("accuracy", "auc", "cosine", "retrieval", "spearman", "spearman_truth", "ece", "nll", "mae", "skill")
@@ -37,14 +36,8 @@ def fit_temperatures(
 ) -> list[float]:
     """Fit one temperature per timestep bin by the likelihood of held-out data.
 
-    Args:
-        logits: Uncalibrated outputs.
-        target: Class indices (n,) or probabilities (n, outputs).
-        t: Timesteps.
-        num_train_timesteps: Range of t.
-
-    Returns:
-        :data:`NUM_BINS` divisors; bins with few rows take that of all rows.
+    Returns :data:`NUM_BINS` divisors; bins with few rows take that of all rows.  ``target`` holds class indices (n,) or
+    probabilities (n, outputs).
 
     Reference:
         Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
@@ -89,8 +82,7 @@ def evaluate_head(
     Args:
         outputs: Outputs of the head: calibrated logits, numbers, or embeddings.
         target: Encoded targets, see :meth:`guidance.heads.tasks.Task.encode`.
-        t: Timesteps.
-        config: The head's config; its task says what is measured.
+        t, config: Timesteps; the head's config, whose task says what is measured.
         compare: Further numeric columns to rank the score against, for example the testbed's truth.
 
     Returns:
@@ -147,12 +139,8 @@ def plot_metrics(
 ) -> None:
     """Plot each measure against the timestep, a line for each split or head, with intervals; dotted: chance.
 
-    Args:
-        metrics: Name of a line (a split, a head) -> result of :func:`evaluate_head`; ``NAME_interval`` of a
-            bin is drawn as a band.
-        path: PNG file.
-        title: Title of the figure.
-        shaded: Timesteps to mark, from and to; None for none.
+    ``metrics`` holds a result of :func:`evaluate_head` by the name of its line; ``NAME_interval`` of a bin is drawn as
+    a band.  ``shaded`` are the first and last timestep to mark.
     """
     from matplotlib.figure import Figure
 

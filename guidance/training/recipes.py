@@ -82,6 +82,41 @@ class HeadRecipe:
 
 
 @dataclasses.dataclass
+class Stage:
+    """Length, batch size and optimiser of the training of one network."""
+
+    steps: int = option(100_000, "optimiser steps")
+    batch_size: int = option(64, "samples a step, over all processes")
+    lr: float = option(1e-3, "peak learning rate of AdamW; warm-up, then cosine to 2%")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    warmup: int = option(100, "warm-up steps")
+    ema: float = option(0.0, "decay of the averaged weights that are kept, reached gradually; 0 for none")
+    minutes: float = option(0.0, "end after so many minutes of training instead, at the lowest lr (0: no limit)")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW, or Muon (of the same update size) for the hidden matrices and AdamW else"
+    )
+
+
+@dataclasses.dataclass
+class TestbedRecipe:
+    """Scenes, networks and trainings of the testbed."""
+
+    work: str = option("runs/testbed/work", "folder of rendered scenes and checkpoints; resumes from it")
+    num_scenes: int = option(40_000, "training scenes, a multiple of 500")
+    seed: int = option(0, "seed of the world and of all training")
+    device: str = option("cpu", "cpu or cuda")
+    compile: bool = option(False, "torch.compile the long trainings (needs a C++ compiler on a CPU)")
+    workers: int = option(2, "processes that render scenes")
+    unet_channels: list[int] = option([32, 64, 128], "channels of the UNet's three levels")
+    vae: Stage = option(Stage(batch_size=8, lr=2e-3, warmup=50, ema=0.99, minutes=6.5), "decoder")
+    clip: Stage = option(Stage(minutes=7, steps=1600), "guiding CLIP")
+    judge_classifier: Stage = option(Stage(minutes=17, steps=2500, lr=1.5e-3, ema=0.99), "judge")
+    judge_clip: Stage = option(Stage(minutes=6, steps=1200), "judge CLIP")
+    unet: Stage = option(Stage(lr=1.5e-3, warmup=200, ema=0.999, minutes=48), "denoiser")
+    emphasis: float = option(3.0, "added weight of the object's surroundings in the denoising loss; 0 for none")
+
+
+@dataclasses.dataclass
 class GenerationRecipe:
     """Number and sampling of the generated images that a discriminator tells from real ones."""
 
@@ -97,9 +132,42 @@ class GenerationRecipe:
     shard_size: int = option(256, "images per file; a killed run loses at most one", identity=False)
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_steps", "batch_size", "shard_size", prefix="generated.")
         splits = [name for name in ("train", "validation", "test") if getattr(self, name) is not None]
-        check_positive(self, *splits, prefix="generated.")
+        check_positive(self, "num_steps", "batch_size", "shard_size", *splits, prefix="generated.")
+
+
+@dataclasses.dataclass
+class PairOptions:
+    """Source and number of the teacher pairs."""
+
+    source: Literal["sampling", "latents"] = option(
+        "sampling", "states of sampling runs under the teacher, or noised latents of images"
+    )
+    prompts: str = option("testbed:train", "sampling: a set of prompts or a file of them")
+    num_prompts: int | None = option(600, "sampling: how many; null for all of a file")
+    held_out: float = option(0.1, "sampling: share of the prompts kept for the test, above 0 and below 1")
+    scales: list[float] = option(
+        [-1.0, 0.0, 0.5, 1.0, 2.0], "sampling: multiples of the teacher's shift, drawn per sample"
+    )
+    num_steps: list[int] = option([12, 40], "sampling: lowest and highest number of steps, drawn per run")
+    cfg_scales: list[float] = option([4.0], "sampling: classifier-free guidance weights, drawn per run")
+    scheduler: str | None = option(None, "sampling: scheduler; null keeps the model's")
+    dataset: str = option("testbed", "latents: testbed, a data file, an image folder or a hub id")
+    image_column: str = option("image", "latents: dataset column of the images")
+    caption_column: str | None = option("caption", "latents: dataset column of the captions; null for none")
+    train: int = option(17_500, "pairs to train on, rounded up to whole runs")
+    test: int = option(2_000, "pairs of held-out prompts or images, rounded up to whole runs")
+    batch_size: int = option(50, "samples per run")
+    calls_per_run: int = option(10, "denoiser calls recorded of each run; a killed recording loses at most one run")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "train", "test", "batch_size", "calls_per_run", prefix="data.")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"Expected data.held_out above 0 and below 1, got {self.held_out}.")
+        if not self.scales or not self.cfg_scales:
+            raise UserError("Expected at least one of data.scales and of data.cfg_scales, got an empty list.")
+        if len(self.num_steps) != 2 or not 1 <= self.num_steps[0] <= self.num_steps[1]:
+            raise UserError(f"Expected data.num_steps as [low, high] from 1 on, got {self.num_steps}.")
 
 
 def decisive_options(config: Any, leave_out: Sequence[str] = ()) -> dict[str, Any]:

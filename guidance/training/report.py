@@ -30,18 +30,10 @@ def measure_head(
     calibrate: bool = True,
     compare: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Calibrate a head, find its useful range, and measure it; nothing is chosen on test rows.
+    """Calibrate a head on validation rows, find its useful range, and measure it; nothing is chosen on test rows.
 
-    Args:
-        head: Trained head; its config's temperature, start, stop and metrics are set.
-        sources: "validation" and "test" features.
-        targets: Their encoded targets.
-        accelerator: Shares the rows among processes.
-        calibrate: Fit temperatures, of a task with logits.
-        compare: Further numeric columns of the sources to rank the score against.
-
-    Returns:
-        ``{"validation": ..., "test": ...}``, see :func:`guidance.training.metrics.evaluate_head`.
+    The config's temperature, start, stop and metrics are set.  Returns ``{"validation": ..., "test": ...}``, see
+    :func:`guidance.training.metrics.evaluate_head`; ``compare`` names numeric columns to rank the score against.
     """
     config, task = head.config, get_task(head.config.task)
     config.temperature, config.metrics = [], {}
@@ -70,12 +62,9 @@ def evaluate_calibrated(
     temperatures: Sequence[float],
     compare: Mapping[str, NDArray[Any]] | None = None,
 ) -> dict[str, Any]:
-    """Measure outputs with temperatures, and the calibration error without them as ``ece_uncalibrated``.
+    """Measure outputs with temperatures (none if empty), and the calibration error without as ``ece_uncalibrated``.
 
-    Args:
-        outputs: Outputs without temperatures.
-        target, t, config, compare: As :func:`guidance.training.metrics.evaluate_head` takes them.
-        temperatures: One per timestep bin; empty for none.
+    See :func:`guidance.training.metrics.evaluate_head`.
     """
     raw = evaluate_head(outputs, target, t, config, compare)
     scaled = apply_temperatures(outputs, temperatures, t, config.num_train_timesteps)
@@ -98,13 +87,8 @@ def write_folder(
 ) -> None:
     """Write weights, config, metrics, plot, model card and training config as one folder, or nothing.
 
-    Args:
-        head: Measured head.
-        folder: New or empty folder, or a head to replace.
-        results: Result of :func:`measure_head`.
-        fit: Result of the training.
-        config_yaml: The config of the run, for ``train.yaml``.
-        trained: Facts of the run for the model card, for example rows and device.
+    ``results`` are those of :func:`measure_head`, ``config_yaml`` becomes ``train.yaml``, and ``trained`` are facts of
+    the run for the model card, for example rows and device.
     """
     head.check_replaceable(folder)
     cost = {"seconds": round(fit.seconds, 1)} | dict(trained)

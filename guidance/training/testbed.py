@@ -10,14 +10,14 @@ import dataclasses
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cached_property
+from functools import cached_property, partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from jaxtyping import Float, Int, UInt8
 from numpy.lib.format import open_memmap
 from safetensors.torch import load_model, save_model
@@ -29,13 +29,17 @@ from guidance.testbed import models
 from guidance.testbed.patch_pca import PatchPCA, set_decoder, set_encoder
 from guidance.testbed.render import object_area, render_scenes
 from guidance.testbed.scenes import ATTRIBUTES, sample_scene, scenes
-from guidance.training.loop import Stage, batch_indices, fit, world
+from guidance.training.loop import batch_indices, fit, world
+from guidance.training.recipes import TestbedRecipe
 from guidance.utils.errors import UserError
 from guidance.utils.images import to_float
 from guidance.utils.io import atomic_path, read_json, write_json
 
-STEPS = ("data", "vae", "clip", "judge_classifier", "judge_clip", "unet")
+#: Steps of the training, each with what is added to the seed of its weights, batches and noise.
+STEPS = {"data": 0, "vae": 1, "clip": 2, "judge_classifier": 4, "judge_clip": 3, "unet": 5}
 
+_CAPTION_DROPOUT = 0.1
+_LATENT_NOISE = 0.05  # on the latents the decoder is trained on: sampled ones are not exact
 _CHUNK = 500
 
 
@@ -44,31 +48,11 @@ def _render_chunk(args: tuple[str, int, int]) -> np.ndarray:
     return render_scenes(scenes(split, _CHUNK, start=start, seed=seed))
 
 
-@dataclasses.dataclass
 class Recipe:
-    """Settings and data shared by the training steps.
+    """Settings and data shared by the training steps; everything resumes from what is in the working folder."""
 
-    Args:
-        work: Working folder; everything resumes from its contents.
-        num_scenes: Training scenes (a multiple of 500).
-        stages: One :class:`Stage` per trained network.
-        seed: Seed of the world and of all training.
-        device: "cpu" or "cuda".
-        compile: Use ``torch.compile`` in the long trainings (about 1.4 times faster on a CPU).
-        workers: Processes that render scenes.
-    """
-
-    work: Path
-    num_scenes: int
-    stages: dict[str, Stage]
-    seed: int = 0
-    device: str = "cpu"
-    compile: bool = False
-    workers: int = 2
-    unet_channels: tuple[int, int, int] = (32, 64, 128)
-    caption_dropout: float = 0.1
-    emphasis: float = 3.0  # weight added to the named object's surroundings in the denoising loss
-    latent_noise: float = 0.05  # noise on the latents the decoder is trained on: sampled ones are not exact
+    def __init__(self, config: TestbedRecipe) -> None:
+        self.config, self.work, self.device = config, Path(config.work), config.device
 
     def run(self, step: str) -> dict[str, Any]:
         """Run one step, or return its record if it is finished."""
@@ -77,8 +61,8 @@ class Recipe:
         done = self.work / f"done-{step}.json"
         if done.exists():
             return read_json(done)
-        method: Callable[[], dict[str, Any]] = getattr(self, step)
-        record = method()
+        torch.manual_seed(self.config.seed + STEPS[step])
+        record: dict[str, Any] = getattr(self, step)()
         if world()[0] == 0:
             write_json(done, record)
         return record
@@ -86,37 +70,33 @@ class Recipe:
     # ---- data -------------------------------------------------------------------------------------------------
     def data(self) -> dict[str, Any]:
         """Render the training scenes once into ``images.npy`` (uint8, n x 64 x 64 x 3)."""
-        size = models.IMAGE_SIZE
+        size, n = models.IMAGE_SIZE, self.config.num_scenes
         with atomic_path(self.work / "images.npy") as temporary:
-            out = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(self.num_scenes, size, size, 3))
-            jobs = [("train", i, self.seed) for i in range(0, self.num_scenes, _CHUNK)]
-            with ProcessPoolExecutor(self.workers) as pool, tqdm(total=self.num_scenes, desc="render scenes") as bar:
+            out = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(n, size, size, 3))
+            jobs = [("train", i, self.config.seed) for i in range(0, n, _CHUNK)]
+            with ProcessPoolExecutor(self.config.workers) as pool, tqdm(total=n, desc="render scenes") as bar:
                 for (_, start, _), chunk in zip(jobs, pool.map(_render_chunk, jobs), strict=True):
                     out[start : start + _CHUNK] = chunk
                     bar.update(_CHUNK)
             out.flush()
         tokenizer = models.build_tokenizer(sorted(set(self.captions)))
         tokenizer.save_pretrained(self.work / "tokenizer")
-        return {"scenes": self.num_scenes, "captions": len(set(self.captions)), "vocabulary": len(tokenizer)}
+        return {"scenes": n, "captions": len(set(self.captions)), "vocabulary": len(tokenizer)}
 
     @cached_property
-    def scenes(self) -> list:
-        """The training scenes (attributes only)."""
-        return [sample_scene("train", i, self.seed) for i in range(self.num_scenes)]
+    def scenes(self) -> list:  # attributes only
+        return [sample_scene("train", i, self.config.seed) for i in range(self.config.num_scenes)]
 
     @cached_property
     def captions(self) -> list[str]:
-        """Captions of the training scenes."""
         return [s.caption for s in self.scenes]
 
     @cached_property
-    def images(self) -> np.ndarray:
-        """Training images, memory-mapped."""
+    def images(self) -> np.ndarray:  # memory-mapped
         return np.load(self.work / "images.npy", mmap_mode="r")
 
     @cached_property
-    def tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer trained by the data step."""
+    def tokenizer(self) -> CLIPTokenizer:  # trained by the data step
         return CLIPTokenizer.from_pretrained(self.work / "tokenizer")
 
     @cached_property
@@ -129,28 +109,27 @@ class Recipe:
         )
         return tokens.input_ids, np.array([where[c] for c in self.captions])
 
-    def batch(self, step: int, stage: Stage, salt: int) -> np.ndarray:
-        """Indices of this process's share of a batch."""
-        rank, size = world()
-        return batch_indices(self.num_scenes, stage.batch_size, step, self.seed + salt)[rank::size]
-
     def pixels(self, index: np.ndarray) -> Float[Tensor, "b 3 h w"]:
         """Images of these indices, floats in -1..1."""
         return to_float(self.images[np.sort(index)][np.argsort(np.argsort(index))], self.device)
 
-    def _fit(self, name: str, model: nn.Module, loss: Any, salt: int) -> dict[str, Any]:
-        result = fit(name, model, loss, self.stages[name], self.work, seed=self.seed + salt, device=self.device)
-        rank, size = world()
+    def _fit(
+        self, name: str, model: nn.Module, loss: Callable[[np.ndarray, torch.Generator], Tensor]
+    ) -> dict[str, Any]:
+        """Train a network by its loss on a batch of images, given by their indices, and save it."""
+        stage, seed, (rank, size) = getattr(self.config, name), self.config.seed + STEPS[name], world()
+
+        def batch_loss(step: int, g: torch.Generator) -> Tensor:
+            return loss(batch_indices(self.config.num_scenes, stage.batch_size, step, seed)[rank::size], g)
+
+        result = fit(name, model, batch_loss, stage, self.work, seed=seed, device=self.device)
         if rank == 0:
             with atomic_path(self.work / f"{name}-final.safetensors") as temporary:
                 save_model(model, str(temporary))
         hardware = (
             torch.cuda.get_device_name() if self.device == "cuda" else f"{size * torch.get_num_threads()} CPU threads"
         )
-        return dataclasses.asdict(result) | {"hardware": hardware, "stage": dataclasses.asdict(self.stages[name])}
-
-    def _compiled(self, model: nn.Module) -> Any:
-        return torch.compile(model, dynamic=False) if self.compile else model
+        return result | {"hardware": hardware, "stage": dataclasses.asdict(stage)}
 
     def load(self, name: str, model: nn.Module) -> nn.Module:
         """Load a finished network into ``model`` and freeze it."""
@@ -160,85 +139,76 @@ class Recipe:
     # ---- networks ---------------------------------------------------------------------------------------------
     def vae(self) -> dict[str, Any]:
         """Set the encoder to the patch PCA and train the decoder."""
-        torch.manual_seed(self.seed + 1)
         vae = models.build_vae().to(self.device)
         set_encoder(vae, self.pca)
         set_decoder(vae, self.pca)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-        stage = self.stages["vae"]
 
-        def loss(step: int, g: torch.Generator) -> Tensor:
-            x = self.pixels(self.batch(step, stage, 1))
+        def loss(index: np.ndarray, g: torch.Generator) -> Tensor:
+            x = self.pixels(index)
             z = self.pca.encode(x)
-            z = z + self.latent_noise * torch.randn(z.shape, generator=g, device=z.device)
+            z = z + _LATENT_NOISE * torch.randn(z.shape, generator=g, device=z.device)
             return reconstruction_loss(vae.decode(z).sample, x)
 
-        return self._fit("vae", vae, loss, 1)
-
-    def clip(self) -> dict[str, Any]:
-        """Train the guiding CLIP; its text tower is the pipeline's text encoder."""
-        return self._train_clip("clip", 2)
-
-    def judge_clip(self) -> dict[str, Any]:
-        """Train the judge CLIP: other architecture, other seed."""
-        return self._train_clip("judge_clip", 3)
+        return self._fit("vae", vae, loss)
 
     def build_clip(self, name: str) -> CLIPModel:
         """An untrained CLIP of this name for this tokenizer."""
         return models.build_clip(len(self.tokenizer), self.tokenizer.eos_token_id, judge=name == "judge_clip")
 
-    def _train_clip(self, name: str, salt: int) -> dict[str, Any]:
-        torch.manual_seed(self.seed + salt)
-        model, stage = self.build_clip(name).to(self.device), self.stages[name]
-        ids, which = self.unique
+    def build_unet(self) -> UNet2DConditionModel:
+        """An untrained denoiser of the configured widths."""
+        first, second, third = self.config.unet_channels
+        return models.build_unet((first, second, third))
 
-        def loss(step: int, g: torch.Generator) -> Tensor:
-            index = self.batch(step, stage, salt)
+    def _train_clip(self, name: str) -> dict[str, Any]:
+        """Train the guiding CLIP, whose text tower is the pipeline's, or the judge: other architecture, other seed."""
+        model, (ids, which) = self.build_clip(name).to(self.device), self.unique
+
+        def loss(index: np.ndarray, g: torch.Generator) -> Tensor:
             return clip_loss(model, jitter(self.pixels(index), g), ids[which[index]].to(self.device))
 
-        return self._fit(name, model, loss, salt)
+        return self._fit(name, model, loss)
+
+    clip = partialmethod(_train_clip, "clip")
+    judge_clip = partialmethod(_train_clip, "judge_clip")
 
     def judge_classifier(self) -> dict[str, Any]:
         """Train the judge classifier of the captioned attributes."""
-        torch.manual_seed(self.seed + 4)
-        model, stage = models.JudgeClassifier().to(self.device), self.stages["judge_classifier"]
+        model = models.JudgeClassifier().to(self.device)
         labels = {
             name: torch.tensor([classes.index(getattr(s, name)) for s in self.scenes], device=self.device)
             for name, classes in ATTRIBUTES.items()
         }
 
-        def loss(step: int, g: torch.Generator) -> Tensor:
-            index = self.batch(step, stage, 4)
+        def loss(index: np.ndarray, g: torch.Generator) -> Tensor:
             logits = model(jitter(self.pixels(index), g))
             return torch.stack([F.cross_entropy(logits[n], labels[n][index]) for n in labels]).mean()
 
-        return self._fit("judge_classifier", model, loss, 4)
+        return self._fit("judge_classifier", model, loss)
 
     def unet(self) -> dict[str, Any]:
         """Cache latents and text states, then train the denoiser."""
-        torch.manual_seed(self.seed + 5)
-        latents = self.latents()
-        text, which = self.text_states()
-        unet, stage = models.build_unet(self.unet_channels).to(self.device), self.stages["unet"]
+        latents, (text, which) = self.latents(), self.text_states()
+        unet = self.build_unet().to(self.device)
         start = self.work / "unet-start.safetensors"  # see export.adopt
         earlier = {"continued_from": read_json(start.with_suffix(".json"))} if start.exists() else {}
         if earlier:
             load_model(unet, str(start))
-        scheduler, run = models.build_scheduler(), self._compiled(unet)
-        areas = self.object_areas()
+        scheduler, areas = models.build_scheduler(), self.object_areas()
+        run: Any = torch.compile(unet, dynamic=False) if self.config.compile else unet
 
-        def loss(step: int, g: torch.Generator) -> Tensor:
-            index = self.batch(step, stage, 5)
+        def loss(index: np.ndarray, g: torch.Generator) -> Tensor:
             captions = which[index]
-            drop = torch.rand(len(index), generator=g, device=self.device) < self.caption_dropout
+            drop = torch.rand(len(index), generator=g, device=self.device) < _CAPTION_DROPOUT
             captions = torch.where(drop.cpu(), len(text) - 1, torch.from_numpy(captions))
             states = text[captions].to(self.device).float()
-            emphasis = self.emphasis / 255 * areas[index].to(self.device).float()
+            emphasis = self.config.emphasis / 255 * areas[index].to(self.device).float()
             x0 = latents[index].to(self.device).float()
             return denoising_loss(run, scheduler, x0, states, g, emphasis=emphasis)
 
-        return self._fit("unet", unet, loss, 5) | earlier
+        return self._fit("unet", unet, loss) | earlier
 
     @cached_property
     def pca(self) -> PatchPCA:
@@ -248,25 +218,32 @@ class Recipe:
             PatchPCA.fit(self.images[:5000]).save(path)
         return PatchPCA.load(path)
 
-    @torch.no_grad()
-    def latents(self) -> Float[Tensor, "n 4 16 16"]:
-        """Latents of all training images, fp16 (cached in ``latents.npy``)."""
-        path = self.work / "latents.npy"
+    def _cached(self, name: str, compute: Callable[[], np.ndarray]) -> Tensor:
+        path = self.work / name
         if not path.exists():
-            chunks = range(0, self.num_scenes, _CHUNK)
-            parts = [self.pca.encode(self.pixels(np.arange(i, i + _CHUNK))).cpu() for i in tqdm(chunks, desc="encode")]
             with atomic_path(path) as temporary:
-                np.save(temporary, torch.cat(parts).half().numpy())
+                np.save(temporary, compute())
         return torch.from_numpy(np.load(path))
 
+    @torch.no_grad()
+    def latents(self) -> Float[Tensor, "n 4 16 16"]:
+        """Latents of all training images, fp16."""
+
+        def compute() -> np.ndarray:
+            starts = tqdm(range(0, self.config.num_scenes, _CHUNK), desc="encode")
+            parts = [self.pca.encode(self.pixels(np.arange(i, i + _CHUNK))).cpu() for i in starts]
+            return torch.cat(parts).half().numpy()
+
+        return self._cached("latents.npy", compute)
+
     def object_areas(self) -> UInt8[Tensor, "n 16 16"]:
-        """:func:`object_area` of all training scenes in steps of 1/255 (cached in ``areas.npy``)."""
-        path = self.work / "areas.npy"
-        if not path.exists():
+        """:func:`object_area` of all training scenes in steps of 1/255."""
+
+        def compute() -> np.ndarray:
             areas = [object_area(s) for s in tqdm(self.scenes, desc="object areas")]
-            with atomic_path(path) as temporary:
-                np.save(temporary, (np.stack(areas) * 255 + 0.5).astype(np.uint8))
-        return torch.from_numpy(np.load(path))
+            return (np.stack(areas) * 255 + 0.5).astype(np.uint8)
+
+        return self._cached("areas.npy", compute)
 
     @torch.no_grad()
     def text_states(self) -> tuple[Float[Tensor, "u n d"], np.ndarray]:
