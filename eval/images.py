@@ -14,6 +14,7 @@ Several processes share the work: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guidance.utils.config import list_words, option, parse_config
-from guidance.utils.errors import UserError, friendly_errors
+from guidance.utils.errors import friendly_errors
 from guidance.utils.processes import join_processes, launched, leave_processes
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def evaluate_images(config: EvalImagesConfig, command: str = "", *, progress: bo
     Args:
         config: Folders and options.
         command: Command line, for the report.
-        progress: Show progress bars.
 
     Returns:
         The content of summary.json; None in all but the main one of several processes.
@@ -79,14 +79,8 @@ def evaluate_images(config: EvalImagesConfig, command: str = "", *, progress: bo
 
     output = Path(config.output or default_output(config.folders))
     check_writable(output / SUMMARY)
-    arms = load_arms(
-        config.folders,
-        baseline=config.baseline,
-        only=config.arms,
-        vary=config.vary,
-        prompts=config.prompts,
-        exclude=config.exclude,
-    )
+    options: dict[str, Any] = {key: getattr(config, key) for key in ("baseline", "vary", "prompts", "exclude")}
+    arms = load_arms(config.folders, only=config.arms, **options)
     key = _key(config, arms)
     if (previous := _read_summary(output, key)) is not None:
         return previous
@@ -99,8 +93,7 @@ def evaluate_images(config: EvalImagesConfig, command: str = "", *, progress: bo
     if not state.is_main_process:
         return None
     title = config.title or " and ".join(Path(folder).resolve().name for folder in config.folders)
-    default = dataclasses.asdict(EvalImagesConfig())
-    chosen = {k: v for k, v in dataclasses.asdict(config).items() if v != default[k]}
+    chosen = {k: v for k, v in dataclasses.asdict(config).items() if v != getattr(EvalImagesConfig(), k)}
     comparison = bench.compare(title, command, chosen)
     found = write_comparison(comparison, output, key=key, sort_by=config.sort_by)
     if config.wandb:
@@ -115,31 +108,22 @@ def _key(config: EvalImagesConfig, arms: Arms) -> str:
     images = {name: [(*i.pair, i.prompt, i.digest) for i in rows] for name, rows in arms.images.items()}
     ignored = ("folders", "output", "cache", "batch_size", "wandb")
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ignored}
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _named_files(config)]
+    networks = [name and name.partition(":")[2] for name in (config.clip, config.features)]
+    reference = config.reference and re.sub(r"(\.parquet)@\w+$", r"\1", config.reference)
+    named = [Path(name) for name in (config.prompts, *networks, reference, config.edits, config.rating) if name]
+    files = [f for path in named for f in ([path] if path.is_file() else sorted(path.rglob("*"))) if f.is_file()]
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     content = (arms.baseline, arms.excluded, arms.converted, images, options, stats, toolkit_version())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _named_files(config: EvalImagesConfig) -> list[Path]:
-    """List the files that options name: tables of prompts, networks, references, edits and heads on the disk."""
-    networks = [name and name.partition(":")[2] for name in (config.clip, config.features)]
-    reference = config.reference and re.sub(r"(\.parquet)@\w+$", r"\1", config.reference)
-    named = [Path(name) for name in (config.prompts, *networks, reference, config.edits, config.rating) if name]
-    files = [f for path in named for f in ([path] if path.is_file() else sorted(path.rglob("*")))]
-    return [f for f in files if f.is_file()]
-
-
 def _read_summary(output: Path, key: str) -> dict[str, Any] | None:
     """Read the summary of an output that is complete and of this key; None if there is none."""
-    from guidance.utils.io import read_json
-
-    if not all((output / name).is_file() for name in OUTPUTS):
-        return None
-    try:
-        found = read_json(output / SUMMARY)
-    except UserError:
-        return None
-    return found if isinstance(found, dict) and found.get("key") == key else None
+    if all((output / name).is_file() for name in OUTPUTS):
+        with contextlib.suppress(ValueError):  # no JSON
+            found = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) and found.get("key") == key else None
+    return None
 
 
 def default_output(folders: Sequence[str]) -> Path:

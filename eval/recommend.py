@@ -28,8 +28,7 @@ PLAIN_CFG = "plain CFG"
 _LIMIT = re.compile(r"\s*([\w.-]+)\s*(<=|>=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*(x?)\s*", re.I)
 
 
-@dataclasses.dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """A constraint: ``key`` is at most (or at least) ``bound``, as a difference from the baseline or a ratio to it."""
 
     key: str
@@ -58,9 +57,8 @@ class Limit:
         return moved <= self.bound if self.at_most else moved >= self.bound
 
     def __str__(self) -> str:
-        sign = "<=" if self.at_most else ">="
         of = "x the baseline's" if self.ratio else " from the baseline's"
-        return f"{self.key} {sign} {self.bound:g}{of}"
+        return f"{self.key} {'<=' if self.at_most else '>='} {self.bound:g}{of}"
 
 
 class Candidate(NamedTuple):

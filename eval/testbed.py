@@ -45,11 +45,7 @@ class MeasureConfig:
 
 
 def measure_quality(config: MeasureConfig) -> dict[str, Any]:
-    """Sample test captions at each CFG weight and judge them.
-
-    Returns:
-        Rows (one per CFG weight), and the Frechet distance between two halves of the test scenes.
-    """
+    """Sample test captions at each CFG weight and judge them; a row per weight, beside the test scenes themselves."""
     from eval.metrics.frechet import frechet_distance, moments
     from guidance.models.pipelines import load_pipeline
     from guidance.sampling import sample_images

@@ -29,7 +29,6 @@ from guidance.utils.errors import UserError, first_line, nearest
 from guidance.utils.images import fit_image, to_float, to_rgb
 
 Images = Sequence[Image.Image | UInt8[np.ndarray, "h w 3"]]
-
 Batch = Callable[[list[Image.Image]], Float[Tensor, "b d"]]
 
 
@@ -50,7 +49,12 @@ class Extractor:
     ) -> Self:
         """Build one from its network; its label is by default the last part of the hub id or path in the name."""
         label = label or (name.partition(":")[2] or name).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-        return cls(name, label, network_key(network, preprocess), fingerprint(network), features, **more)
+        weights = fingerprint(network)
+        digest = hashlib.sha256(f"{type(network).__name__} {weights}".encode())
+        digest.update(json.dumps(dict(preprocess), sort_keys=True, default=str).encode())
+        for key, buffer in sorted(network.named_buffers()):  # batch norm keeps running statistics there
+            digest.update(f"{key}{tuple(buffer.shape)}".encode() + buffer.cpu().double().numpy().tobytes())
+        return cls(name, label, digest.hexdigest()[:16], weights, features, **more)
 
     def embed(self, images: Images) -> Float[np.ndarray, "n d"]:
         """Return the features of images (PIL, or uint8 arrays), float32; refuse those the network does not take."""
@@ -114,15 +118,6 @@ def _rgb(image: Image.Image | UInt8[np.ndarray, "h w 3"]) -> Image.Image:
         return to_rgb(image)
     assert image.dtype == np.uint8, "expected 0..255: networks would scale floats twice"
     return Image.fromarray(image)
-
-
-def network_key(network: nn.Module, preprocess: Mapping[str, Any]) -> str:
-    """Hash weights, buffers (batch norm keeps running statistics there) and preprocessing."""
-    digest = hashlib.sha256(f"{type(network).__name__} {fingerprint(network)}".encode())
-    digest.update(json.dumps(dict(preprocess), sort_keys=True, default=str).encode())
-    for name, buffer in sorted(network.named_buffers()):
-        digest.update(f"{name}{tuple(buffer.shape)}".encode() + buffer.cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def load_extractor(name: str, *, device: torch.device | str | None = None, batch_size: int = 64) -> Extractor:
@@ -312,7 +307,6 @@ EXTRACTORS: dict[str, Callable[[str, torch.device], Extractor]] = {
 }
 
 _NAMED = ("clip", "vision")  # followed by a hub id or a folder
-
 PROMPT = "prompt"  # key of an image's info that holds its prompt
 
 
@@ -337,9 +331,6 @@ def rating_extractor(pipe: Pipeline, head: Head, *, batch_size: int = 64) -> Ext
 
     Returns:
         An extractor of one number an image.  Heads that use captions read them from ``image.info["prompt"]``.
-
-    Raises:
-        UserError: If the head does not fit the model.
     """
     guide = MidBlockGuide(head)
     guide.prepare(pipe)

@@ -69,20 +69,17 @@ def load_reference(
     """
     name = os.fspath(source)
     if name.endswith(".npz"):
-        mu, sigma, known = load_statistics(name)
-        return Reference(name, known or 0, None, mu, sigma)
+        mu, sigma, number = load_statistics(name)
+        return Reference(name, number or 0, None, mu, sigma)
     pictures = _open_source(name, n, seed)
     cached = None if cache is None else _cache_path(cache, extractor, pictures)
-    digests = _read_digests(cached) if cached else None
-    known_digests = digests or pictures.digests()
-    features = features_of(pictures.open, known_digests, extractor, cache, progress=progress)
-    if digests and cached:
-        mu, sigma, _ = load_statistics(cached.with_suffix(".npz"))
-    else:
-        mu, sigma = statistics(features)
-    if cached and not digests:
+    known = _read_digests(cached) if cached else None
+    digests = known or pictures.digests()
+    features = features_of(pictures.open, digests, extractor, cache, progress=progress)
+    mu, sigma = load_statistics(cached.with_suffix(".npz"))[:2] if cached and known else statistics(features)
+    if cached and not known:
         save_statistics(cached.with_suffix(".npz"), mu, sigma, len(features))
-        write_json(cached.with_suffix(".json"), known_digests)  # last: it marks the entry as complete
+        write_json(cached.with_suffix(".json"), digests)  # last: it marks the entry as complete
     return Reference(name, len(features), features, mu, sigma)
 
 
@@ -217,9 +214,9 @@ def _read_splits(name: str) -> dict[str, Any]:
 
 def _encoded(cell: Any, where: str) -> bytes:
     """Read a table's cell: an encoded image, or ``{"bytes", "path"}``."""
-    data = cell.get("bytes") if isinstance(cell, dict) else cell
-    if data is None and isinstance(cell, dict) and cell.get("path"):
-        data = Path(cell["path"]).read_bytes()
+    data = cell
+    if isinstance(cell, dict):
+        data = Path(cell["path"]).read_bytes() if cell.get("bytes") is None and cell.get("path") else cell.get("bytes")
     if not isinstance(data, bytes):
         raise UserError(f"Expected an encoded image in {where}, got {type(cell).__name__}; remove the row.")
     return data
@@ -256,6 +253,5 @@ def _cache_path(cache: str | os.PathLike[str], extractor: Extractor, pictures: _
 
 def _read_digests(cached: Path) -> list[str] | None:
     """Read the digests of a cached reference; None if it is incomplete."""
-    if not cached.with_suffix(".json").is_file() or not cached.with_suffix(".npz").is_file():
-        return None
-    return read_json(cached.with_suffix(".json"))
+    complete = all(cached.with_suffix(suffix).is_file() for suffix in (".json", ".npz"))
+    return read_json(cached.with_suffix(".json")) if complete else None

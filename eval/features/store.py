@@ -25,7 +25,6 @@ from guidance.utils.io import append_bytes, read_json, write_json
 What = Literal["embed", "probabilities"]
 
 _FORMAT = "image features 1"
-
 _BATCH = 64
 
 

@@ -50,9 +50,6 @@ def evaluate_heads(config: EvalHeadsConfig) -> dict[str, Any]:
     Returns:
         Head -> ``{"folder", "task", "target", "features", "overall", "bins"}`` and, where it has classes,
         ``"reliability"``; see :func:`guidance.training.metrics.evaluate_head`.
-
-    Raises:
-        UserError: If there is no such head, or its features are missing or do not fit.
     """
     from accelerate import Accelerator
 
@@ -69,14 +66,9 @@ def evaluate_heads(config: EvalHeadsConfig) -> dict[str, Any]:
     heads = {name: load_head(path, accelerator.device) for name, path in folders.items()}
     output = Path(config.output)
     check_writable(output / "metrics.json")
-    features = open_features(
-        {name: head.config for name, head in heads.items()},
-        config.data,
-        config.split,
-        cache=config.cache,
-        generated=config.generated,
-        compare=config.compare,
-    )
+    configs = {name: head.config for name, head in heads.items()}
+    options: dict[str, Any] = {key: getattr(config, key) for key in ("cache", "generated", "compare")}
+    features = open_features(configs, config.data, config.split, **options)
     results = {}
     for name, (source, settings) in features.items():
         found = measure(heads[name], source, settings["draws"], accelerator, config.compare, f"measure {name}")
@@ -100,7 +92,6 @@ def measure(
         head: As loaded; its temperatures are removed for the pass and put back.
         source: Features; for a discriminator the real rows followed by as many generated ones.
         draws: Rows per image.
-        accelerator: Where to compute.
         compare: Columns to rank ratings and numbers against.
         progress: Label of the progress bar.
     """

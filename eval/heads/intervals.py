@@ -34,11 +34,8 @@ def head_intervals(
     """Return 95% intervals of the measures of a head, over all rows and per timestep bin.
 
     Args:
-        outputs, target, t, config: As :func:`guidance.training.metrics.evaluate_head` takes them.
+        outputs, target, t, config: As :func:`guidance.training.metrics.evaluate_head` takes them, and returns measures.
         image: The image of each row (n,); rows of one image are resampled together.
-
-    Returns:
-        ``{"overall": {"accuracy_interval": [low, high], ...}, "bins": [...]}`` like the measures themselves.
     """
     task = get_task(config.task)
     outputs, target = task.by_row(outputs, target)
@@ -61,8 +58,7 @@ def _intervals(statistics: dict[str, Statistic], image: NDArray[np.int64]) -> di
     resampled = np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size) @ sums for size in draws])
     result, first = {}, 0
     for name, statistic in statistics.items():
-        columns = slice(first, first + statistic.addends.shape[1])
-        first = columns.stop
+        columns = slice(first, first := first + statistic.addends.shape[1])
         if statistic.is_share:
             share = float(statistic.value(sums[:, columns].sum(0)))
             result[f"{name}_interval"] = list(wilson(min(max(share, 0.0), 1.0) * n, n))

@@ -14,7 +14,6 @@ from eval.stats.tables import markdown, with_interval
 from guidance.utils.io import atomic_path
 
 _COLUMNS = ["rows", "chance", "accuracy", "auc", "spearman", "mae", "cosine", "cosine_other", "retrieval"]
-
 _COLUMNS += ["ece", "ece_uncalibrated", "nll", "skill"]
 
 _BINS = 15  # of the confidence, as in the calibration error
@@ -26,14 +25,12 @@ def head_tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         results: Head -> ``{"task", "overall", "bins"}``.
     """
-    parts = []
-    if len(results) > 1:
-        rows = [{"head": name, "task": r["task"]} | r["overall"] for name, r in results.items()]
-        parts.append(_table(rows, ("head", "task")))
+    rows = [{"head": name, "task": r["task"]} | r["overall"] for name, r in results.items()]
+    parts = [_table(rows, ("head", "task"))] if len(rows) > 1 else []
     for name, result in results.items():
         rows = [{"timesteps": f"{e['low']}-{e['high']}"} | e for e in result["bins"]]
-        parts.append(f"{name} ({result['task']})")
-        parts.append(_table([*rows, {"timesteps": "all"} | result["overall"]], ("timesteps",)))
+        table = _table([*rows, {"timesteps": "all"} | result["overall"]], ("timesteps",))
+        parts.append(f"{name} ({result['task']})\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -68,15 +65,11 @@ def reliability(logits: Float[Tensor, "n outputs"], index: Tensor) -> list[dict[
     confidence, chosen = logits.softmax(1).max(1)
     correct = (chosen == index).double()
     bins = (confidence * _BINS).ceil().long().clamp(1, _BINS) - 1
-    return [
-        {
-            "confidence": float(confidence[here].double().mean()),
-            "accuracy": float(correct[here].mean()),
-            "rows": int(here.sum()),
-        }
-        for here in (bins == k for k in range(_BINS))
-        if here.any()
-    ]
+    found = []
+    for rows in (bins == k for k in bins.unique()):
+        means = {"confidence": float(confidence[rows].double().mean()), "accuracy": float(correct[rows].mean())}
+        found.append(means | {"rows": int(rows.sum())})
+    return found
 
 
 def plot_reliability(heads: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], path: Path) -> None:

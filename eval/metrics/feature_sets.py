@@ -40,11 +40,7 @@ def feature_rows(features: Features, *, width: int | None = None, kind: str = "f
 
 
 def unit_rows(embeddings: Features) -> Float[Tensor, "n d"]:
-    """Return embeddings divided by their lengths, float64.
-
-    Raises:
-        UserError: If there are none, or one is zero or not finite.
-    """
+    """Return embeddings divided by their lengths, float64; there must be one or more."""
     x = feature_rows(embeddings, kind="embeddings").double()
     norm = x.norm(dim=1, keepdim=True)
     if not len(x) or not (norm > 0).all():
@@ -62,11 +58,7 @@ def unit_pairs(*embeddings: Features) -> list[Float[Tensor, "n d"]]:
 
 
 def two_sets(real: Features, generated: Features) -> tuple[Float[Tensor, "n d"], Float[Tensor, "m d"]]:
-    """Return two comparable sets of features, float64.
-
-    Raises:
-        UserError: If widths differ, a value is not finite, or a set does not have two different rows.
-    """
+    """Return two comparable sets of features, float64, each of two or more rows."""
     a, b = (feature_rows(x).double() for x in (real, generated))
     if a.shape[1] != b.shape[1]:
         raise UserError(

@@ -140,22 +140,14 @@ class FrechetDistance(Metric):
             self.add_state(name, torch.zeros(2, *shape, dtype=torch.float64), dist_reduce_fx="sum")  # generated, real
 
     def update(self, features: Features, real: bool) -> None:
-        """Add features (tensor or array) to the real or the generated side.
-
-        Raises:
-            UserError: If their width is another or one is not finite.
-        """
+        """Add features (tensor or array) to the real or the generated side."""
         x = feature_rows(features, width=self.num_features).to(self.total)
         self.n[int(real)] += len(x)
         self.total[int(real)] += x.sum(0)
         self.outer[int(real)] += x.T @ x
 
     def compute(self) -> Float[Tensor, ""]:
-        """Return the distance of the two sides, float64.
-
-        Raises:
-            UserError: If a side has fewer than two samples.
-        """
+        """Return the distance of the two sides, float64; each needs two or more samples."""
         least = int(self.n.min())
         if 2 <= least < 2 * self.num_features:
             warnings.warn(
@@ -167,11 +159,7 @@ class FrechetDistance(Metric):
         return torch.tensor(value, dtype=torch.float64, device=self.n.device)
 
     def statistics(self, *, real: bool) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
-        """Return mean and covariance (ddof 1) of a side.
-
-        Raises:
-            UserError: If it has fewer than two samples.
-        """
+        """Return mean and covariance (ddof 1) of a side."""
         n, total, outer = (state[int(real)] for state in (self.n, self.total, self.outer))
         if n < 2:
             raise UserError(f"Expected two or more samples, got {int(n)}; call update(features, real={real}) first.")

@@ -82,8 +82,7 @@ def paired_difference(
     # differences of means carry rounding: what is equal in exact arithmetic must count as a tie
     diff[np.abs(diff) <= 1e-12 * np.maximum(np.abs(mean_a), np.abs(mean_b))] = 0.0
     interval = mean_interval(diff, method, confidence=confidence, seed=seed, resamples=resamples)
-    spread = float(a.std(ddof=1))
-    unit = spread if spread > 0 else float("nan")
+    unit = float(a.std(ddof=1)) or float("nan")
     wins, losses = int((diff > 0).sum()), int((diff < 0).sum())
     ties = len(diff) - wins - losses
     return PairedDifference(

@@ -64,9 +64,8 @@ def permutation_test(
     Reference:
         Phipson and Smyth 2010, Permutation p-values should never be zero.
     """
-    group, n = _groups(prompts), len(prompts)
-    a, b = np.arange(n), np.arange(n, 2 * n)
-    swaps = _swaps(int(group.max()) + 1, permutations, seed)
+    group, swaps = _draw_swaps(prompts, permutations, seed)
+    a, b = np.arange(len(group)), np.arange(len(group), 2 * len(group))
     observed = float(statistic(a, b))
     swapped = (swap[group] for swap in swaps)
     values = np.array([float(statistic(np.where(s, b, a), np.where(s, a, b))) for s in swapped])
@@ -101,8 +100,8 @@ def mmd_permutation_test(
     """
     x, y = two_sets(a, b)
     assert x.shape == y.shape == (len(prompts), x.shape[1]), "expected a row of each method for each prompt"
-    group, n = torch.as_tensor(_groups(prompts), device=x.device), len(x)
-    signs = torch.as_tensor(1 - 2.0 * _swaps(int(group.max()) + 1, permutations, seed)).to(x)
+    numbers, swaps = _draw_swaps(prompts, permutations, seed)
+    group, signs, n = torch.as_tensor(numbers, device=x.device), torch.as_tensor(1 - 2.0 * swaps).to(x), len(x)
     if reference is None:
         d = _swap_matrix(x, y, group, kernel)
         observed = mmd_squared(x, y, kernel).unbiased
@@ -142,17 +141,16 @@ def _swap_shares(
     return shares(x) - shares(y)
 
 
-def _groups(prompts: Sequence[Hashable]) -> Index:
+def _draw_swaps(
+    prompts: Sequence[Hashable], permutations: int, seed: int
+) -> tuple[Index, Bool[np.ndarray, "permutations prompts"]]:
+    """Number the prompts of pairs, and draw which prompts every permutation swaps."""
     if (number := len(set(prompts))) < MIN_PROMPTS:
         few = "with fewer no result could be significant at 5%"
         raise UserError(f"Expected {MIN_PROMPTS} or more prompts, the units, got {number}; {few}.")
-    return prompt_numbers(prompts)
-
-
-def _swaps(prompts: int, permutations: int, seed: int) -> Bool[np.ndarray, "permutations prompts"]:
     if permutations < 1:
         raise UserError(f"Expected a number of permutations from 1, got {permutations}.")
-    return np.random.default_rng(seed).random((permutations, prompts)) < 0.5
+    return prompt_numbers(prompts), np.random.default_rng(seed).random((permutations, number)) < 0.5
 
 
 def _p_value(observed: float, values: Float[np.ndarray, " n"], two_sided: bool) -> float:

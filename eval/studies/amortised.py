@@ -37,8 +37,8 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         One row per sampler and arm.
     """
     teachers = guided_arms("gradient", MidBlockGuide(head=config.head), [config.scale])
-    scales = [factor * config.scale for factor in _FACTORS]
-    students = guided_arms("amortised", AmortisedGuide(adapter=config.adapter), scales)
+    adapter = AmortisedGuide(adapter=config.adapter)
+    students = guided_arms("amortised", adapter, [factor * config.scale for factor in _FACTORS])
     rows = []
     for sampler in config.samplers:
         scheduler, _, steps = sampler.rpartition("-")
@@ -70,9 +70,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
 def equal_drift_ratio(gains: np.ndarray, drifts: np.ndarray, gain: np.ndarray, wanted: np.ndarray) -> str:
     """Interpolate the gain at the teacher's mean drift, in percent of the teacher's, with a bootstrap interval.
 
-    Args:
-        gains, drifts: Of the student, (scales, images).
-        gain, wanted: Of the teacher, (images,).
+    ``gains`` and ``drifts`` (scales, images) are the student's, ``gain`` and ``wanted`` (images,) the teacher's.
 
     >>> gains = np.outer([0.5, 1.0, 1.5], np.ones(4))
     >>> equal_drift_ratio(gains, 10 * gains, np.ones(4), np.full(4, 8.0))
@@ -84,8 +82,7 @@ def equal_drift_ratio(gains: np.ndarray, drifts: np.ndarray, gain: np.ndarray, w
         order = np.argsort(x)
         return 100 * float(np.interp(wanted[rows].mean(), x[order], y[order]) / gain[rows].mean())
 
-    n = len(gain)
-    low, high = np.quantile([ratio(rows) for rows in resampled(n)], [0.025, 0.975])
+    low, high = np.quantile([ratio(rows) for rows in resampled(len(gain))], [0.025, 0.975])
     outside = not drifts.mean(1).min() <= wanted.mean() <= drifts.mean(1).max()
     note = " (drift outside the student's range)" if outside else ""
-    return with_interval(ratio(np.arange(n)), (float(low), float(high)), ".0f") + note
+    return with_interval(ratio(np.arange(len(gain))), (float(low), float(high)), ".0f") + note

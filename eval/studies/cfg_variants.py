@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from eval.metrics.frechet import frechet_distance, moments
-from eval.studies.common import Sampled, StudyBench, StudyConfig
+from eval.studies.common import StudyBench, StudyConfig
 from guidance.guides.midblock import MidBlockGuide
 from guidance.heads import load_head
 from guidance.runs.arms import guide_arms
@@ -43,10 +43,11 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     spec = MidBlockGuide(head=config.head, start=config.start)
     arms, jobs = guide_arms([spec], [config.scale]), bench.captions()
     folder = f"cfg_variants/{Path(config.head).name}"  # records do not name the head that modulates
-    sampled: dict[tuple[str, str], Sampled] = {}
-    for variant, cfg in _variants(config).items():
-        for arm, s in bench.sample(f"{folder}/{variant}", jobs, arms, cfg_scale=cfg).items():
-            sampled[variant, arm] = s
+    sampled = {
+        (variant, arm): s
+        for variant, cfg in _variants(config).items()
+        for arm, s in bench.sample(f"{folder}/{variant}", jobs, arms, cfg_scale=cfg).items()
+    }
     real = moments(bench.real)
     base = next(iter(sampled.values()))
     return [
@@ -64,11 +65,7 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
 
 
 def _variants(config: Config) -> dict[str, ClassifierFree]:
-    """Build the variants by name, the base first.
-
-    Raises:
-        UserError: If an option is out of range.
-    """
+    """Build the variants by name, the base first."""
     if len(config.interval) != 2:
         raise UserError(f"Expected an interval [start, stop], got {config.interval}; for example [0.2, 0.8].")
     start, stop = config.interval

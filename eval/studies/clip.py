@@ -33,7 +33,14 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         One row per method: judge CLIP score, and the share of the gain that conditioning (CFG 1 and 4) gives.
     """
     guides: list[tuple[str, Guide, Sequence[float]]] = [
-        *((_head_name(k), EmbeddingGuide(head=config.head, every=k), config.scales) for k in config.every),
+        *(
+            (
+                "CLIP head" if k == 1 else f"CLIP head, every {k}",
+                EmbeddingGuide(head=config.head, every=k),
+                config.scales,
+            )
+            for k in config.every
+        ),
         ("CLIP on images, x0", ClipGuide(through="x0"), config.image_scales),
         ("CLIP on images, UNet", ClipGuide(through="unet"), config.image_scales),
     ]
@@ -57,7 +64,3 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
         }
         for name, s in sampled.items()
     ]
-
-
-def _head_name(every: int) -> str:
-    return "CLIP head" if every == 1 else f"CLIP head, every {every}"

@@ -133,26 +133,15 @@ class StudyBench:
         """
         state, config = self.state, self.config
         store = RecordStore(self.folder / folder, state.process_index)
-        sample_arms(
-            self.pipe,
-            jobs,
-            arms,
-            store,
-            Sampling(**({"num_steps": config.num_steps} | options)),
-            model=config.model,
-            batch_size=config.batch_size,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-            progress=state.is_main_process,
-        )
+        sampling = Sampling(**({"num_steps": config.num_steps} | options))
+        shared: dict[str, Any] = {"process_index": state.process_index, "num_processes": state.num_processes}
+        shared |= {"model": config.model, "batch_size": config.batch_size, "progress": state.is_main_process}
+        sample_arms(self.pipe, jobs, arms, store, sampling, **shared)
         state.wait_for_everyone()
         store.refresh()
         found = {r.key: r for r in store.load()}
-        sampled = {}
-        for arm in arms:
-            records = [found[arm.name, job.prompt.id, job.seed] for job in jobs]
-            sampled[arm.name] = Sampled(load_images(store.folder, records), records)
-        return sampled
+        records = {arm.name: [found[arm.name, job.prompt.id, job.seed] for job in jobs] for arm in arms}
+        return {arm: Sampled(load_images(store.folder, rows), rows) for arm, rows in records.items()}
 
     def sample_classes(self, folder: str, attribute: str, arms: Callable[[str], Sequence[Arm]]) -> dict[str, Sampled]:
         """Sample each class of an attribute from the empty prompt without CFG; the images are spread over the classes.
@@ -193,15 +182,13 @@ class StudyBench:
     def precision(self, sampled: Sampled) -> str:
         """Format the precision of images; 0 if they are all alike, as under far too strong a guide."""
         features = self.judges.features(sampled.images)
-        varied = np.ptp(features, axis=0).any()
-        return f"{precision_recall(self.real, features).precision if varied else 0.0:.2f}"
+        return f"{precision_recall(self.real, features).precision if np.ptp(features, 0).any() else 0.0:.2f}"
 
 
 def load_class_head(folder: str) -> tuple[Head, str]:
     """Load a class head of the testbed, and name its attribute; refuse heads that predict something else."""
     head = load_head(folder)
-    attribute = head.config.target
-    if attribute not in ATTRIBUTES:
+    if (attribute := head.config.target) not in ATTRIBUTES:
         raise UserError(f"Expected a class head for {', '.join(ATTRIBUTES)}, got '{attribute}' in '{folder}'.")
     return head, attribute
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,11 @@ class Config(StudyConfig):
 
 
 def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
-    """Edit the images of edit pairs, unguided and guided, from the same noise.
+    """Edit the images of edit pairs, unguided and guided, from the same noise, on one process.
 
     Returns:
         One row per start and arm: whether the judge classifier sees the new attribute and the old others, how far the
         pixels outside the edit moved, and the truth score.
-
-    Raises:
-        UserError: On several processes, which would all do the same work.
     """
     if bench.state.num_processes > 1:
         raise UserError(f"Expected one process for edits, got {bench.state.num_processes}; omit torchrun.")
@@ -70,21 +68,13 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     shown = {"image": source, "mask": 255 * np.repeat(masks[..., None], 3, -1).astype(np.uint8)}
     shown["edited scene"] = target
     rows = [{"start": "the pair itself", "arm": ""} | _judge(bench, pairs, source, target, masks, target)]
-    for name, start in starts.items():
-        for arm, active in guides.items():
-            images = sample_images(
-                bench.pipe,
-                pairs["edited_caption"],
-                range(config.seed, config.seed + len(pairs)),
-                start=start,
-                guides=active,
-                cfg_scale=config.cfg_scale,
-                num_steps=config.num_steps,
-                batch_size=config.batch_size,
-                progress=True,
-            )
-            rows.append({"start": name, "arm": arm} | _judge(bench, pairs, source, target, masks, images))
-            shown[f"{name}, {arm}"] = images
+    seeds = range(config.seed, config.seed + len(pairs))
+    options: dict[str, Any] = {key: getattr(config, key) for key in ("cfg_scale", "num_steps", "batch_size")}
+    for (name, start), (arm, active) in itertools.product(starts.items(), guides.items()):
+        options |= {"start": start, "guides": active}
+        images = sample_images(bench.pipe, pairs["edited_caption"], seeds, progress=True, **options)
+        rows.append({"start": name, "arm": arm} | _judge(bench, pairs, source, target, masks, images))
+        shown[f"{name}, {arm}"] = images
     _show(bench.folder / "edits.png", pairs["edited_caption"], shown)
     return rows
 

@@ -50,19 +50,17 @@ def run(bench: StudyBench, config: Config) -> list[dict[str, str]]:
     arms = _arms(config, config.head, network)
     deterministic = _best_of(MidBlockGuide(network), config, eta=0.0)
     arms.insert(2, Arm(f"{best}, eta 0", head=config.head, steering=deterministic))
-    folder = f"steering-{config.particles}"
-    sampled = bench.sample(folder, bench.captions(), arms, cfg_scale=config.cfg_scale)
-    base = sampled["unguided"]
+    sampled = bench.sample(f"steering-{config.particles}", bench.captions(), arms, cfg_scale=config.cfg_scale)
     return [
         {
-            "arm": arm.name,
-            "truth, sd against unguided [95%]": sampled[arm.name].truth_change(base),
-            f"against {best}": sampled[arm.name].truth_change(sampled[best]),
-            "object / colour / time agree": bench.agreement(sampled[arm.name]),
-            "denoiser calls an image": f"{config.particles if arm.steering else 1}x",
-            "time": sampled[arm.name].slowdown(base),
+            "arm": name,
+            "truth, sd against unguided [95%]": s.truth_change(sampled["unguided"]),
+            f"against {best}": s.truth_change(sampled[best]),
+            "object / colour / time agree": bench.agreement(s),
+            "denoiser calls an image": f"{config.particles if s.records[0].steering else 1}x",
+            "time": s.slowdown(sampled["unguided"]),
         }
-        for arm in arms
+        for name, s in sampled.items()
     ]
 
 
@@ -101,8 +99,7 @@ def _arms(config: Config, folder: str, network: Head, **objective: Any) -> list[
     """Return plain sampling, best of N and steering, alone and with gradients."""
     potential = MidBlockGuide(network, **objective)
     selections = {_best_name(config): _best_of(potential, config)}
-    for lam in config.lams:
-        selections[f"steered, lam {lam:g}"] = Steering(potential, config.particles, lam=lam)
+    selections |= {f"steered, lam {lam:g}": Steering(potential, config.particles, lam=lam) for lam in config.lams}
     guided = midblock_arms(network, [config.scale], head_path=folder, **objective)[1]
     guided = dataclasses.replace(guided, name="gradients")
     return [
