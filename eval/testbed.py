@@ -117,21 +117,21 @@ def measure_guidance(config: MeasureConfig, command: str = "") -> None:
     """Sample the arms of every setting into run folders, evaluate them there and write a table of each."""
     from eval.images import EvalImagesConfig, evaluate_images
     from eval.stats.tables import arm_table
-    from guidance.heads import load_head
+    from guidance.guides import MidBlockGuide
     from guidance.models.pipelines import load_pipeline
-    from guidance.runs.arms import Arm, midblock_arms
+    from guidance.runs.arms import Arm, guide_arms
     from guidance.runs.records import RecordStore
     from guidance.runs.run import Sampling, list_jobs, sample_arms
     from guidance.utils.io import atomic_path, write_json
 
-    pipe, head = load_pipeline(config.model), load_head(config.head)
+    pipe, guide = load_pipeline(config.model), MidBlockGuide(config.head, start=config.start)
     jobs = list_jobs(_fresh_prompts(config.num_prompts, config.seed), 1, 1_000_000 * config.seed)
     settings = [("ddim", n) for n in config.steps] + [(s, 25) for s in config.schedulers]
     text, summary = [], {}
     for scheduler, steps in settings:
         main_setting = (scheduler, steps) == ("ddim", 25)
         scales = [-config.scale, config.scale] if main_setting else [config.scale]
-        guided = midblock_arms(head, scales, head_path=config.head, start=config.start)
+        guided = guide_arms([guide], scales)
         runs = [(guided, config.cfg_scale)]
         if main_setting and config.cfg_matched:  # what plain CFG would have given
             runs.append(([Arm(f"unguided, CFG {config.cfg_matched:g}")], config.cfg_matched))

@@ -247,11 +247,6 @@ class SolverStep(NamedTuple):
     first: bool
     position: int
 
-    @property
-    def fraction(self) -> float:
-        """Fraction of the solver steps before this one."""
-        return self.number / self.total
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepPlan:

@@ -22,38 +22,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from guidance.runs.options import SamplingOptions
 from guidance.utils.config import incidental_options, option, parse_config_and_args
 from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
     from guidance.guides.base import Guide
     from guidance.runs.arms import Arm, Steering
-    from guidance.runs.run import Job, Sampling
+    from guidance.runs.run import Sampling
 
 
 @dataclasses.dataclass
-class GuidedConfig:
+class GuidedConfig(SamplingOptions):
     """Options of this script; those with ``identity=False`` may differ when a folder is continued."""
 
-    prompts: Any = option("testbed", "a named set (testbed, parti, coco, ...), a file, or a list of texts")
-    num_prompts: int | None = option(8, "prompts to take from a set or file; null for all")
-    category: Any = option(None, "category or challenge of the prompts, or a list of them; null for all")
-    edits: str | None = option(None, "edit pairs (testbed:test, a file) instead of prompts: images to change")
     strength: float = option(0.6, "with edits: fraction of the steps taken, 1 forgets the image")
-    seeds_per_prompt: int = option(1, "images per prompt and arm; draw j of prompt i has seed + 1000 i + j")
-    seed: int = option(0, "first seed, and choice of the prompts")
     scales: list[float] = option([1.0], "guidance scales; 0, unguided, is always sampled too", identity=False)
     head: str | None = option("runs/heads/testbed-aesthetic", "folder of the head; null with scales=[0]")
     guides: list[str] = option([], "guides instead of the head: NAME:key=value,... or a file; see --explain")
-    objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
-    target: str | None = option(None, "label or threshold of the objective, where it needs one")
-    normalize: Literal["cfg"] | None = option("cfg", "cfg: portable scale; null: raw gradient")
     start: float | None = option(None, "fraction of the steps where guidance begins; null: the head's")
     stop: float | None = option(None, "fraction of the steps where guidance ends; null: the head's")
-    every: int = option(1, "take a gradient every so many steps")
-    space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
-    model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
-    revision: str | None = option(None, "branch, tag or commit of the model on the hub")
     scheduler: str | None = option(
         "ddim", "ddim, dpm++, euler, heun ... or a class of diffusers; null: the model's own"
     )
@@ -68,37 +56,14 @@ class GuidedConfig:
     lam: float = option(2.0, "inverse temperature of steering; 0: the best of the particles is kept")
     eta: float = option(1.0, "noise of DDIM's steps with particles, without which copies stay equal")
     batch_size: int = option(16, "images per batch", identity=False)
-    device: str | None = option(None, "cpu, cuda, mps; null picks the best one")
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
-    grid_rows: int = option(12, "prompts in the grid", identity=False)
-    output: str | None = option(None, "folder; null: runs/samples/NAME by the other options", identity=False)
-    fresh: bool = option(False, "move an existing output folder aside", identity=False)
-
-    def read_jobs(self) -> list[Job]:
-        """List the images to sample."""
-        from guidance.runs.run import read_jobs
-
-        options = {"category": self.category, "edits": self.edits}
-        return read_jobs(self.prompts, self.num_prompts, self.seeds_per_prompt, self.seed, **options)
 
     def read_guides(self) -> list[Guide]:
         """Return the guides that are named, or else the head with the options beside it."""
-        from guidance.guides.midblock import MidBlockGuide
         from guidance.guides.registry import read_guide
 
         if self.guides:
             return [read_guide(text) for text in self.guides]
-        head = MidBlockGuide(
-            head=self.head or "",
-            objective=self.objective,
-            target=self.target,
-            normalize=self.normalize,
-            start=self.start,
-            stop=self.stop,
-            every=self.every,
-            space=self.space,
-        )
-        return [head]
+        return [self.head_guide(head=self.head or "", start=self.start, stop=self.stop)]
 
     def build_arms(self, scales: Sequence[float]) -> list[Arm]:
         """Build the unguided arm and one per other scale; with particles also those that are steered."""
@@ -154,7 +119,6 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     Raises:
         UserError: If something in the config cannot be used, or the folder was made with another config.
     """
-    from guidance.models.pipelines import load_on
     from guidance.runs.arms import list_scales
     from guidance.runs.folder import move_aside, read_settings, write_grid, write_settings
     from guidance.runs.records import RecordStore
@@ -172,7 +136,7 @@ def sample_guided(config: GuidedConfig, *, progress: bool = True) -> Path:
     scales = list_scales([*previous["scales"], *scales]) if previous else scales
     sampling, arms = config.build_sampling(), config.build_arms(scales)
     _report(progress, f"Loading {config.model} ...")
-    pipe = load_on(state, config.model, revision=config.revision, device=config.device, dtype=config.dtype)
+    pipe = config.load_pipeline()
     check_sampling(pipe, arms, sampling, config.batch_size)
 
     if state.is_main_process:

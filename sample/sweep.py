@@ -26,18 +26,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from guidance.runs.options import SamplingOptions
 from guidance.utils.config import incidental_options, option, parse_config_and_args
 from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
-    from guidance.models.types import Pipeline
     from guidance.runs.run import Job
     from guidance.runs.sweep import ArmBuilder
     from guidance.runs.sweep_folder import SweepPlan
 
 
 @dataclasses.dataclass
-class SweepConfig:
+class SweepConfig(SamplingOptions):
     """Options of this script; a folder accepts further values of the axes and of options with ``identity=False``."""
 
     scale: Any = option([0.5, 1.0, 2.0], "axis: guidance scales; negative ones push away, 0 is unguided")
@@ -53,26 +53,8 @@ class SweepConfig:
     baseline: bool = option(True, "add the unguided cell of each way of sampling", identity=False)
     cfg_matched: bool = option(False, "add plain cells of more CFG to compare guidance with", identity=False)
     cfg_scales_matched: list[float] = option([], "their weights; empty: four by cfg_scale", identity=False)
-    prompts: Any = option("testbed", "a named set (testbed, parti, coco, ...), a file, or a list of texts")
-    num_prompts: int | None = option(8, "prompts to take from a set or file; null for all")
-    edits: str | None = option(None, "edit pairs (testbed:test, a file) instead of prompts: images to change")
-    category: Any = option(None, "category or challenge of the prompts, or a list of them; null for all")
-    seeds_per_prompt: int = option(1, "images per prompt and cell; draw j of prompt i has seed + 1000 i + j")
-    seed: int = option(0, "first seed, and choice of the prompts")
-    objective: str | None = option(None, "expected, at_least, class, regression, binary; null: the head's")
-    target: str | None = option(None, "label or threshold of the objective, where it needs one")
-    normalize: Literal["cfg"] | None = option("cfg", "cfg: portable scale; null: raw gradient")
-    every: int = option(1, "take a gradient every so many steps")
-    space: Literal["eps", "x"] = option("eps", "what is shifted: the prediction or the latents")
-    model: str = option("testbed", "diffusers pipeline: testbed, a folder or a hub id")
-    revision: str | None = option(None, "branch, tag or commit of the model on the hub")
-    device: str | None = option(None, "cpu, cuda, mps; null picks the best one")
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "precision of the model")
     batch_size: Any = option("auto", "images at once; auto: as many as fit in memory", identity=False)
-    grid_rows: int = option(12, "prompts in the grid", identity=False)
     tracker: Literal["none", "wandb", "tensorboard"] = option("none", "where to log", identity=False)
-    output: str | None = option(None, "folder; null: runs/sweeps/NAME by the other options", identity=False)
-    fresh: bool = option(False, "move an existing output folder aside; also --fresh", identity=False)
     join: bool = option(False, "help a sweep that is running in the folder; also --join", identity=False)
     stalled_after: float = option(60.0, "seconds without heartbeat until units are redone", identity=False)
     metric: str | None = option(None, "for --recommend; null: truth, else the CLIP score", identity=False)
@@ -117,11 +99,11 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
     plan, jobs = _plan(config)
     if not config.join:
         together(state, lambda: check_free(plan, stalled_after=config.stalled_after))
-    builder = _arm_builder(config)
+    builder = ArmBuilder(config.head_guide())
     arms = {cell.name: builder.build(cell) for cell in plan.cells}
     tracking = SweepTracking(config.tracker if state.is_main_process else "none", plan.folder)
     report(f"Loading {config.model} ...")
-    pipe = _load_pipeline(config)
+    pipe = config.load_pipeline()
     for cell in plan.cells:
         check_sampling(pipe, [arms[cell.name]], cell.sampling)
     entry = {"fresh": config.fresh, "join": config.join}
@@ -151,13 +133,13 @@ def describe_sweep(config: SweepConfig) -> str:
     from guidance.runs.sweep_estimate import count_costs, describe_plan, speed_from_batch, speed_from_records
 
     plan, jobs = _plan(config)
-    builder = _arm_builder(config)
+    builder = ArmBuilder(config.head_guide())
     arms = {cell.name: builder.build(cell) for cell in plan.cells}
     store = None if plan.previous is None else RecordStore(plan.folder)
     costs = count_costs(plan.cells, arms, jobs, store)
     speed, where = speed_from_records(costs, store), "the same machine"
     if speed is None:
-        pipe = _load_pipeline(config)
+        pipe = config.load_pipeline()
         size = config.batch_size if config.batch_size != "auto" else 16
         speed, where = speed_from_batch(pipe, costs, builder, jobs, size), str(pipe.unet.device)
     guides = {guide.method: guide for cell in plan.cells for guide in builder.guides(cell)}
@@ -181,12 +163,10 @@ def recommend(config: SweepConfig) -> None:
 
 
 def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
-    from guidance.runs.run import read_jobs
     from guidance.runs.sweep import AXES, matched_scales, read_axes
     from guidance.runs.sweep_folder import plan_sweep
 
-    subset = {"category": config.category, "edits": config.edits}
-    jobs = read_jobs(config.prompts, config.num_prompts, config.seeds_per_prompt, config.seed, **subset)
+    jobs = config.read_jobs()
     axes = read_axes({name: getattr(config, name) for name in AXES})
     if len(axes["strength"]) > 1 and config.edits is None:
         raise UserError("Expected edits with several strengths, got none; set edits=testbed:test or a file.")
@@ -206,28 +186,6 @@ def _plan(config: SweepConfig) -> tuple[SweepPlan, list[Job]]:
         fresh=config.fresh,
     )
     return plan, jobs
-
-
-def _load_pipeline(config: SweepConfig) -> Pipeline:
-    from guidance.models.pipelines import load_on
-    from guidance.utils.processes import join_processes
-
-    options = {"revision": config.revision, "device": config.device}
-    return load_on(join_processes(), config.model, dtype=config.dtype, **options)
-
-
-def _arm_builder(config: SweepConfig) -> ArmBuilder:
-    from guidance.guides.midblock import MidBlockGuide
-    from guidance.runs.sweep import ArmBuilder
-
-    head_options = MidBlockGuide(
-        objective=config.objective,
-        target=config.target,
-        normalize=config.normalize,
-        every=config.every,
-        space=config.space,
-    )
-    return ArmBuilder(head_options)
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:

@@ -58,15 +58,15 @@ def reference(judges):
 def clear_and_hazy(tiny_pipe, tiny_head, tmp_path) -> tuple[Path, list, list]:
     """A run folder whose images are replaced: unguided ones by hazy scenes, guided ones by clear ones."""
     from guidance.data.prompts import Prompt
-    from guidance.heads import load_head
-    from guidance.runs.arms import midblock_arms
+    from guidance.guides import MidBlockGuide
+    from guidance.runs.arms import guide_arms
     from guidance.runs.run import Sampling, list_jobs, sample_arms
 
     clear = [dataclasses.replace(s, haze=0.0, saturation=1.2, exposure=0.0) for s in scenes("test", 24)]
     hazy = [dataclasses.replace(s, haze=0.6, saturation=0.5, exposure=-0.4) for s in clear]
     prompts = [Prompt(str(i), s.caption) for i, s in enumerate(clear)]
     store = RecordStore(tmp_path / "run")
-    arms = midblock_arms(load_head(tiny_head), [1.0], head_path=str(tiny_head))
+    arms = guide_arms([MidBlockGuide(str(tiny_head))], [1.0])
     sample_arms(tiny_pipe, list_jobs(prompts, 1, 0), arms, store, Sampling(1), model="tiny", batch_size=24)
     for record in store.load():
         scene = (hazy if record.arm == "unguided" else clear)[int(record.prompt_id)]

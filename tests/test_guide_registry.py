@@ -15,7 +15,7 @@ from guidance.guides.registry import explain, read_guide
 from guidance.heads import HeadConfig, build_head, save_head
 from guidance.heads.adapter import AdapterConfig, build_adapter, save_adapter
 from guidance.models.clip import load_clip
-from guidance.runs.arms import guide_arms, midblock_arms
+from guidance.runs.arms import guide_arms
 from guidance.utils.errors import UserError
 from sample.guided import main, read_words
 
@@ -77,9 +77,7 @@ def test_arms_hold_all_guides_each_by_its_own_factor(head: Path) -> None:
 
 
 def test_one_head_is_described_alike_by_options_and_by_a_guide(head: Path) -> None:
-    from guidance.heads import load_head
-
-    by_options = midblock_arms(load_head(head), [1.5], head_path=str(head), every=2)
+    by_options = guide_arms([MidBlockGuide(str(head), every=2)], [1.5])
     by_guide = guide_arms([read_guide(f"midblock:head={head},every=2")], [1.5])
     assert by_options[1].descriptions == by_guide[1].descriptions
 

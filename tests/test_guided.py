@@ -17,9 +17,10 @@ from conftest import make_head
 from PIL import Image
 
 from guidance.data.prompts import Prompt
+from guidance.guides import MidBlockGuide
 from guidance.heads import save_head
 from guidance.models.denoiser import fingerprint
-from guidance.runs.arms import midblock_arms
+from guidance.runs.arms import guide_arms
 from guidance.runs.records import RecordStore, audit_pairs
 from guidance.runs.run import Sampling, list_jobs, sample_arms
 from sample.guided import GuidedConfig, default_output, main, read_words, sample_guided
@@ -156,7 +157,7 @@ def test_skipped_gradients_are_counted_per_image(tiny_pipe, head, tmp_path: Path
     faulty.load_state_dict(head.state_dict())
     jobs = list_jobs([Prompt("a", TEXTS[0]), Prompt("b", TEXTS[1] + " x" * 40)], 1, 0)
     store = RecordStore(tmp_path)
-    arms = midblock_arms(faulty, [2.0])
+    arms = guide_arms([MidBlockGuide(faulty)], [2.0])
     sample_arms(tiny_pipe, jobs, arms, store, Sampling(num_steps=3), model="x", progress=False)
     records = {r.key[:2]: r for r in store.load()}
     assert [records["scale=2", p].nan_skipped for p in "ab"] == [3, 0]

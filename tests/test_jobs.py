@@ -10,7 +10,8 @@ from conftest import make_head
 
 from guidance.data.edits import load_edit_pairs
 from guidance.data.prompts import load_prompts
-from guidance.runs.arms import midblock_arms
+from guidance.guides import MidBlockGuide
+from guidance.runs.arms import guide_arms
 from guidance.runs.records import RecordStore
 from guidance.runs.run import Sampling, list_jobs, read_jobs, sample_arms
 from guidance.sampling import sample_images
@@ -32,7 +33,7 @@ def test_edits_start_with_their_images_and_end_as_the_loop_says(tiny_pipe, tmp_p
     pairs, jobs = load_edit_pairs("testbed:test", 3), edits()
     assert [job.prompt.text for job in jobs] == [pair.edited_caption for pair in pairs]
     store = RecordStore(tmp_path)
-    arms = midblock_arms(make_head(tiny_pipe), [2.0])
+    arms = guide_arms([MidBlockGuide(make_head(tiny_pipe))], [2.0])
     half, more = Sampling(num_steps=4, strength=0.5), Sampling(num_steps=4, strength=0.7)
     sample_arms(tiny_pipe, jobs, arms, store, half, model="tiny", progress=False)
     latents = encode_images(tiny_pipe, [np.asarray(pair.image) for pair in pairs])

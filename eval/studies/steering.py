@@ -11,7 +11,7 @@ from eval.stats.tables import with_interval
 from eval.studies.common import StudyBench, StudyConfig, load_class_head, share
 from guidance.guides import MidBlockGuide
 from guidance.heads import Head, load_head
-from guidance.runs.arms import Arm, Steering, midblock_arms
+from guidance.runs.arms import Arm, Steering, guide_arms
 from guidance.utils.config import option
 
 
@@ -100,7 +100,7 @@ def _arms(config: Config, folder: str, network: Head, **objective: Any) -> list[
     potential = MidBlockGuide(network, **objective)
     selections = {_best_name(config): _best_of(potential, config)}
     selections |= {f"steered, lam {lam:g}": Steering(potential, config.particles, lam=lam) for lam in config.lams}
-    guided = midblock_arms(network, [config.scale], head_path=folder, **objective)[1]
+    guided = guide_arms([MidBlockGuide(folder, **objective)], [config.scale])[1]
     guided = dataclasses.replace(guided, name="gradients")
     return [
         Arm("unguided"),

@@ -344,10 +344,9 @@ class GuidedDenoiser:
         if not guide.needs_prompts:
             return ()
         if self.prompts is None or len(self.prompts) != batch:
-            found = "none" if self.prompts is None else f"{len(self.prompts)} prompts"
             raise UserError(
-                f"Expected the prompts of the {batch} samples, got {found}; pass texts or images to the guide, or "
-                "apply_guidance(pipe, guides, prompts=...) with one per sample."
+                f"Expected the prompts of the {batch} samples, got {len(self.prompts or ())} prompts; pass texts or "
+                "images to the guide, or apply_guidance(pipe, guides, prompts=...) with one per sample."
             )
         return (self.prompts,)
 

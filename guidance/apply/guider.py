@@ -118,8 +118,8 @@ class GuidesGuider(ClassifierFreeGuidance):
         image = pipe(prompt="a red balloon over the sea at dusk", output="images")[0]
     """
 
-    _guides: Sequence[Guide] = ()
-    _part: GuidedPart | None = None
+    _guides: tuple[Any, ...] = ()  # of Pipeline and guides
+    _placed: ExitStack | None = None
 
     def attach(self, pipe: Pipeline, guides: Sequence[Guide]) -> GuidesGuider:
         """Set the guides, replacing earlier ones.
@@ -138,32 +138,20 @@ class GuidesGuider(ClassifierFreeGuidance):
             )
         for guide in guides:
             guide.prepare(pipe)
-        self.handle = GuidanceHandle()
+        if self._placed is not None:
+            self._placed.close()
+        self.handle, self._guides, self._placed = GuidanceHandle(), (pipe, guides), ExitStack()
         part = GuidedPart(pipe, guides, self.handle)
-        self._guides, self._part = tuple(guides), part if part.groups else None
+        if part.groups:
+            self._placed.enter_context(part.in_guider(self))
         return self
 
     def new(self, **kwargs: Any) -> GuidesGuider:
         """Copy with other options of classifier-free guidance and the same guides."""
         other: Self = super().new(**kwargs)
-        return other.attach(self._part.pipe, self._guides) if self._part else other
-
-    def prepare_models(self, denoiser: Denoiser) -> None:
-        super().prepare_models(denoiser)
-        if self._part:
-            self._part.before(self._count_prepared)
-
-    def cleanup_models(self, denoiser: Denoiser) -> None:
-        if self._part:
-            self._part.after()
-        super().cleanup_models(denoiser)
-
-    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """Combine the parts, and add the shift."""
-        output = super().forward(pred_cond, pred_uncond)
-        return self._part.shifted(output, pred_cond, pred_uncond) if self._part else output
+        return other.attach(*self._guides) if self._guides else other
 
 
 def is_guided(guider: Any) -> bool:
     """Tell whether a guider is guided already, by its own guides or by :func:`guidance.apply_guidance`."""
-    return guider is not None and ("forward" in vars(guider) or getattr(guider, "_part", None) is not None)
+    return guider is not None and "forward" in vars(guider)

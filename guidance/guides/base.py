@@ -135,10 +135,6 @@ class Guide:
             raise UserError(f"Expected 0 <= start < stop <= 1, got start={found[0]}, stop={found[1]}.")
         return found
 
-    def active(self, fraction: float) -> bool:
-        """Tell whether the guide pushes at a fraction of the steps."""
-        return self.guidance_scale != 0 and self.interval[0] <= fraction < self.interval[1]
-
     def phases(self, num_steps: int, first: int = 0) -> list[str]:
         """Return the phase of each step of a run, see :func:`step_phases`."""
         start, stop = self.interval if self.guidance_scale != 0 else (1.0, 1.0)
@@ -287,7 +283,7 @@ def step_phases(start: float, stop: float, every: int, num_steps: int, first: in
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as records hold it; an image by a digest, a network by its class (see the fingerprints)."""
+    """Return a value as records hold it; an image by a digest."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Path):
@@ -296,4 +292,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "tobytes"):
         return hashlib.sha256(value.tobytes()).hexdigest()[:16]
-    return type(value).__name__
+    return ""  # a network: its fingerprint is beside it

@@ -103,11 +103,11 @@ class ClipGuide(ScoringGuide):
     clip: Any = network_option("testbed", "CLIP or SigLIP: testbed, a folder or a hub id; not the one that judges")
     guidance_scale: float = scale_option()
     _: dataclasses.KW_ONLY
-    texts: str | Sequence[str] | None = option(
+    texts: Any = option(
         None, "texts to approach; without texts and images each image's own prompt", kind=list[str] | None
     )
     images: Any = option(None, "image files to approach", kind=list[str] | None)
-    weights: float | Sequence[float] | None = option(
+    weights: Any = option(
         None, "one weight per text and image; negative pushes away; null: all 1", kind=list[float] | None
     )
     distance: Literal["spherical", "cosine"] = option("spherical", "distance of embeddings")
@@ -304,16 +304,17 @@ def _concatenated(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts))
 
 
-def _weights(weights: float | Sequence[float] | None, number: int) -> list[float]:
+def _weights(weights: Any, number: int) -> list[float]:
     """Return one finite weight per target."""
     if weights is None:
         return [1.0] * number
-    values = [float(w) for w in ([weights] if isinstance(weights, int | float) else weights)]
-    if len(values) != number or not all(map(math.isfinite, values)) or not any(values):
+    values = list(weights) if isinstance(weights, list | tuple) else [weights]
+    numbers = all(isinstance(w, int | float) and math.isfinite(w) for w in values)
+    if len(values) != number or not numbers or not any(values):
         raise UserError(
             f"Expected {number} finite weights, one per target and not all 0, got {values}; texts come before images."
         )
-    return values
+    return [float(w) for w in values]
 
 
 def _check_decoder(decoder: Any, pipe: Pipeline) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from guidance.guides.base import network_option, register_guide, scale_option
@@ -53,7 +52,7 @@ class EmbeddingGuide(HeadGuide):
     clip: Any = network_option("testbed", "the CLIP that the head was trained on: testbed, a folder or a hub id")
     guidance_scale: float = scale_option()
     _: dataclasses.KW_ONLY
-    texts: str | Sequence[str] | None = option(
+    texts: Any = option(
         None, "texts to approach; without texts and images each image's own prompt", kind=list[str] | None
     )
     images: Any = option(None, "image files to approach", kind=list[str] | None)

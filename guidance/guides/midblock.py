@@ -131,10 +131,8 @@ class MidBlockGuide(HeadGuide):
     objective: str | None = option(
         None, "expected, at_least, class, regression, binary; null: by the head's task (of ratings: expected)"
     )
-    target: str | int | float | None = option(
-        None, "label or threshold of the objective, where it needs one", kind=str | None
-    )
-    committee: Sequence[Any] = network_option([], "folders of further heads, of other seeds", kind=list[str])
+    target: Any = option(None, "label or threshold of the objective, where it needs one", kind=str | None)
+    committee: Any = network_option([], "folders of further heads, of other seeds", kind=list[str])
     pessimism: float = option(0.0, "standard deviations of the committee to subtract from its mean")
 
     def __post_init__(self) -> None:

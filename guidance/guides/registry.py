@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import pkgutil
-import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -42,20 +39,17 @@ def read_guide(text: str) -> Guide:
     """
     name, _, options = text.partition(":")
     words, known = split_options(options), list_guides()
-    if name in known:
-        return _build(known[name], words)
     file = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
-    if file.is_file():
+    if name not in known and file.is_file():
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        method = given.pop("guide", "") if isinstance(given, dict) else ""
-        cls = _find(str(method))
-        if cls is None:
-            raise UserError(f"Expected a line 'guide: NAME' in '{file}', got '{method}'.{nearest(str(method), known)}")
-        return _build(cls, [*(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()), *words])
-    if (cls := _find(name)) is not None:
-        return _build(cls, words)
-    names = list(dict.fromkeys([*known, *sorted(f.stem for f in CONFIGS.glob("*.yaml"))]))
-    raise UserError(f"Expected the name of a guide or a file, got '{name}'.{nearest(name, names)}")
+        name = str(given.pop("guide", "")) if isinstance(given, dict) else ""
+        if _find(name) is None:
+            raise UserError(f"Expected a line 'guide: NAME' in '{file}', got '{name}'.{nearest(name, known)}")
+        words = [*(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in given.items()), *words]
+    if (cls := _find(name)) is None:
+        names = list(dict.fromkeys([*known, *sorted(f.stem for f in CONFIGS.glob("*.yaml"))]))
+        raise UserError(f"Expected the name of a guide or a file, got '{name}'.{nearest(name, names)}")
+    return load_config(cls, None, words)
 
 
 def _find(name: str) -> type[Guide] | None:
@@ -67,23 +61,6 @@ def _find(name: str) -> type[Guide] | None:
         except ModuleNotFoundError:
             return None
     return GUIDES.get(name) or GUIDES.get(method)
-
-
-def _build(cls: type[Guide], words: Sequence[str]) -> Guide:
-    """Build a guide from words ``key=value``, each of the type that its option has on the command line."""
-    hints = typing.get_type_hints(cls)
-    fields: list[Any] = []
-    for f in dataclasses.fields(cls):
-        kind = f.metadata.get("kind", hints[f.name])
-        fields.append((f.name, kind, dataclasses.field(**_default(f), metadata=f.metadata)))
-    schema = dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
-    return cls(**vars(load_config(schema, None, words)))
-
-
-def _default(field: dataclasses.Field[Any]) -> dict[str, Any]:
-    if field.default_factory is not dataclasses.MISSING:
-        return {"default_factory": field.default_factory}
-    return {} if field.default is dataclasses.MISSING else {"default": field.default}
 
 
 def split_options(text: str) -> list[str]:

@@ -26,12 +26,8 @@ Parts = dict[str, Part]
 
 # ---- denoisers ------------------------------------------------------------------------------------------------
 UNET_1: Config = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
+    **{"sample_size": 64, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 768},
+    **{"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2},
     "attention_head_dim": 8,  # the number of heads, misnamed in diffusers
 }
 
@@ -42,92 +38,51 @@ UNET_2: Config = UNET_1 | {
 }
 
 UNET_XL: Config = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280),
+    **{"sample_size": 128, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 2048},
+    **{"block_out_channels": (320, 640, 1280), "layers_per_block": 2, "transformer_layers_per_block": (1, 2, 10)},
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
+    **{"attention_head_dim": (5, 10, 20), "use_linear_projection": True},
     "addition_embed_type": "text_time",  # pooled text, and original size, crop and target size
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
+    **{"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816},
 }
 
 DIT_XL_2: Config = {
-    "sample_size": 32,
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 8,  # the noise and its variance
-    "num_layers": 28,
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
+    **{"sample_size": 32, "patch_size": 2, "in_channels": 4, "out_channels": 8},  # the noise and its variance
+    **{"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},
     "num_embeds_ada_norm": 1000,  # classes; one more is "no class"
 }
 
 UNET_PIXELS: Config = {  # of the ImageNet-64 consistency models, itself the shape of ADM and EDM
-    "sample_size": 64,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 3,
-    "num_class_embeds": 1000,
-    "block_out_channels": (192, 384, 576, 768),
-    "attention_head_dim": 64,
+    **{"sample_size": 64, "in_channels": 3, "out_channels": 3, "layers_per_block": 3, "num_class_embeds": 1000},
+    **{"block_out_channels": (192, 384, 576, 768), "attention_head_dim": 64, "attn_norm_num_groups": 32},
     "down_block_types": ("ResnetDownsampleBlock2D", *("AttnDownBlock2D",) * 3),
     "up_block_types": (*("AttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
-    "resnet_time_scale_shift": "scale_shift",
-    "attn_norm_num_groups": 32,
-    "upsample_type": "resnet",
-    "downsample_type": "resnet",
+    **{"resnet_time_scale_shift": "scale_shift", "upsample_type": "resnet", "downsample_type": "resnet"},
 }
 
 SD3: Config = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "attention_head_dim": 64,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 192,
+    **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "pos_embed_max_size": 192},
+    **{"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64},
+    **{"caption_projection_dim": 1536, "joint_attention_dim": 4096, "pooled_projection_dim": 2048},
 }
 
 FLUX: Config = {
-    "patch_size": 1,  # the pipeline packs 2x2 latents of 16 channels
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "axes_dims_rope": (16, 56, 56),
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
+    **{"patch_size": 1, "in_channels": 64},  # the pipeline packs 2x2 latents of 16 channels
+    **{"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24, "attention_head_dim": 128},
+    **{"axes_dims_rope": (16, 56, 56), "joint_attention_dim": 4096, "pooled_projection_dim": 768},
     "guidance_embeds": True,
 }
 
 # ---- autoencoders, text encoders, schedulers --------------------------------------------------------------------
 VAE: Config = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
+    **{"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4},
+    **{"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
+    **{"sample_size": 512, "scaling_factor": 0.18215},
 }
 
 VAE_16: Config = VAE | {
-    "latent_channels": 16,
-    "sample_size": 1024,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
+    **{"latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False},
 }
 
 
@@ -152,22 +107,13 @@ CLIP_H = _clip(1024, 23, 16, "gelu", 512)  # 23 of 24 layers: the last is not re
 CLIP_G = _clip(1280, 32, 20, "gelu", 1280)
 
 T5_XXL: Config = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-    "tie_word_embeddings": False,
+    **{"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 
 NOISE: Config = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
+    **{"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    **{"prediction_type": "epsilon", "steps_offset": 1},
 }
 
 DDIM = ("DDIMScheduler", NOISE | {"clip_sample": False, "set_alpha_to_one": False})
@@ -349,20 +295,9 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 # ---- the small variants -----------------------------------------------------------------------------------------
 _WIDTHS = (
-    "block_out_channels",
-    "cross_attention_dim",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
-    "caption_projection_dim",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-    "hidden_size",
-    "intermediate_size",
-    "projection_dim",
-    "d_model",
-    "d_kv",
-    "d_ff",
-    "vocab_size",
+    *("block_out_channels", "cross_attention_dim", "addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+    *("caption_projection_dim", "joint_attention_dim", "pooled_projection_dim", "hidden_size", "intermediate_size"),
+    *("projection_dim", "d_model", "d_kv", "d_ff", "vocab_size"),
 )
 
 _SIDES = ("sample_size", "pos_embed_max_size")

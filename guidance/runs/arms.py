@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from guidance.guides.base import Guide, ScoringGuide, describe_scorer
-from guidance.guides.midblock import MidBlockGuide
-from guidance.heads.networks import Head
 from guidance.runs.records import UNGUIDED
 from guidance.utils.errors import UserError
 
@@ -74,23 +72,6 @@ def list_scales(scales: Sequence[float]) -> list[float]:
     named = {arm_name(scale): float(scale) for scale in scales}
     named.pop(UNGUIDED, None)
     return [0.0, *named.values()]
-
-
-def midblock_arms(head: Head, scales: Sequence[float], *, head_path: str = "", **options: Any) -> list[Arm]:
-    """Make the unguided arm and one per other scale, guided by a head that is already loaded.
-
-    Args:
-        head: A trained head.
-        scales: Guidance scales.
-        head_path: Path of the head in the records.
-        **options: Other options of :class:`~guidance.guides.midblock.MidBlockGuide`.
-    """
-    arms = guide_arms([MidBlockGuide(head, **options)], scales)
-    named = [tuple(d | {"head": head_path} for d in arm.descriptions) for arm in arms]
-    return [
-        dataclasses.replace(arm, descriptions=d, head=head_path if d else "")
-        for arm, d in zip(arms, named, strict=True)
-    ]
 
 
 def guide_arms(guides: Sequence[Guide], scales: Sequence[float]) -> list[Arm]:

@@ -29,7 +29,7 @@ from guidance.apply.values import Observation
 from guidance.data.cache import FeatureCache, FeatureSource, write_shards
 from guidance.data.encoding import FeatureEncoder
 from guidance.data.sources import decode_image
-from guidance.guides.base import Guide
+from guidance.guides.base import OFF, Guide
 from guidance.guides.midblock import MidBlockGuide
 from guidance.heads.adapter import Adapter, direction_loss
 from guidance.models.types import Pipeline
@@ -268,7 +268,8 @@ class PairRecorder:
 
 def guided_steps(teacher: Sequence[Guide], num_steps: int) -> list[int]:
     """Return the indices of the sampling steps in which any of the teacher's guides pushes."""
-    return [i for i in range(num_steps) if any(g.active(i / num_steps) for g in teacher)]
+    phases = zip(*(guide.phases(num_steps) for guide in teacher), strict=True)
+    return [i for i, each in enumerate(phases) if set(each) != {OFF}]
 
 
 def describe_teacher(guides: Sequence[MidBlockGuide]) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ def option(default: Any, help: str, *, identity: bool = True, **metadata: Any) -
             function is called for every config (a factory); `dataclasses.MISSING` makes the value mandatory.
         help: One phrase with units, range, and what None means; shown by `--help`.
         identity: Whether another value makes another output, see `incidental_options`.
-        **metadata: Further metadata of the field.
+        **metadata: Further metadata of the field; ``kind`` is its type on the command line, where it is ``Any`` in
+            Python.
     """
     metadata |= {"help": help, "identity": identity}
     if default is dataclasses.MISSING:
@@ -88,7 +89,7 @@ def list_options(config: Any, prefix: str = "") -> Iterator[Option]:
             value = field.default_factory()
         else:
             value = field.default
-        hint, key = hints[field.name], prefix + field.name
+        hint, key = field.metadata.get("kind", hints[field.name]), prefix + field.name
         if dataclasses.is_dataclass(hint):
             yield from list_options(value if dataclasses.is_dataclass(value) else hint, prefix=f"{key}.")
         else:
