@@ -32,7 +32,6 @@ from guidance.utils.errors import UserError, friendly_errors
 
 if TYPE_CHECKING:
     from guidance.runs.run import Job
-    from guidance.runs.sweep import ArmBuilder
     from guidance.runs.sweep_folder import SweepPlan
 
 
@@ -83,6 +82,7 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
         UserError: If something in the config cannot be used, or the folder belongs to another sweep.
     """
     from guidance.runs.run import check_sampling
+    from guidance.runs.sweep import ArmBuilder
     from guidance.runs.sweep_folder import check_free, together, working_in
     from guidance.runs.sweep_run import fill_sweep, lay_out
     from guidance.runs.sweep_tracking import SweepTracking
@@ -130,6 +130,7 @@ def run_sweep(config: SweepConfig, *, progress: bool = True) -> Path:
 def describe_sweep(config: SweepConfig) -> str:
     """Describe the plan of a sweep: cells, images, network calls, time and disk; nothing is written."""
     from guidance.runs.records import RecordStore
+    from guidance.runs.sweep import ArmBuilder
     from guidance.runs.sweep_estimate import count_costs, describe_plan, speed_from_batch, speed_from_records
 
     plan, jobs = _plan(config)

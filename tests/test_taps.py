@@ -54,7 +54,9 @@ def full_graph(unet, x, t, text):
 def test_one_forward_equals_the_full_graph_bit_for_bit(which, tiny_pipe):
     unet = tiny_pipe.unet if which == "tiny" else sd15_shape().eval().requires_grad_(False)
     x, t, text = inputs(unet, size=None if which == "tiny" else 16)
-    eps, ((g, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
+    eps, ((g, *_),) = forward_with_gradient(
+        lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient]
+    )
     want_eps, want_g = full_graph(unet, x, t, text)
     assert torch.equal(eps, want_eps)
     assert torch.equal(g, want_g)
@@ -68,7 +70,9 @@ def test_gradient_agrees_with_finite_differences(tiny_pipe):
 
     unet = copy.deepcopy(tiny_pipe.unet).double()
     x, t, text = inputs(unet, batch=1, dtype=torch.float64)
-    _, ((g, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient])
+    _, ((g, *_),) = forward_with_gradient(
+        lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [score_gradient]
+    )
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     h = 1e-5
     up, down = (score(encode_features(unet, x + s * h * direction, t, text)) for s in (1, -1))
@@ -129,7 +133,9 @@ def test_half_precision_gradients_do_not_underflow(tiny_pipe):
     _, ((want, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, text).sample, unet, x, ["mid_block"], [tiny])
     unet.to(torch.bfloat16)
     half = [v.bfloat16() for v in (x, text)]
-    _, ((got, *_),) = forward_with_gradient(lambda leaf: unet(leaf, t, half[1]).sample, unet, half[0], ["mid_block"], [tiny])
+    _, ((got, *_),) = forward_with_gradient(
+        lambda leaf: unet(leaf, t, half[1]).sample, unet, half[0], ["mid_block"], [tiny]
+    )
     assert got.dtype == torch.float32
     cosine = torch.cosine_similarity(unit_rms(got).flatten(1), unit_rms(want).flatten(1))
     assert (cosine > 0.95).all()
