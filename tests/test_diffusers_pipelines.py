@@ -188,7 +188,7 @@ def by_hand(case: Case, pipe: Any, scale: float, variant: str) -> Iterator[None]
             size = rms(latents[c] - latents[0 if c else -1], mask)
         else:
             factor = schedule.shift_factor(t).float()
-            size = rms(schedule.to_eps(latents[0], x[:, :channels], t)) * factor
+            size = rms(schedule.to_eps(latents[0], x[:, :channels], t), mask) * factor
         direction = g[:, :channels].chunk(parts)[c]
         shift = -scale * size * unit_rms(direction if mask is None else direction * mask, mask)
         prediction[:, :channels] += torch.cat([shift] * parts)

@@ -4,7 +4,7 @@
     python -m eval.cost latent_size=32 repeats=9 'methods=[mid-u, amortised]'                             # 256 px
     python -m eval.cost model=random:sdxl latent_size=64 'methods=[mid-u, full graph]' repeats=3
     python -m eval.cost model=testbed batch_size=32 'guides=[aesthetic, "aesthetic:every=2"]' methods=[mid-u]
-    python -m eval.cost device=cuda dtype=bfloat16 channels_last=true compile=true batch_size=4    # untested
+    python -m eval.cost device=cuda dtype=bfloat16 'methods=[mid-u, "mid-u, no CFG"]' repeats=7
 
 Methods take turns, and each run is compared with the mean of the baseline's runs before and after it, so that a
 drifting machine affects all of them alike.  Times are CPU time of the process on a CPU and wall time on an accelerator.

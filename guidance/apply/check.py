@@ -74,7 +74,8 @@ def check_gradient(guided: Any, call: Call, pulled: PulledBack) -> None:
 
 def _is_coarse(x: Tensor) -> bool:
     """Tell whether finite differences are coarse."""
-    return x.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(x.device.type)
+    rounded = x.dtype in (torch.float16, torch.bfloat16) or torch.get_float32_matmul_precision() == "medium"
+    return rounded or torch.is_autocast_enabled(x.device.type)
 
 
 def _is_attention(guided: Any, name: str) -> bool:

@@ -67,13 +67,13 @@ def signature_of(denoiser: nn.Module) -> tuple[inspect.Signature, str]:
 @contextmanager
 def frozen(denoiser: nn.Module) -> Iterator[None]:
     """Switch off gradients of weights, so that fewer activations are kept; by name, since offloading replaces them."""
-    trainable = [name for name, p in denoiser.named_parameters() if p.requires_grad]
+    trainable = {name for name, p in denoiser.named_parameters() if p.requires_grad}
     try:
         denoiser.requires_grad_(False)
         yield
     finally:
-        for name in trainable:
-            denoiser.get_parameter(name).requires_grad_(True)
+        for name, p in denoiser.named_parameters():
+            p.requires_grad_(p.requires_grad or name in trainable)
 
 
 def latent_channels(unet: Denoiser) -> int:
