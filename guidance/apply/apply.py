@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from guidance.apply.guided import GuidedDenoiser
@@ -83,16 +83,17 @@ def apply_guidance(
             "texts or images to the guide, or apply_guidance(pipe, guides, prompts=...) with one per sample."
         )
     options: dict[str, Any] = {"parts": parts, "prompts": prompts, "factors": factors, "observers": observe}
+    placed: AbstractContextManager[None]
     if guider is None:
         guided = GuidedDenoiser(pipe, guides, handle, **options)
         placed = guided.in_place()
     else:
         part = GuidedPart(pipe, guides, handle, **options)
         guided, placed = part, part.in_guider(guider)
+    placed = placed if guided.groups or observe else nullcontext()
     with _ENTRY:
         _refuse_twice(pipe)
-        if guided.groups or observe:
-            placed.__enter__()
+        placed.__enter__()
     try:
         yield handle
         if denoiser_of(pipe) is not guided.denoiser:
@@ -101,9 +102,8 @@ def apply_guidance(
                 "whose images are unguided; exchange it before apply_guidance."
             )
     finally:
-        if guided.groups or observe:
-            with _ENTRY:
-                placed.__exit__(None, None, None)
+        with _ENTRY:
+            placed.__exit__(None, None, None)
 
 
 def _refuse_twice(pipe: Pipeline) -> None:

@@ -46,12 +46,12 @@ def check_gradient(guided: Any, call: Call, pulled: PulledBack) -> None:
     one = guided.one(call, k)
     v = {tap: h[k : k + 1].double() for tap, h in pulled.at_taps.items()}
 
-    def value(x: Tensor) -> float:
-        found = read_until(lambda: guided.call(one._replace(x_t=x), tapped=True), guided.denoiser, taps)
-        return float(sum((v[tap] * found[tap].double()).sum() for tap in taps))
-
     def forward(x: Tensor) -> Any:
         return guided.call(one._replace(x_t=x), tapped=True)
+
+    def value(x: Tensor) -> float:
+        found = read_until(lambda: forward(x), guided.denoiser, taps)
+        return float(sum((v[tap] * found[tap].double()).sum() for tap in taps))
 
     wrong = _disagreement(value, one.x_t, g[k : k + 1])
     if wrong is None and not _is_coarse(one.x_t):

@@ -380,9 +380,11 @@ class GuidedDenoiser:
         pushes = {group: self.run.held[group] for group in due}
         shift, move = self._combine(call, predictions, pushes, mask)
         self._record(call, due, pushes, shift)
-        for observer in self.observers:
+        if self.observers:  # they share what is derived from it
             latents = self._latents(call.x_t), self._latents(prediction)
-            observer(Observation(call.x_t, call.times, *latents, features, shift, call.step, call.schedule))
+            seen = Observation(call.x_t, call.times, *latents, features, shift, call.step, call.schedule)
+            for observer in self.observers:
+                observer(seen)
         if move is not None:
             self.run.push = self._factored(move) / _input_scale(self.run.scheduler, call.times[0])
         if shift is None:
